@@ -1,0 +1,176 @@
+"""Make the tiny Wan pipeline that ships in wanloom/assets/tiny.
+
+    python tools/build_tiny.py vae  --work build/tiny          # about an hour on 2 cores; goes on where it was stopped
+    python tools/build_tiny.py text --work build/tiny          # seconds
+    python tools/build_tiny.py pipeline --work build/tiny --out wanloom/assets/tiny
+
+`vae` trains an AutoencoderKLWan of small widths on the clips of wanloom.data.shapes: single frames first, then clips of
+17 frames in small pictures, then whole pictures of 17 to 49 frames, because a causal VAE that saw only short clips falls
+apart on long ones. `text` makes a tokenizer and trains a UMT5 encoder to fill in masked words and to name the words of
+its sentence. `pipeline` measures the latents' mean and standard deviation and writes the diffusers layout.
+Every draw comes from the seed and the step, so a run that is stopped and started again gives the same weights.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+
+from wanloom.data import shapes
+
+SEED = 20210
+HELD_OUT_SEED = 77
+VAE_CONFIG = {
+    "base_dim": 12,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 1,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+}
+# (name, steps, clips per step, frames to choose from, picture side, learning rate)
+STAGES = (
+    ("frames", 1500, 16, (1,), 64, 2e-3),
+    ("short", 2200, 8, (17,), 32, 1.5e-3),
+    ("whole", 700, 3, (17, 17, 33, 49), 64, 6e-4),
+)
+KL_WEIGHT = 3e-5
+
+
+def random_scene(rng: np.random.Generator, frames: int, side: int) -> np.ndarray:
+    """Several shapes of any colour on a gradient: more than the demo shows, so that the VAE is not only good for it."""
+    grid = np.mgrid[0:side, 0:side] + 0.5
+    corners = rng.uniform(0, 255, (3, 3))
+    ramp = (grid[0] / side)[..., None], (grid[1] / side)[..., None]
+    picture = (
+        corners[0] + (corners[1] - corners[0]) * ramp[0] * 0.7 + (corners[2] - corners[0]) * ramp[1] * 0.7
+    )
+    out = np.repeat(np.clip(picture, 0, 255)[None], frames, 0)
+    for _ in range(rng.integers(1, 5)):
+        radius = rng.uniform(0.08, 0.3) * side
+        start, end = rng.uniform(0, side, 2), rng.uniform(0, side, 2)
+        color, shape = rng.uniform(0, 255, 3), shapes.SHAPES[rng.integers(3)]
+        for i in range(frames):
+            centre = start + (end - start) * i / 48
+            mask = shapes.coverage(shape, grid[0] - centre[0], grid[1] - centre[1], radius)[..., None]
+            out[i] = out[i] * (1 - mask) + color * mask
+    return np.round(out).astype(np.uint8)
+
+
+def build_batch(step: int, count: int, frames: int, side: int) -> torch.Tensor:
+    """Clips `(B, 3, F, H, W)` in [-1, 1]; three in ten are `random_scene`s."""
+    rng = np.random.default_rng([SEED, step])
+    clips = []
+    for _ in range(count):
+        if rng.random() < 0.3:
+            clips.append(random_scene(rng, frames, side))
+        else:
+            scene = shapes.SCENES[rng.integers(len(shapes.SCENES))]
+            start = 0 if frames > 1 else int(rng.integers(17))
+            clip = shapes.render(scene, rng, max(frames, 17), side, side)
+            clips.append(clip[start : start + frames])
+    return to_model(np.stack(clips))
+
+
+def to_model(clips: np.ndarray) -> torch.Tensor:
+    """`(B, F, H, W, 3)` uint8 to `(B, 3, F, H, W)` in [-1, 1]."""
+    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
+
+
+def held_out(count: int, frames: int) -> torch.Tensor:
+    """Demo clips of another seed, of all scenes in turn."""
+    step = len(shapes.SCENES) // count if count < len(shapes.SCENES) else 1
+    clips = [shapes.build_clip(HELD_OUT_SEED, i * step, shapes.SCENES, frames)[0] for i in range(count)]
+    return to_model(np.stack(clips))
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKLWan, clips: torch.Tensor) -> float:
+    """Mean over clips of the PSNR in dB, for pictures in [0, 1], through the posterior mean."""
+    values = []
+    for clip in clips.split(4):
+        back = vae.decode(vae.encode(clip).latent_dist.mode()).sample.clamp(-1, 1)
+        error = ((back - clip) / 2).square().mean(dim=(1, 2, 3, 4))
+        values.append(-10 * torch.log10(error))
+    return torch.cat(values).mean().item()
+
+
+def schedule() -> Iterator[tuple[int, int, int, int, float]]:
+    """(step, clips, frames, side, learning rate) of every step; cosine inside each stage, with a warm-up."""
+    step = 0
+    for _, steps, count, lengths, side, lr in STAGES:
+        for i in range(steps):
+            warm = min(1.0, (i + 1) / 100)
+            decay = 0.5 * (1 + math.cos(math.pi * i / steps)) * 0.95 + 0.05
+            yield step, count, lengths[i % len(lengths)], side, lr * warm * decay
+            step += 1
+
+
+def train_vae(work: Path) -> None:
+    """Train and leave `vae.safetensors`; the state is kept every 250 steps."""
+    torch.manual_seed(SEED)
+    vae = AutoencoderKLWan(**VAE_CONFIG)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    state_file, done = work / "vae_state.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+    total, began = sum(s[1] for s in STAGES), time.monotonic()
+    for step, count, frames, side, lr in schedule():
+        if step < done:
+            continue
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        clips = build_batch(step, count, frames, side)
+        posterior = vae.encode(clips).latent_dist
+        generator = torch.Generator().manual_seed(SEED * 100_000 + step)
+        sample = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        back = vae.decode(sample).sample
+        error = F.mse_loss(back, clips) + 0.05 * F.l1_loss(back, clips)
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        optimizer.zero_grad()
+        (error + KL_WEIGHT * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 250 == 0 or step + 1 == total:
+            clip_psnr = psnr(vae, held_out(8, 17)) if frames > 1 else psnr(vae, held_out(8, 17)[:, :, :1])
+            print(
+                f"step {step + 1}/{total} frames {frames} loss {error.item():.5f} kl {kl.item():.2f} "
+                f"held-out {clip_psnr:.2f} dB {(time.monotonic() - began) / 60:.1f} min",
+                flush=True,
+            )
+            temporary = state_file.with_suffix(".tmp")
+            torch.save(
+                {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, temporary
+            )
+            temporary.replace(state_file)
+    save_file(vae.state_dict(), work / "vae.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("vae", "text", "pipeline"))
+    parser.add_argument("--work", type=Path, default=Path("build/tiny"))
+    parser.add_argument("--out", type=Path, default=Path("wanloom/assets/tiny"))
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(arguments.threads)
+    if arguments.part == "vae":
+        train_vae(arguments.work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Where a pipeline is: `tiny` is shipped here, a folder is itself, anything else is a name on the Hugging Face hub."""
+
+from pathlib import Path
+
+from wanloom.config import UserError
+
+TINY = Path(__file__).parent / "tiny"
+
+
+def find_pipeline(name: str, parts: tuple[str, ...] = ()) -> Path:
+    """The folder of a pipeline in diffusers layout; from the hub only `parts` (sub-folders) are fetched.
+
+    Raises UserError when there is no such folder and the hub does not have it or cannot be reached.
+    """
+    if name == "tiny":
+        return TINY
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"There is no model '{name}': give a folder in diffusers layout, a name on the Hugging Face hub such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or 'tiny'."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["model_index.json", *(f"{part}/*" for part in parts)] if parts else None
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The model '{name}' is no folder here and could not be fetched: {reason}") from error

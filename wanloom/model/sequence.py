@@ -1,0 +1,134 @@
+"""Packed token sequences: latents to tokens and back, positions, rotary angles, and the Pack.
+
+In: latents `(C, F, H, W)` of samples of any size. Out: one sequence `(T, C*4)` with the samples one after the other.
+The one decision: a token's 4*C values are ordered (channel, row, column) on the way in *and* out, so the noisy tokens,
+the velocity and the loss share one layout; the model turns the head's own (row, column, channel) order around.
+Rotary embedding: Su et al. 2021, split over frame, row and column as in Wan 2.1 (head_dim 128 = 44 + 42 + 42).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PATCH = (1, 2, 2)  # frames, rows, columns of latents in one token
+ROPE_THETA = 10_000.0
+
+Grid = tuple[int, int, int]  # frames, rows, columns of tokens
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One packed sequence of N samples: what one forward pass takes.
+
+    tokens `(T, C*4)`, positions `(T, 3)` int64 (frame, row, column inside the sample), text `(L, text_dim)` unpadded.
+    The lengths are host integers: every kernel needs them on the host, and reading them back from a GPU would stall it.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    text: Tensor
+    video_lens: tuple[int, ...]  # tokens of each sample; sums to T
+    text_lens: tuple[int, ...]  # text states of each sample; sums to L, 0 is allowed
+
+    def __post_init__(self) -> None:
+        if sum(self.video_lens) != self.tokens.shape[0] or self.positions.shape != (self.tokens.shape[0], 3):
+            raise ValueError(
+                f"video_lens {self.video_lens}, tokens {tuple(self.tokens.shape)}, "
+                f"positions {tuple(self.positions.shape)} disagree"
+            )
+        if sum(self.text_lens) != self.text.shape[0] or len(self.text_lens) != len(self.video_lens):
+            raise ValueError(f"text_lens {self.text_lens}, text {tuple(self.text.shape)} disagree")
+
+    def to(self, device: torch.device | str) -> "Pack":
+        """The same pack on another device."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            positions=self.positions.to(device),
+            text=self.text.to(device),
+        )
+
+
+class Run(NamedTuple):
+    """Neighbouring samples of equal lengths: they can be computed as one batch without padding."""
+
+    first: int  # index of the first sample
+    count: int  # samples
+    lens: tuple[int, ...]  # the length of each sample, one for each sequence asked for
+
+
+def runs(*lens: Sequence[int]) -> Iterator[Run]:
+    """Group neighbouring samples whose lengths agree in every one of the sequences."""
+    rows = list(zip(*lens, strict=True))
+    first = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[first]:
+            yield Run(first, i - first, rows[first])
+            first = i
+
+
+def grid_of(latents_shape: Sequence[int]) -> Grid:
+    """Token grid of latents `(C, F, H, W)`. Raises ValueError when H or W is odd."""
+    _, frames, height, width = latents_shape
+    if height % PATCH[1] or width % PATCH[2]:
+        raise ValueError(f"latents of {height}x{width} do not divide into 2x2 patches")
+    return frames, height // PATCH[1], width // PATCH[2]
+
+
+def patchify(latents: Tensor) -> Tensor:
+    """Latents `(C, F, H, W)` to tokens `(T, C*4)`, row-major over (frame, row, column)."""
+    channels = latents.shape[0]
+    frames, rows, cols = grid_of(latents.shape)
+    x = latents.reshape(channels, frames, rows, PATCH[1], cols, PATCH[2])
+    return x.permute(1, 2, 4, 0, 3, 5).reshape(frames * rows * cols, channels * PATCH[1] * PATCH[2])
+
+
+def unpatchify(tokens: Tensor, grid: Grid) -> Tensor:
+    """Tokens `(T, C*4)` back to latents `(C, F, H, W)`."""
+    frames, rows, cols = grid
+    x = tokens.reshape(frames, rows, cols, -1, PATCH[1], PATCH[2])
+    return x.permute(3, 0, 1, 4, 2, 5).reshape(-1, frames, rows * PATCH[1], cols * PATCH[2])
+
+
+def grid_positions(grid: Grid) -> Tensor:
+    """`(T, 3)` int64: frame, row and column of every token of one sample."""
+    axes = [torch.arange(size) for size in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+
+
+def build_pack(tokens: Sequence[Tensor], grids: Sequence[Grid], texts: Sequence[Tensor]) -> Pack:
+    """Join samples: tokens `(T_i, C*4)`, grids, and text states `(L_i, text_dim)`."""
+    return Pack(
+        tokens=torch.cat(list(tokens)),
+        positions=torch.cat([grid_positions(grid) for grid in grids]).to(tokens[0].device),
+        text=torch.cat(list(texts)),
+        video_lens=tuple(t.shape[0] for t in tokens),
+        text_lens=tuple(t.shape[0] for t in texts),
+    )
+
+
+def rope_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin `(T, head_dim/2)` fp32 of the rotary angles, computed in fp64.
+
+    Rows and columns get 2*(head_dim//6) dimensions each, frames the rest; each axis has its own frequencies
+    theta^(-2i/dims).
+    """
+    side = 2 * (head_dim // 6)
+    angles = []
+    for axis, dims in enumerate((head_dim - 2 * side, side, side)):
+        steps = torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device) / dims
+        angles.append(positions[:, axis, None].double() / ROPE_THETA**steps)
+    angle = torch.cat(angles, dim=-1)
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of `x (T, heads, head_dim)` by the angles `(T, head_dim/2)`; products in fp32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos[:, None], sin[:, None]
+    out = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return out.flatten(-2).to(x.dtype)
