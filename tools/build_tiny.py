@@ -4,15 +4,14 @@
     python tools/build_tiny.py text --work build/tiny          # seconds
     python tools/build_tiny.py pipeline --work build/tiny --out wanloom/assets/tiny
 
-`vae` trains an AutoencoderKLWan of small widths on the clips of wanloom.data.shapes: single frames first, then clips of
-17 frames in small pictures, then whole pictures of 17 to 49 frames, because a causal VAE that saw only short clips falls
-apart on long ones. `text` makes a tokenizer and trains a UMT5 encoder to fill in masked words and to name the words of
+`vae` trains an AutoencoderKLWan of small widths on the clips of wanloom.data.shapes: single frames first, then clips
+of 17 frames in small pictures, then whole pictures of 17 to 49 frames, because a causal VAE that saw only short clips
+falls apart on long ones. `text` makes a tokenizer and trains a UMT5 encoder to fill in masked words and to name the words of
 its sentence. `pipeline` measures the latents' mean and standard deviation and writes the diffusers layout.
 Every draw comes from the seed and the step, so a run that is stopped and started again gives the same weights.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from wanloom.data import shapes
 
@@ -50,9 +49,7 @@ def random_scene(rng: np.random.Generator, frames: int, side: int) -> np.ndarray
     grid = np.mgrid[0:side, 0:side] + 0.5
     corners = rng.uniform(0, 255, (3, 3))
     ramp = (grid[0] / side)[..., None], (grid[1] / side)[..., None]
-    picture = (
-        corners[0] + (corners[1] - corners[0]) * ramp[0] * 0.7 + (corners[2] - corners[0]) * ramp[1] * 0.7
-    )
+    picture = corners[0] + (corners[1] - corners[0]) * ramp[0] * 0.7 + (corners[2] - corners[0]) * ramp[1] * 0.7
     out = np.repeat(np.clip(picture, 0, 255)[None], frames, 0)
     for _ in range(rng.integers(1, 5)):
         radius = rng.uniform(0.08, 0.3) * side
@@ -150,17 +147,13 @@ def train_vae(work: Path) -> None:
                 flush=True,
             )
             temporary = state_file.with_suffix(".tmp")
-            torch.save(
-                {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, temporary
-            )
+            torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, temporary)
             temporary.replace(state_file)
     save_file(vae.state_dict(), work / "vae.safetensors")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("vae", "text", "pipeline"))
     parser.add_argument("--work", type=Path, default=Path("build/tiny"))
     parser.add_argument("--out", type=Path, default=Path("wanloom/assets/tiny"))

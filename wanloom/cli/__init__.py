@@ -1,0 +1,58 @@
+"""The `wanloom` command. Each command is a file of this folder with HELP, add_arguments(parser) and run(arguments) -> int.
+
+Only the command that was asked for is imported, so that `wanloom --help` answers at once. A UserError is printed as one
+sentence and ends with exit code 2; a command that was stopped by Ctrl-C ends with 130.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import wanloom
+from wanloom.config import UserError, nearest
+
+COMMANDS = {
+    "prepare": "turn a folder of videos and images into a training set",
+    "train": "train a model on a prepared set",
+    "generate": "make videos from prompts",
+    "convert": "write a trained model as a diffusers or original pipeline",
+    "show": "print what a recipe, a run or a prepared set holds",
+    "demo": "run all of it on small made-up clips and write a report",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    overview = argparse.ArgumentParser(
+        prog="wanloom", description=wanloom.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    overview.add_argument("--version", action="version", version=f"wanloom {wanloom.__version__}")
+    commands = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    overview.epilog = f"commands:\n{commands}\n\n`wanloom COMMAND --help` explains one."
+    overview.add_argument("command", metavar="COMMAND")
+    if not words:
+        overview.print_help()
+        return 2
+    name = words[0]
+    if name.startswith("-"):
+        overview.parse_args(words)  # --help and --version leave here, anything else is an error
+    if name not in COMMANDS:
+        return _fail(f"There is no command '{name}'.{nearest(name, list(COMMANDS))} `wanloom --help` lists them.")
+    command = importlib.import_module(f"wanloom.cli.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"wanloom {name}", description=command.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_arguments(parser)
+    try:
+        return command.run(parser.parse_args(words[1:]))
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("Stopped.", 130)
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"wanloom: {message}", file=sys.stderr)
+    return code
