@@ -6,8 +6,9 @@
 
 `vae` trains an AutoencoderKLWan of small widths on the clips of wanloom.data.shapes: single frames first, then clips
 of 17 frames in small pictures, then whole pictures of 17 to 49 frames, because a causal VAE that saw only short clips
-falls apart on long ones. `text` makes a tokenizer and trains a UMT5 encoder to fill in masked words and to name the words of
-its sentence. `pipeline` measures the latents' mean and standard deviation and writes the diffusers layout.
+falls apart on long ones. `text` makes a tokenizer and trains a UMT5 encoder to fill in masked words and to name, from
+any one state, all words of its sentence. `pipeline` measures the latents' mean and standard deviation and writes the
+diffusers layout.
 Every draw comes from the seed and the step, so a run that is stopped and started again gives the same weights.
 """
 
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from wanloom.data import shapes
 
@@ -42,6 +44,29 @@ STAGES = (
     ("whole", 700, 3, (17, 17, 33, 49), 64, 6e-4),
 )
 KL_WEIGHT = 3e-5
+SPACE = "\u2581"  # how sentencepiece writes the start of a word
+FREQUENT = """
+a an the and or of in on at to from with by for over under into out up down near behind front between through across
+along around above below is are was be has have it its he she they his her their this that there one two three four
+some many several while as then very slowly quickly gently
+man woman boy girl child person people dog cat bird horse rabbit cow car bus train taxi bicycle boat plane road street
+city house building room window door table chair tree flower grass field forest mountain river lake sea ocean beach
+sky cloud sun moon star night day morning evening light shadow water fire snow rain wind stone sand glass wood metal
+face hand arm leg head eye hair mouth suit hat shirt dress tie
+red orange yellow green blue purple pink brown black white grey gray dark bright pale deep warm cold soft
+big small large little long short tall wide narrow old young new round flat empty full fast slow
+walks runs moves turns looks sits stands talks smiles jumps flies falls swims drives rides opens closes holds
+walking running moving turning looking sitting standing talking smiling jumping flying falling driving
+camera clip video film scene view shot close background foreground left right upwards downwards forward
+animated cartoon blurred focus depth meadow traffic indoors outdoors
+"""
+VOCABULARY = sorted(
+    set(FREQUENT.split())
+    | {word.capitalize() for word in ("a", "an", "the", "on", "in", "something", "close", "city")}
+    | set(shapes.COLORS)
+    | set(shapes.SHAPES)
+    | {word.strip(".,") for text in shapes.TEMPLATES for word in text.split() if "{" not in word}
+)
 
 
 def random_scene(rng: np.random.Generator, frames: int, side: int) -> np.ndarray:
@@ -152,6 +177,67 @@ def train_vae(work: Path) -> None:
     save_file(vae.state_dict(), work / "vae.safetensors")
 
 
+def build_tokenizer() -> T5Tokenizer:
+    """A T5 tokenizer that knows the words below and spells everything else in single characters."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (SPACE, -4.0)]
+    pieces += [(SPACE + word, -6.0) for word in VOCABULARY]
+    pieces += [(char, -9.0) for char in map(chr, range(33, 127)) if char not in "<>"]
+    pieces += [(char, -9.5) for char in "<>"]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, additional_special_tokens=[], model_max_length=512)
+
+
+def sentence(rng: np.random.Generator) -> str:
+    """A caption of the demo, or words in any order, so that captions of other kinds get useful states too."""
+    if rng.random() < 0.5:
+        scene = shapes.SCENES[rng.integers(len(shapes.SCENES))]
+        return scene.caption(int(rng.integers(len(shapes.TEMPLATES))))
+    return " ".join(rng.choice(VOCABULARY, rng.integers(1, 16)))
+
+
+def train_text(work: Path) -> None:
+    """Train and leave `text_encoder/` and `tokenizer/`; prints how many words one state still knows."""
+    torch.manual_seed(SEED)
+    tokenizer = build_tokenizer()
+    config = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    encoder = UMT5EncoderModel(config)
+    name, bag = torch.nn.Linear(64, len(tokenizer)), torch.nn.Linear(64, len(tokenizer))
+    parameters = [*encoder.parameters(), *name.parameters(), *bag.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-3)
+    steps, mask_id = 3000, tokenizer.unk_token_id
+    for step in range(steps):
+        rng = np.random.default_rng([SEED, 1, step])
+        batch = tokenizer([sentence(rng) for _ in range(48)], padding=True, return_tensors="pt")
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        hidden = torch.from_numpy(rng.random(ids.shape) < 0.15) & mask
+        states = encoder(input_ids=ids.masked_fill(hidden, mask_id), attention_mask=mask.long()).last_hidden_state
+        words = torch.zeros(ids.shape[0], len(tokenizer)).scatter_(1, ids, 1.0)[:, None].expand(-1, ids.shape[1], -1)
+        fill = F.cross_entropy(name(states)[mask], ids[mask])
+        bag_loss = F.binary_cross_entropy_with_logits(bag(states)[mask], words[mask])
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
+        optimizer.zero_grad()
+        (fill + 20 * bag_loss).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if (step + 1) % 500 == 0:
+            found = ((bag(states)[mask] > 0) == (words[mask] > 0)).all(-1).float().mean()
+            print(
+                f"step {step + 1} fill {fill.item():.3f} bag {bag_loss.item():.4f} whole sentences {found:.3f}",
+                flush=True,
+            )
+    encoder.eval().save_pretrained(work / "text_encoder")
+    tokenizer.save_pretrained(work / "tokenizer")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("vae", "text", "pipeline"))
@@ -163,6 +249,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.part == "vae":
         train_vae(arguments.work)
+    elif arguments.part == "text":
+        train_text(arguments.work)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The `wanloom` command. Each command is a file of this folder with HELP, add_arguments(parser) and run(arguments) -> int.
+"""The `wanloom` command: each is a file of this folder with HELP, add_arguments(parser) and run(arguments) -> int.
 
-Only the command that was asked for is imported, so that `wanloom --help` answers at once. A UserError is printed as one
-sentence and ends with exit code 2; a command that was stopped by Ctrl-C ends with 130.
+Only the command that was asked for is imported, so that `wanloom --help` answers at once. A UserError is printed as
+one sentence and ends with exit code 2; a command that was stopped by Ctrl-C ends with 130.
 """
 
 import argparse
