@@ -1,0 +1,101 @@
+"""What several tests need: few threads, and a small random WanPipeline folder.
+
+`tiny_pipeline` has random weights everywhere (no zero head, no identity latents statistics, no all-zero embedding), so
+that a swapped, forgotten or wrongly scaled part shows. It is made once per test session and must not be written to.
+"""
+
+import os
+import string
+from pathlib import Path
+
+import pytest
+import torch
+
+# the work is tiny: more threads only wait for each other, and one thread adds in one order
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)
+
+SEED = 1234
+TEXT_DIM = 64
+WORDS = (
+    "a the of on in and is it its that across clip short shape form something red green blue yellow purple white "
+    "circle square triangle moves drifts slides travels going glides left right up down upwards downwards to dark "
+    "background painted slowly cat dog runs through snow"
+).split()
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Matrices with gain 1, vectors near 1 (`.weight`, `.gamma`) or near 0 (biases); drawn in the order of the names."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(module.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("gamma") or (parameter.dim() == 1 and name.endswith("weight")):
+                parameter.copy_(1 + 0.1 * noise)
+            elif parameter.dim() == 1:
+                parameter.copy_(0.05 * noise)
+            elif "embed_tokens" in name or "shared" in name or "scale_shift_table" in name:
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+
+
+def build_tokenizer():
+    """A T5 tokenizer of whole words and single ASCII characters; other characters become `<unk>`."""
+    from transformers import T5TokenizerFast
+
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0)]
+    vocab += [(f"\u2581{word}", -5.0) for word in dict.fromkeys(WORDS) if len(word) > 1]
+    vocab += [(letter, -9.0) for letter in string.printable.strip()]
+    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a complete small WanPipeline in diffusers layout, all weights random; read-only by agreement."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = build_tokenizer()
+    text_config = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=TEXT_DIM,
+        d_kv=16,
+        d_ff=96,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=True,
+        dropout_rate=0.0,
+    )
+    text_encoder = UMT5EncoderModel(text_config).eval()
+    statistics = torch.Generator().manual_seed(SEED)
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=1,
+        attn_scales=[],
+        temperal_downsample=[False, True, True],
+        latents_mean=(0.5 * torch.randn(16, generator=statistics)).tolist(),
+        latents_std=(0.6 + torch.rand(16, generator=statistics)).tolist(),
+    ).eval()
+    transformer = WanTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=16,
+        out_channels=16,
+        text_dim=TEXT_DIM,
+        freq_dim=256,
+        ffn_dim=256,
+        num_layers=2,
+        rope_max_seq_len=1024,
+    ).eval()
+    for number, module in enumerate((text_encoder, vae, transformer)):
+        randomise(module, SEED + number)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+    )
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer=transformer).save_pretrained(folder)
+    return folder
