@@ -17,15 +17,15 @@ torch.set_num_threads(1)
 
 SEED = 1234
 TEXT_DIM = 64
-WORDS = (
-    "a the of on in and is it its that across clip short shape form something red green blue yellow purple white "
-    "circle square triangle moves drifts slides travels going glides left right up down upwards downwards to dark "
-    "background painted slowly cat dog runs through snow"
-).split()
+WORDS = """
+a the of on in and is it its that across clip short shape form something red green blue yellow purple white circle
+square triangle moves drifts slides travels going glides left right up down upwards downwards to dark background
+painted slowly cat dog runs through snow
+"""
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:
-    """Matrices with gain 1, vectors near 1 (`.weight`, `.gamma`) or near 0 (biases); drawn in the order of the names."""
+    """Matrices with gain 1, vectors near 1 (`.weight`, `.gamma`) or near 0 (biases), in the order of the names."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(module.named_parameters()):
@@ -45,7 +45,7 @@ def build_tokenizer():
     from transformers import T5TokenizerFast
 
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0)]
-    vocab += [(f"\u2581{word}", -5.0) for word in dict.fromkeys(WORDS) if len(word) > 1]
+    vocab += [(f"\u2581{word}", -5.0) for word in WORDS.split() if len(word) > 1]
     vocab += [(letter, -9.0) for letter in string.printable.strip()]
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)
 
