@@ -1,4 +1,4 @@
-"""Pixels say what the clip shows: right on the clips themselves, and not fooled by noise, stillness or a wrong colour."""
+"""Pixels say what a clip shows: right on the clips themselves, not fooled by noise, stillness or a wrong colour."""
 
 import numpy as np
 import pytest

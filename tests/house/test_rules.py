@@ -1,0 +1,191 @@
+"""The rules of the house: imports go down, nothing unsafe is loaded, no failure is swallowed, docs name real things."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from wanloom.cli import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "wanloom"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FLOORS = (
+    {"", "config", "dist", "assets"},
+    {"model", "codecs", "objective", "data"},
+    {"parallel", "adapt"},
+    {"train", "sample", "evaluate"},
+    {"recipes", "report", "cli", "__main__"},
+)
+# rooms of one floor do not know each other, but for these
+SIDEWAYS = {
+    ("assets", "config"),
+    ("dist", "config"),
+    ("data", "model"),
+    ("objective", "model"),
+    ("cli", "recipes"),
+    ("cli", "report"),
+    ("__main__", "cli"),
+}
+SHARED_MODEL_FILES = {"wanloom.model.sequence", "wanloom.model.flops"}
+FIELD_LIBRARIES = {"diffusers", "transformers"}
+MAY_USE_FIELD_LIBRARIES = ("codecs/", "sample/solvers.py", "model/weights.py")
+BANNED_NAMES = {"utils", "misc", "common", "helpers", "base", "manager"}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py").replace("__init__", "")
+
+
+def floor(name: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if name in rooms)
+
+
+def imports(path: Path) -> list[str]:
+    """Every module a file imports, also inside functions."""
+    out = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            out += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            out += [f"{node.module}.{alias.name}" for alias in node.names]
+    return out
+
+
+def floor_faults(here: str, modules: list[str]) -> list[str]:
+    """The imports of a file in room `here` that go up, or sideways where they may not."""
+    faults = []
+    for module in modules:
+        if not module.startswith("wanloom."):
+            continue
+        there = module.split(".")[1]
+        there = there if any(there in rooms for rooms in FLOORS) else ""
+        if there in (here, "") or floor(there) < floor(here):
+            continue
+        sideways = floor(there) == floor(here) and (here, there) in SIDEWAYS
+        if sideways and there == "model":
+            sideways = ".".join(module.split(".")[:3]) in SHARED_MODEL_FILES
+        if not sideways:
+            faults.append(module)
+    return faults
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    assert floor_faults(room(path), imports(path)) == []
+
+
+def test_the_floor_check_can_fail():
+    assert floor_faults("model", ["wanloom.train.loop"]) == ["wanloom.train.loop"]
+    assert floor_faults("data", ["wanloom.model.dit.WanDiT"]) == ["wanloom.model.dit.WanDiT"]
+    assert floor_faults("data", ["wanloom.model.sequence.Pack", "wanloom.config.Config"]) == []
+    assert floor_faults("train", ["wanloom.sample.generate"]) == ["wanloom.sample.generate"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_unsafe_or_silent_code(path):
+    text = path.read_text()
+    name = str(path.relative_to(PACKAGE))
+    used = {module.split(".")[0] for module in imports(path)}
+    assert not used & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}, "no pickle"
+    if not name.startswith(MAY_USE_FIELD_LIBRARIES):
+        assert not used & FIELD_LIBRARIES, "diffusers and transformers stay in the codecs, solvers and weights"
+    if room(path) in {"model", "objective"}:
+        assert "torch.distributed" not in text, "the model knows nothing of parallelism"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert caught not in {"everything", "Exception", "BaseException"}, f"line {node.lineno} catches {caught}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"torch.load", "np.load", "numpy.load"}:
+            safe = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert safe.get("weights_only") == "True", f"line {node.lineno}: load tensors with weights_only=True"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"eval", "exec", "os.system", "yaml.load"}:
+            pytest.fail(f"line {node.lineno} runs or loads what may come from outside")
+        if isinstance(node, ast.keyword) and node.arg == "shell":
+            pytest.fail(f"line {node.value.lineno} starts a shell")
+
+
+def test_files_are_named_by_nouns_of_the_field():
+    for path in FILES:
+        assert not set(path.relative_to(PACKAGE).with_suffix("").parts) & BANNED_NAMES, path
+
+
+def test_files_and_functions_stay_readable():
+    for path in FILES:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 400, f"{path} is longer than 400 lines: is it one room?"
+        tree = ast.parse(text)
+        assert ast.get_docstring(tree) or not tree.body, f"{path} has no docstring"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 80, f"{path}:{node.lineno} {node.name} is over 80 lines"
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def shown_commands(path: Path) -> list[list[str]]:
+    """The words of every `wanloom ...` line in the fenced blocks of a page."""
+    out = []
+    for block in re.findall(r"```(?:sh|console|bash)\n(.*?)```", path.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.strip().removeprefix("$ ")
+            if re.match(r"(\.venv/bin/)?wanloom\b", line):
+                out.append(shlex.split(line, comments=True))
+    return out
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda p: p.name)
+def test_documented_commands_exist(path):
+    """Every command in the pages is one, and every option of it is in that command's --help."""
+    for words in shown_commands(path):
+        if len(words) < 2 or words[1].startswith("-"):
+            continue
+        assert words[1] in COMMANDS, f"{path.name}: {words}"
+        options = {word.split("=")[0] for word in words[2:] if word.startswith("--")}
+        assert options <= known_options(words[1]) | {"--help"}, f"{path.name}: {words}"
+
+
+def known_options(command: str) -> set[str]:
+    import argparse
+    import importlib
+
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"wanloom.cli.{command}").add_arguments(parser)
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def test_links_lead_somewhere():
+    for path in documents():
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name} points at {target}"
+
+
+def test_make_targets_in_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make (\w+)`?", (ROOT / "README.md").read_text()):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"README names make {target}"
+
+
+def test_help_is_quick():
+    """The command line answers without loading torch; generous to a busy machine, best of three."""
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "wanloom", "--help"], check=True, capture_output=True, cwd=ROOT)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 1.0
+    code = "import sys, wanloom.cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_assets_stay_small():
+    total = sum(f.stat().st_size for f in (PACKAGE / "assets" / "tiny").rglob("*") if f.is_file())
+    assert 0 < total < 8_000_000
