@@ -76,9 +76,7 @@ def coverage(shape: str, rows: np.ndarray, cols: np.ndarray, radius: float) -> n
     return np.clip(0.5 - distance, 0, 1)
 
 
-def render(
-    scene: Scene, rng: np.random.Generator, frames: int = 17, height: int = 64, width: int = 64
-) -> np.ndarray:
+def render(scene: Scene, rng: np.random.Generator, frames: int = 17, height: int = 64, width: int = 64) -> np.ndarray:
     """Frames `(F, H, W, 3)` uint8 of one shape that crosses a dark background at constant speed."""
     side = min(height, width)
     radius = rng.uniform(0.15, 0.2) * side
