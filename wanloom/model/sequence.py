@@ -56,7 +56,7 @@ class Run(NamedTuple):
     """Neighbouring samples of equal lengths: they can be computed as one batch without padding."""
 
     first: int  # index of the first sample
-    count: int  # samples
+    samples: int
     lens: tuple[int, ...]  # the length of each sample, one for each sequence asked for
 
 

@@ -1,0 +1,338 @@
+"""WanDiT: the Wan video diffusion transformer over one packed sequence.
+
+In: a `Pack` of N samples of any size, and the noise level `sigma (N,)` of each. Out: velocity tokens in the layout of
+the pack's tokens, fp32. The one decision: the model sees samples only as lengths. Linears run over the packed sequence,
+attention inside each sample, and what differs between samples (modulation, gates) is applied run by run, on views.
+
+Numerics. The Linears of the blocks, the text and the patch embedding run in the compute dtype: that of autocast where
+it is on, else that of their weights. Everything else is fp32 whatever the weights are: the residual stream, the time
+embedding and projection, modulation, norms, QK-norm, rotary angles and products, gates, head. So there are two ways to
+bf16: fp32 weights under `torch.autocast`, for training, and `cast_weights(model, torch.bfloat16)`, which keeps the fp32
+parts in fp32, for sampling. Queries and keys are rounded once, after the rotation. This is the original's arithmetic;
+diffusers rounds the residual stream and the modulation to bf16 as well, so in bf16 the two differ by bf16 rounding, and
+in fp32 they agree to 1e-5.
+
+Module names are those of the published checkpoint, because LoRA files in the wild use them. Every parameter lives in a
+leaf module, the modulation tables too. Source: Wan, arXiv 2503.20314, and its published weights.
+"""
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from wanloom.config import Config
+from wanloom.model.attention import PackedAttention, split
+from wanloom.model.sequence import PATCH, Pack, Run, apply_rope, rope_table, runs
+
+PATCH_SIZE = math.prod(PATCH)
+# parts whose arithmetic and weights stay fp32 when the rest is bf16
+FP32_PARTS = frozenset({"time_embedding", "time_projection", "modulation", "head", "norm3", "norm_q", "norm_k"})
+
+
+class DiTConfig(Config):
+    """The shape of a WanDiT; the defaults are what all published Wan 2.1 models share."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    text_slots: int = 512
+    eps: float = 1e-6
+
+    @model_validator(mode="after")
+    def _divides(self) -> "DiTConfig":
+        if self.dim % self.num_heads or self.dim // self.num_heads % 2:
+            raise ValueError(f"dim {self.dim} does not split into {self.num_heads} heads of an even width")
+        return self
+
+
+CONFIGS = {
+    "wan2.1-t2v-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "wan2.1-t2v-14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "tiny": DiTConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64),
+}
+
+
+class Conditions(NamedTuple):
+    """What every block needs beside the residual stream."""
+
+    modulation: Tensor  # (N, 6, dim) fp32, before the block's own table
+    context: Tensor  # (S, dim) projected text, compute dtype
+    context_bias: Tensor  # (S,) fp32, added to the logits of each text key
+    context_lens: tuple[int, ...]
+    rope: tuple[Tensor, Tensor]  # cos, sin (T, head_dim/2) fp32
+    video_lens: tuple[int, ...]
+    video_runs: tuple[Run, ...]
+    dtype: torch.dtype  # in which the Linears run
+
+
+class Linear32(nn.Linear):
+    """A Linear that computes in fp32, under autocast and with half-precision weights too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), self.weight.float(), self.bias.float())
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over all heads together, fp32 in and out."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Affine layer norm, fp32 in and out."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+class Modulation(nn.Module):
+    """A learned table `(1, n, dim)`, added to what the time embedding gives; a leaf, so that wrappers see it."""
+
+    def __init__(self, rows: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, rows, dim) / dim**0.5)
+
+    def forward(self, e: Tensor) -> tuple[Tensor, ...]:
+        """`e (N, rows or 1, dim)` -> `rows` tensors `(N, dim)`."""
+        return (self.weight.float() + e).unbind(1)
+
+
+def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: tuple[Run, ...], eps: float) -> Tensor:
+    """`layer_norm(x) * (1 + scale) + shift` with one scale and shift per sample: `x (T, dim)`, `scale (N, dim)`."""
+    scale = scale + 1
+    shape = x.shape[-1:]
+    out = []
+    for part, (first, count, _) in zip(split_runs(x, layout), layout, strict=True):
+        if count == 1:  # the norm's own affine: one pass over memory, and its result is not kept for the backward pass
+            out.append(F.layer_norm(part, shape, scale[first], shift[first], eps))
+        else:
+            of_runs = slice(first, first + count)
+            normed = F.layer_norm(part, shape, eps=eps).unflatten(0, (count, -1))
+            out.append(torch.addcmul(shift[of_runs, None], normed, scale[of_runs, None]).flatten(0, 1))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: tuple[Run, ...]) -> Tensor:
+    """`x + y * gate` with one gate per sample: `x`, `y (T, dim)`, `gate (N, dim)`."""
+    out = []
+    for x_part, y_part, (first, count, _) in zip(split_runs(x, layout), split_runs(y, layout), layout, strict=True):
+        shape = (count, -1)
+        gates = gate[first : first + count, None]
+        out.append(torch.addcmul(x_part.unflatten(0, shape), y_part.unflatten(0, shape), gates).flatten(0, 1))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def split_runs(x: Tensor, layout: tuple[Run, ...]) -> tuple[Tensor, ...]:
+    return tuple(split(x, [run.samples * run.lens[0] for run in layout]))
+
+
+class Attention(nn.Module):
+    """Self- or cross-attention with QK-norm; `attend` is the core."""
+
+    def __init__(self, config: DiTConfig, kernel: str) -> None:
+        super().__init__()
+        dim = config.dim
+        self.head_dim = dim // config.num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, config.eps)
+        self.norm_k = RMSNorm(dim, config.eps)
+        self.attend = PackedAttention(kernel)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        q_lens: tuple[int, ...],
+        k_lens: tuple[int, ...],
+        rope: tuple[Tensor, Tensor] | None = None,
+        k_bias: Tensor | None = None,
+    ) -> Tensor:
+        """`x (T, dim)`, `context (S, dim)` -> `(T, dim)`; `rope` turns queries and keys, `k_bias (S,)` is per key."""
+        heads = (-1, self.head_dim)
+        q = self.norm_q(self.q(x)).unflatten(-1, heads)
+        k = self.norm_k(self.k(context)).unflatten(-1, heads)
+        v = self.v(context).unflatten(-1, heads)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        out = self.attend(q.to(v.dtype), k.to(v.dtype), v, q_lens, k_lens, k_bias)
+        return self.o(out.flatten(1))
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward with modulation and gate, cross-attention with neither."""
+
+    def __init__(self, config: DiTConfig, kernel: str) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn = Attention(config, kernel)
+        self.norm3 = LayerNorm(config.dim, config.eps)
+        self.cross_attn = Attention(config, kernel)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = Modulation(6, config.dim)
+
+    def forward(self, x: Tensor, cond: Conditions) -> Tensor:
+        """The residual stream `x (T, dim)` fp32, in and out."""
+        layout, lens = cond.video_runs, cond.video_lens
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = self.modulation(cond.modulation)
+        y = modulate_norm(x, shift_attn, scale_attn, layout, self.eps).to(cond.dtype)
+        x = add_gated(x, self.self_attn(y, y, lens, lens, rope=cond.rope), gate_attn, layout)
+        y = self.norm3(x).to(cond.dtype)
+        x = x + self.cross_attn(y, cond.context, lens, cond.context_lens, k_bias=cond.context_bias)
+        y = modulate_norm(x, shift_ffn, scale_ffn, layout, self.eps).to(cond.dtype)
+        return add_gated(x, self.ffn(y), gate_ffn, layout)
+
+
+class Head(nn.Module):
+    """The last norm, modulated by the time embedding itself, and the projection to tokens; fp32."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = Linear32(config.dim, config.out_channels * PATCH_SIZE)
+        self.modulation = Modulation(2, config.dim)
+
+    def forward(self, x: Tensor, e: Tensor, layout: tuple[Run, ...]) -> Tensor:
+        """`x (T, dim)`, `e (N, dim)` -> tokens `(T, C*4)`, ordered (channel, row, column)."""
+        shift, scale = self.modulation(e[:, None])
+        tokens = self.head(modulate_norm(x, shift, scale, layout, self.eps))
+        # the checkpoint's head gives (row, column, channel)
+        return tokens.unflatten(1, (PATCH_SIZE, -1)).transpose(1, 2).flatten(1)
+
+
+class WanDiT(nn.Module):
+    """(pack, sigma) -> velocity tokens. May be built on the meta device and filled later."""
+
+    def __init__(self, config: DiTConfig, kernel: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Linear(config.in_channels * PATCH_SIZE, dim)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(Linear32(config.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
+        self.blocks = nn.ModuleList([Block(config, kernel) for _ in range(config.num_layers)])
+        self.head = Head(config)
+
+    def forward(self, pack: Pack, sigma: Tensor) -> Tensor:
+        """Velocity `(T, C*4)` fp32 for the noisy tokens of `pack` at noise levels `sigma (N,)`, fp32 or fp64.
+
+        Raises ValueError when a caption has more states than the model has text slots.
+        """
+        if sigma.shape != (len(pack.video_lens),) or sigma.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"sigma is {sigma.dtype} {tuple(sigma.shape)}, not one fp32 value for each sample")
+        dtype = self.compute_dtype(pack.tokens.device.type)
+        e = self.time_embedding(time_features(sigma, self.config.freq_dim))
+        context, bias, context_lens = self.embed_text(pack, dtype)
+        cond = Conditions(
+            modulation=self.time_projection(e).unflatten(1, (6, -1)),
+            context=context,
+            context_bias=bias,
+            context_lens=context_lens,
+            rope=rope_table(pack.positions, self.config.dim // self.config.num_heads),
+            video_lens=pack.video_lens,
+            video_runs=tuple(runs(pack.video_lens)),
+            dtype=dtype,
+        )
+        x = self.patch_embedding(pack.tokens.to(dtype)).float()
+        for block in self.blocks:
+            x = block(x, cond)
+        return self.head(x, e, cond.video_runs)
+
+    def compute_dtype(self, device: str) -> torch.dtype:
+        """In which dtype the Linears run: autocast's where it is on, else that of the weights."""
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.patch_embedding.weight.dtype
+
+    def embed_text(self, pack: Pack, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """Projected text `(S, dim)`, the bias of each key `(S,)`, and the number of keys of each sample.
+
+        The model attends to `text_slots` keys, of which the unused are zero before the projection and so all equal
+        after it. n equal keys weigh in the softmax as one whose logit is larger by log(n): one key stands for them all.
+        """
+        slots, device = self.config.text_slots, pack.text.device
+        if max(pack.text_lens) > slots:
+            raise ValueError(f"a caption has {max(pack.text_lens)} text states, the model has {slots} slots")
+        zero_row = pack.text.shape[0]
+        text = torch.cat([pack.text, pack.text.new_zeros(1, pack.text.shape[1])]).to(dtype)
+        rows, bias, first = [], [], 0
+        for length in pack.text_lens:
+            rows += range(first, first + length)
+            bias += [0.0] * length
+            if length < slots:
+                rows.append(zero_row)
+                bias.append(math.log(slots - length))
+            first += length
+        context = self.text_embedding(text).index_select(0, torch.tensor(rows, device=device))
+        lens = tuple(length + (length < slots) for length in pack.text_lens)
+        return context, torch.tensor(bias, device=device), lens
+
+
+def time_features(sigma: Tensor, freq_dim: int) -> Tensor:
+    """Sinusoids of the timestep 1000 * sigma: `(N,)` -> `(N, freq_dim)` fp32, cosines first, computed in fp64."""
+    half = freq_dim // 2
+    freqs = 10_000.0 ** -(torch.arange(half, dtype=torch.float64, device=sigma.device) / half)
+    angles = 1000.0 * sigma.double()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def keeps_fp32(name: str) -> bool:
+    """Whether the parameter of this name stays fp32 when the model's weights are bf16."""
+    return not FP32_PARTS.isdisjoint(name.split("."))
+
+
+def cast_weights(model: WanDiT, dtype: torch.dtype) -> None:
+    """Cast the weights of the Linears to `dtype` in place; the fp32 parts become fp32."""
+    for name, param in model.named_parameters():
+        param.data = param.data.to(torch.float32 if keeps_fp32(name) else dtype)
+
+
+@torch.no_grad()
+def init_weights(model: WanDiT, seed: int) -> None:
+    """Random weights in the original's way, in place; each parameter's draws depend on its name and the seed alone.
+
+    Linears Xavier-uniform with zero bias; text and time embedding N(0, 0.02); tables N(0, 1/dim); the head zero, so that
+    a new model's velocity is zero; the patch embedding's bias is a convolution's, uniform in +-1/sqrt(fan in).
+    """
+    for name, param in model.named_parameters():
+        key = hashlib.blake2b(f"{seed}/init/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        value = torch.empty(param.shape)
+        if "norm" in name:
+            value.fill_(float(name.endswith("weight")))
+        elif "modulation" in name:
+            value.normal_(0, param.shape[-1] ** -0.5, generator=generator)
+        elif name == "patch_embedding.bias":
+            bound = model.patch_embedding.in_features**-0.5
+            value.uniform_(-bound, bound, generator=generator)
+        elif name.endswith("bias") or name == "head.head.weight":
+            value.zero_()
+        elif name.startswith(("text_embedding", "time_embedding")):
+            value.normal_(0, 0.02, generator=generator)
+        else:
+            nn.init.xavier_uniform_(value, generator=generator)
+        param.copy_(value)
