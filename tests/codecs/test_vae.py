@@ -1,0 +1,84 @@
+"""The VAE codec against diffusers called directly."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+
+from wanloom.codecs.vae import VaeCodec
+from wanloom.config import UserError
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_pipeline: Path) -> VaeCodec:
+    return VaeCodec.load(tiny_pipeline, "cpu")
+
+
+def random_frames(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, (*shape, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+
+
+def test_encode_is_the_normalised_posterior_mean(codec: VaeCodec, tiny_pipeline: Path) -> None:
+    frames = random_frames(9, 32, 48)
+    latents = codec.encode(frames)
+    vae = AutoencoderKLWan.from_pretrained(tiny_pipeline / "vae")
+    video = (frames.double() / 255 * 2 - 1).float().permute(3, 0, 1, 2)[None]
+    with torch.no_grad():
+        mean, _ = vae.encode(video).latent_dist.parameters.chunk(2, dim=1)
+    for channel in range(16):  # written out, channel by channel
+        expected = (mean[0, channel] - vae.config.latents_mean[channel]) / vae.config.latents_std[channel]
+        torch.testing.assert_close(latents[channel], expected, rtol=1e-4, atol=1e-5)
+    assert latents.shape == (16, 3, 4, 6)
+    assert latents.dtype == torch.float32
+    assert not latents.requires_grad
+
+
+def test_decode_undoes_the_normalisation_and_clamps(codec: VaeCodec, tiny_pipeline: Path) -> None:
+    latents = 4 * torch.randn(16, 2, 4, 6, generator=torch.Generator().manual_seed(1))
+    vae = AutoencoderKLWan.from_pretrained(tiny_pipeline / "vae")
+    raw = torch.stack([latents[c] * vae.config.latents_std[c] + vae.config.latents_mean[c] for c in range(16)])
+    with torch.no_grad():
+        video = vae.decode(raw[None]).sample[0]
+    expected = ((video.clamp(-1, 1) + 1) / 2 * 255).permute(1, 2, 3, 0)
+    frames = codec.decode(latents)
+    assert frames.shape == (5, 32, 48, 3)
+    assert frames.dtype == torch.uint8
+    assert (frames.float() - expected).abs().max() <= 0.51
+
+
+def test_a_batch_is_its_samples(codec: VaeCodec) -> None:
+    frames = random_frames(3, 5, 16, 16)
+    together = codec.encode_batch(frames)
+    for i in range(3):
+        torch.testing.assert_close(together[i], codec.encode(frames[i]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 16), (5, 12, 16), (5, 16, 20)])
+def test_what_the_vae_would_drop_is_an_error(codec: VaeCodec, shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="4n\\+1"):
+        codec.encode(random_frames(*shape))
+
+
+def test_a_missing_folder_and_a_missing_tensor_are_named(tiny_pipeline: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no VAE"):
+        VaeCodec.load(tmp_path, "cpu")
+    shutil.copytree(tiny_pipeline / "vae", tmp_path / "vae")
+    (file,) = (tmp_path / "vae").glob("*.safetensors")
+    state = load_file(file)
+    del state["quant_conv.bias"]
+    save_file(state, file)
+    with pytest.raises(UserError, match=r"lacks 1 tensor.*quant_conv\.bias"):
+        VaeCodec.load(tmp_path, "cpu")
+
+
+def test_identity_follows_the_weights(codec: VaeCodec, tiny_pipeline: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_pipeline / "vae", tmp_path / "vae")
+    assert VaeCodec.load(tmp_path, "cpu").identity == codec.identity
+    (file,) = (tmp_path / "vae").glob("*.safetensors")
+    state = load_file(file)
+    state["quant_conv.bias"] += 1e-3
+    save_file(state, file)
+    assert VaeCodec.load(tmp_path, "cpu").identity != codec.identity
