@@ -1,0 +1,160 @@
+"""Tar writing, the index, and reading samples back: equality, damage, folders of others, remote paths."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save
+
+from wanloom.config import UserError
+from wanloom.data.shards import INDEX, SCHEMA, Dataset, build_table, encode_index, index_rows
+from wanloom.data.tar import END, scan_tar, tar_member, tar_pair, write_atomic
+
+SHAPES = [(16, 3, 4, 6), (16, 1, 8, 8), (16, 2, 2, 4), (16, 5, 4, 4)]
+
+
+def draw(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(i)
+    latents = torch.randn(SHAPES[i % len(SHAPES)], generator=generator).bfloat16()
+    return latents, torch.randn(3 + 2 * i, 8, generator=generator).bfloat16()
+
+
+def write_folder(folder: Path, with_index: bool = True) -> Path:
+    rows = []
+    for split, shard, numbers in (("train", 0, (0, 1, 2)), ("train", 1, (3, 4)), ("val", 0, (5,))):
+        name = f"{split}/shard-{shard:06d}.tar"
+        pairs = [tar_pair(f"clip{i}", *draw(i), {"caption": f"caption {i}", "source": f"{i}.mp4"}) for i in numbers]
+        write_atomic(folder / name, [*pairs, END])
+        with (folder / name).open("rb") as file:
+            rows += index_rows(scan_tar(file, name), name, split)
+    if with_index:
+        write_atomic(folder / INDEX, encode_index(build_table(rows)))
+    return folder
+
+
+def test_every_sample_reads_back(tmp_path: Path) -> None:
+    dataset = Dataset.open(write_folder(tmp_path))
+    train, val = dataset.rows("train"), dataset.rows("val")
+    assert (train.keys, val.keys) == ([f"clip{i}" for i in range(5)], ["clip5"])
+    assert train.captions[3] == "caption 3"
+    for i, row in enumerate([*(train[i] for i in range(5)), val[0]]):
+        sample = dataset.read(row)
+        latents, text = draw(i)
+        assert torch.equal(sample.latents, latents)
+        assert torch.equal(sample.text, text)
+        assert (sample.key, sample.caption) == (f"clip{i}", f"caption {i}")
+        channels, frames, height, width = latents.shape
+        assert (row.channels, row.frames, row.height, row.width) == (channels, frames, height, width)
+        assert row.tokens == frames * height * width // 4
+        assert row.text_len == len(text)
+    assert train.tokens.tolist() == [18, 16, 4, 20, 18]
+    assert train.shapes.tolist() == [list(SHAPES[i % 4]) for i in range(5)]
+    assert train.text_lens.tolist() == [3, 5, 7, 9, 11]
+
+
+def test_the_range_in_the_index_is_the_member(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    for row in pq.read_table(folder / INDEX).to_pylist():
+        with tarfile.open(folder / row["shard"]) as archive:
+            member = archive.getmember(f"{row['key']}.safetensors")
+            data = archive.extractfile(member).read()
+        assert (folder / row["shard"]).read_bytes()[row["offset"] : row["offset"] + row["size"]] == data
+
+
+def test_the_archive_is_plain_and_has_no_trace_of_the_machine(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    with tarfile.open(folder / "train/shard-000000.tar") as archive:
+        members = archive.getmembers()
+        assert [m.name for m in members] == [f"clip{i}.{end}" for i in range(3) for end in ("json", "safetensors")]
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in members} == {(0, 0, 0, "", 0o644)}
+        assert json.load(archive.extractfile("clip1.json"))["caption"] == "caption 1"
+
+
+def test_a_folder_without_index_is_scanned_once(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", with_index=False)
+    scanned = Dataset.open(folder)
+    assert (folder / INDEX).is_file()
+    assert scanned.table.equals(Dataset.open(write_folder(tmp_path / "b")).table)
+    assert torch.equal(scanned.read(scanned.rows("val")[0]).latents, draw(5)[0])
+
+
+def test_a_remote_folder() -> None:
+    memory = fsspec.filesystem("memory")
+    for i in range(2):
+        memory.pipe(f"/set/train/{i}.tar", tar_pair(f"k{i}", *draw(i), {"caption": "c"}) + END)
+    dataset = Dataset.open("memory://set")
+    rows = dataset.rows("train")
+    assert rows.keys == ["k0", "k1"]
+    assert torch.equal(dataset.read(rows[1]).text, draw(1)[1])
+    memory.rm("/set", recursive=True)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    dataset = Dataset.open(folder)
+    row = dataset.rows("train")[1]
+    shard = folder / row.shard
+    good = shard.read_bytes()
+    bad = bytearray(good)
+    bad[row.offset + row.size - 1] ^= 1
+    shard.write_bytes(bad)
+    with pytest.raises(UserError, match=r"'clip1' in .*shard-000000\.tar is damaged \(its bytes changed\)"):
+        Dataset.open(folder).read(row)
+    shard.write_bytes(good[: row.offset + 10])
+    with pytest.raises(UserError, match=r"shard-000000\.tar is cut off"):
+        Dataset.open(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"shard-000000\.tar is missing"):
+        Dataset.open(folder)
+    (folder / INDEX).write_bytes(b"PAR1 no")
+    with pytest.raises(UserError, match=r"index .* is damaged"):
+        Dataset.open(folder)
+
+
+def test_what_is_no_prepared_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no folder"):
+        Dataset.open(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no prepared data"):
+        Dataset.open(tmp_path)
+    (write_folder(tmp_path / "set") / ".work").mkdir()
+    with pytest.raises(UserError, match="not finished"):
+        Dataset.open(tmp_path / "set")
+
+
+def scan(data: bytes) -> list[str]:
+    return [pair.key for pair in scan_tar(io.BytesIO(data), "x.tar")]
+
+
+def test_scanning_refuses_what_it_cannot_trust() -> None:
+    pair = tar_pair("a", *draw(0), {"caption": "c"})
+    tensors = tar_member("b.safetensors", save({"latents": torch.zeros(16, 1, 2, 2)}))
+    assert scan(pair + END) == ["a"]
+    with pytest.raises(UserError, match="never opened"):
+        scan(pair + tar_member("b.pth", b"x") + END)
+    with pytest.raises(UserError, match=r"no member 'b\.json'"):
+        scan(pair + tensors + END)
+    with pytest.raises(UserError, match="damaged"):
+        scan(pair[:-700])
+    with pytest.raises(UserError, match="damaged"):
+        scan(tar_member("c.json", b"{") + END)
+    with pytest.raises(UserError, match="damaged"):
+        scan(tar_member("c.safetensors", b"no tensors here") + END)
+
+
+def test_odd_sizes_and_equal_keys_are_errors() -> None:
+    def rows(*shape: int) -> list:
+        data = tar_pair("a", torch.zeros(shape), torch.zeros(2, 8), {}) + END
+        return index_rows(scan_tar(io.BytesIO(data), "x.tar"), "x.tar", "train")
+
+    with pytest.raises(UserError, match=r"'a' .* cannot be trained on"):
+        rows(16, 1, 3, 4)
+    with pytest.raises(UserError, match="is not latents"):
+        rows(16, 3, 4)
+    with pytest.raises(UserError, match="'a' is in this folder more than once"):
+        build_table(rows(16, 1, 2, 2) * 2)
+    assert build_table([]).schema.equals(SCHEMA)

@@ -1,0 +1,273 @@
+"""A prepared folder: its index, and samples by one range read each.
+
+In: a folder (or any fsspec address) of WebDataset tars made by `wanloom prepare`, or by others with the same members.
+Out: `Index` (what planning and packing need, without touching a shard) and `Sample` (latents, text, caption). The one
+decision: the index holds byte ranges, so a sample is one read at a known place and never a scan; on a local disk the
+read is a memory map. Every sample is checked against its sha256. A folder without an index is scanned once.
+"""
+
+import hashlib
+import io
+import logging
+import mmap
+from collections import Counter
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from wanloom.config import UserError
+from wanloom.data.tar import Pair, scan_tar, write_atomic
+from wanloom.model.sequence import grid_of
+
+log = logging.getLogger(__name__)
+
+INDEX = "index.parquet"
+OPEN_SHARDS = 64  # memory maps kept; each holds a file descriptor
+
+
+class Row(NamedTuple):
+    """One sample in the index. frames, height and width are those of the latents."""
+
+    key: str
+    split: str  # "train" or "val"
+    shard: str  # path inside the folder
+    offset: int  # of the safetensors data in the shard, bytes
+    size: int
+    frames: int
+    height: int
+    width: int
+    channels: int
+    tokens: int
+    text_len: int
+    caption: str
+    source: str
+    sha256: str  # of the safetensors member; empty in a folder that others made
+
+
+SCHEMA = pa.schema([(name, pa.string() if kind is str else pa.int64()) for name, kind in Row.__annotations__.items()])
+
+
+class Sample(NamedTuple):
+    """What training takes: latents `(C, F, H, W)`, text states `(L, D)`."""
+
+    key: str
+    latents: Tensor
+    text: Tensor
+    caption: str
+
+
+class Index:
+    """Rows of one split, in the order of the shards. `index[i]` is a `Row`; columns are read whole."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, i: int) -> Row:
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        return Row(*(column[i].as_py() for column in self.table.columns))
+
+    @cached_property
+    def keys(self) -> list[str]:
+        return self.table["key"].to_pylist()
+
+    @cached_property
+    def captions(self) -> list[str]:
+        return self.table["caption"].to_pylist()
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """`(N,)` int64: tokens of each sample."""
+        return self.table["tokens"].to_numpy()
+
+    @cached_property
+    def text_lens(self) -> np.ndarray:
+        """`(N,)` int64: text states of each sample."""
+        return self.table["text_len"].to_numpy()
+
+    @cached_property
+    def shapes(self) -> np.ndarray:
+        """`(N, 4)` int64: channels, frames, height and width of the latents of each sample."""
+        return np.stack([self.table[name].to_numpy() for name in ("channels", "frames", "height", "width")], axis=1)
+
+
+class Dataset:
+    """An open folder. Safe to read from several threads."""
+
+    def __init__(self, path: str, table: pa.Table) -> None:
+        self.path = path
+        self.fs, self.root = url_to_fs(path)
+        self.table = table.combine_chunks()
+        self.is_local = "file" in _protocols(self.fs)
+        self._map = lru_cache(OPEN_SHARDS)(self._open_map)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Dataset":
+        """Read the index, or build it from the tars. Raises UserError when this is no finished prepared folder."""
+        path = str(path)
+        fs, root = url_to_fs(path)
+        try:
+            if fs.exists(f"{root}/.work"):
+                raise UserError(
+                    f"'{path}' is not finished: run the same `wanloom prepare` command again to complete it."
+                )
+            if fs.exists(f"{root}/{INDEX}"):
+                table = pq.read_table(io.BytesIO(fs.cat_file(f"{root}/{INDEX}")))
+            else:
+                table = scan_folder(fs, root, path)
+                _keep_index(fs, root, table)
+        except (pa.ArrowInvalid, pa.ArrowException) as error:
+            raise UserError(f"The index of '{path}' is damaged: delete {INDEX} to have it built again.") from error
+        except OSError as error:
+            raise UserError(f"'{path}' cannot be read: {error}") from error
+        if table.schema.names != SCHEMA.names:
+            raise UserError(f"The index of '{path}' is of another version: delete {INDEX} to have it built again.")
+        dataset = cls(path, table)
+        dataset._check_shards()
+        return dataset
+
+    def rows(self, split: str) -> Index:
+        """The samples of "train" or "val"."""
+        return Index(self.table.filter(pc.field("split") == split).combine_chunks())
+
+    def read(self, row: Row) -> Sample:
+        """One sample. Raises UserError that names the shard and the key when its bytes are not what was written."""
+        data = self._bytes(row)
+        problem = ""
+        tensors: dict[str, Tensor] = {}
+        if len(data) != row.size:
+            problem = f"{len(data)} of {row.size} bytes"
+        elif row.sha256 and hashlib.sha256(data).hexdigest() != row.sha256:
+            problem = "its bytes changed"
+        else:
+            try:
+                tensors = load(data)
+            except SafetensorError as error:
+                problem = str(error)
+        if problem or not {"latents", "text"} <= tensors.keys():
+            raise UserError(
+                f"The sample '{row.key}' in {self.path}/{row.shard} is damaged ({problem or 'a tensor is missing'}): "
+                "restore the file or prepare the folder again."
+            )
+        return Sample(row.key, tensors["latents"], tensors["text"], row.caption)
+
+    def _bytes(self, row: Row) -> bytes:
+        try:
+            if self.is_local:
+                return self._map(row.shard)[row.offset : row.offset + row.size]
+            return self.fs.cat_file(f"{self.root}/{row.shard}", start=row.offset, end=row.offset + row.size)
+        except (OSError, ValueError) as error:  # mmap of an empty file is a ValueError
+            raise UserError(f"The sample '{row.key}' in {self.path}/{row.shard} cannot be read: {error}") from error
+
+    def _open_map(self, shard: str) -> mmap.mmap:
+        with open(f"{self.root}/{shard}", "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _check_shards(self) -> None:
+        """Every shard is there and long enough: a lost or cut file is named now and not after hours."""
+        end = pa.array(self.table["offset"].to_numpy() + self.table["size"].to_numpy())
+        ends = self.table.append_column("end", end)
+        needed = ends.group_by("shard").aggregate([("end", "max")]).to_pydict()
+        for shard, end in zip(needed["shard"], needed["end_max"], strict=True):
+            try:
+                size = self.fs.size(f"{self.root}/{shard}")
+            except FileNotFoundError as error:
+                raise UserError(f"The shard {self.path}/{shard} is missing: restore it or prepare again.") from error
+            if size < end:
+                raise UserError(f"The shard {self.path}/{shard} is cut off: it has {size} of at least {end} bytes.")
+
+
+def index_rows(pairs: Iterable[Pair], shard: str, split: str) -> list[Row]:
+    """Index rows of the samples of one shard. Raises UserError when a sample is not latents and text."""
+    rows = []
+    for pair in pairs:
+        latents, text = pair.shapes.get("latents", ()), pair.shapes.get("text", ())
+        if len(latents) != 4 or len(text) != 2:
+            raise UserError(
+                f"The sample '{pair.key}' in {shard} is not latents (C, F, H, W) and text (L, D): {pair.shapes}."
+            )
+        try:
+            frames, height, width = grid_of(latents)
+        except ValueError as error:
+            raise UserError(f"The sample '{pair.key}' in {shard} cannot be trained on: {error}.") from error
+        rows.append(
+            Row(
+                key=pair.key,
+                split=split,
+                shard=shard,
+                offset=pair.offset,
+                size=pair.size,
+                frames=latents[1],
+                height=latents[2],
+                width=latents[3],
+                channels=latents[0],
+                tokens=frames * height * width,
+                text_len=text[0],
+                caption=str(pair.record.get("caption", "")),
+                source=str(pair.record.get("source", "")),
+                sha256=str(pair.record.get("sha256", "")),
+            )
+        )
+    return rows
+
+
+def build_table(rows: list[Row]) -> pa.Table:
+    """Rows as an arrow table; the keys of one dataset are unique."""
+    table = pa.table([list(column) for column in zip(*rows, strict=True)] or [[] for _ in SCHEMA], schema=SCHEMA)
+    most = Counter(row.key for row in rows).most_common(1)
+    if most and most[0][1] > 1:
+        raise UserError(f"The key '{most[0][0]}' is in this folder more than once: every sample needs its own.")
+    return table
+
+
+def encode_index(table: pa.Table) -> bytes:
+    """The bytes of the index file."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def scan_folder(fs: fsspec.AbstractFileSystem, root: str, path: str) -> pa.Table:
+    """The index of a folder of tars that has none. Tars under a folder `val` are the val split, all others train."""
+    root = root.rstrip("/")
+    if not fs.isdir(root):
+        raise UserError(f"There is no folder '{path}'.")
+    tars = sorted(name for name in fs.find(root) if name.endswith(".tar"))
+    if not tars:
+        raise UserError(f"'{path}' holds no prepared data: make it with `wanloom prepare INPUT {path}`.")
+    log.info("%s has no index: reading the headers of %d shards", path, len(tars))
+    rows = []
+    for tar in tars:
+        shard = tar[len(root) :].lstrip("/")
+        split = "val" if shard.split("/")[0] in ("val", "valid", "validation") else "train"
+        with fs.open(tar, "rb") as file:
+            rows += index_rows(scan_tar(cast(BinaryIO, file), f"{path}/{shard}"), shard, split)
+    return build_table(rows)
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _keep_index(fs: fsspec.AbstractFileSystem, root: str, table: pa.Table) -> None:
+    """Save a scanned index beside the shards where that is allowed, so that the next start is quick."""
+    if "file" not in _protocols(fs):
+        return
+    try:
+        write_atomic(Path(root) / INDEX, encode_index(table))
+    except OSError as error:
+        log.warning("the index of %s could not be saved (%s): it is built again at every start", root, error)

@@ -1,0 +1,123 @@
+"""WebDataset tar archives with the same bytes every time, and what a scan of their headers tells.
+
+In: samples as latents `(C, F, H, W)`, text states `(L, D)` and a record of where they come from. Out: the members
+`<key>.json` and `<key>.safetensors`, one after the other; a shard is nothing but such pairs joined and an end mark. The
+one decision: member headers carry no time, user or mode of this machine, so equal samples are equal bytes. Nothing here
+can run code: latents are safetensors, and a pickled member is refused. Format: POSIX ustar.
+"""
+
+import hashlib
+import io
+import json
+import os
+import struct
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from safetensors.torch import save
+from torch import Tensor
+
+from wanloom.config import UserError
+
+END = bytes(2 * tarfile.BLOCKSIZE)
+PICKLED = {"pth", "pt", "pickle", "pkl", "pyd", "ckpt"}
+
+
+class Pair(NamedTuple):
+    """One sample of a tar: where it is and what its headers say."""
+
+    key: str
+    start: int  # byte at which the pair begins in the tar, and where it ends
+    stop: int
+    offset: int  # byte at which the safetensors data begins
+    size: int
+    shapes: dict[str, tuple[int, ...]]  # of the tensors in the safetensors member
+    record: dict[str, Any]  # the json member
+
+
+def write_atomic(path: Path, chunks: bytes | Iterable[bytes]) -> None:
+    """Write a file under a temporary name in the same folder, flush it to the disk and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def tar_member(name: str, data: bytes) -> bytes:
+    """Header, data and padding of one member."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    info.mode = 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def tar_pair(key: str, latents: Tensor, text: Tensor, record: dict[str, Any]) -> bytes:
+    """The two members of a sample; the sha256 of the safetensors member is added to the record."""
+    tensors = save({"latents": latents.contiguous(), "text": text.contiguous()})
+    record = {**record, "sha256": hashlib.sha256(tensors).hexdigest()}
+    text_data = json.dumps(record, indent=1, sort_keys=True).encode()
+    return tar_member(f"{key}.json", text_data) + tar_member(f"{key}.safetensors", tensors)
+
+
+def scan_tar(file: BinaryIO, name: str) -> Iterator[Pair]:
+    """The samples of a tar, from its headers and json members. `name` is for the errors.
+
+    Raises UserError for pickled members, pairs without one half, and a tar that ends too early.
+    """
+    record: tuple[str, int, dict[str, Any]] | None = None
+    tensors: tuple[str, int, int, int, dict[str, tuple[int, ...]]] | None = None
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, slash, name_only = member.name.rpartition("/")
+                stem, _, suffix = name_only.partition(".")  # as WebDataset has it
+                key = folder + slash + stem
+                stop = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if suffix in PICKLED:
+                    raise UserError(
+                        f"{name} holds the pickled member '{member.name}'. Pickles can run code and are never opened: "
+                        "prepare the data again with `wanloom prepare`."
+                    )
+                if suffix == "json":
+                    record = (key, member.offset, _read_json(archive, member, name))
+                elif suffix == "safetensors":
+                    shapes = read_shapes(file, member.offset_data, member.size)
+                    tensors = (key, member.offset, member.offset_data, member.size, shapes)
+                if record and tensors and record[0] == tensors[0] == key:
+                    start = min(record[1], tensors[1])
+                    yield Pair(key, start, stop, tensors[2], tensors[3], tensors[4], record[2])
+                    record = tensors = None
+    except (tarfile.TarError, ValueError, struct.error, EOFError) as error:
+        raise UserError(f"{name} is damaged: {error}. Restore the file or prepare the folder again.") from error
+    left = record or tensors
+    if left:
+        other = "safetensors" if record else "json"
+        raise UserError(f"{name} has no member '{left[0]}.{other}': every sample needs a json and a safetensors.")
+
+
+def read_shapes(file: BinaryIO, offset: int, size: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a safetensors member, from its header alone. Raises ValueError when it is none."""
+    here = file.tell()
+    file.seek(offset)
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > size - 8:
+        raise ValueError("a safetensors header is longer than its member")
+    header = json.loads(file.read(length))
+    file.seek(here)
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _read_json(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> dict[str, Any]:
+    data = archive.extractfile(member) or io.BytesIO()
+    record = json.loads(data.read())
+    if not isinstance(record, dict):
+        raise ValueError(f"the member '{member.name}' is no json object")
+    return record
