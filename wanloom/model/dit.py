@@ -315,8 +315,8 @@ def cast_weights(model: WanDiT, dtype: torch.dtype) -> None:
 def init_weights(model: WanDiT, seed: int) -> None:
     """Random weights in the original's way, in place; each parameter's draws depend on its name and the seed alone.
 
-    Linears Xavier-uniform with zero bias; text and time embedding N(0, 0.02); tables N(0, 1/dim); the head zero, so that
-    a new model's velocity is zero; the patch embedding's bias is a convolution's, uniform in +-1/sqrt(fan in).
+    Linears Xavier-uniform with zero bias; text and time embedding N(0, 0.02); tables N(0, 1/dim); the head zero, so
+    that a new model's velocity is zero; the patch embedding's bias is a convolution's, uniform in +-1/sqrt(fan in).
     """
     for name, param in model.named_parameters():
         key = hashlib.blake2b(f"{seed}/init/{name}".encode(), digest_size=8).digest()

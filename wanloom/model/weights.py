@@ -1,0 +1,248 @@
+"""Weights on disk: published Wan transformers in diffusers or original naming, read strictly and written whole.
+
+In: a transformer folder, a pipeline folder, one safetensors file, or shards with or without an index. Out: a filled
+WanDiT. The one decision: `NAMES` is the only table of names, and the expected tensors follow from it and the config, so
+every missing, unexpected or wrong-shaped tensor is known before the first one is read.
+Only safetensors is read, tensor by tensor into the model's own memory: loading takes the model's size once.
+Sources: the files of Wan-AI/Wan2.1-T2V-1.3B and Wan-AI/Wan2.1-T2V-1.3B-Diffusers.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wanloom.config import UserError
+from wanloom.model.dit import PATCH_SIZE, DiTConfig, WanDiT, cast_weights
+from wanloom.model.published import (
+    Stored,
+    check_channels,
+    config_json,
+    find_files,
+    open_tensors,
+    parse_config,
+    read_headers,
+    read_json,
+    transformer_folder,
+)
+from wanloom.model.sequence import PATCH
+
+Layout = Literal["original", "diffusers"]
+LAYOUTS: tuple[Layout, ...] = ("original", "diffusers")
+WEIGHTS_NAME = "diffusion_pytorch_model"
+SHARD_BYTES = 10 * 10**9
+HEAD_DIM = 128  # of every published model
+
+# (original, diffusers) modules, N for the number of the block. Ours are the original's, but that a modulation table is
+# the `weight` of its module here and a bare parameter there, and that our patch embedding is a Linear.
+NAMES = (
+    ("patch_embedding", "patch_embedding"),
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("blocks.N.self_attn.q", "blocks.N.attn1.to_q"),
+    ("blocks.N.self_attn.k", "blocks.N.attn1.to_k"),
+    ("blocks.N.self_attn.v", "blocks.N.attn1.to_v"),
+    ("blocks.N.self_attn.o", "blocks.N.attn1.to_out.0"),
+    ("blocks.N.self_attn.norm_q", "blocks.N.attn1.norm_q"),
+    ("blocks.N.self_attn.norm_k", "blocks.N.attn1.norm_k"),
+    ("blocks.N.norm3", "blocks.N.norm2"),
+    ("blocks.N.cross_attn.q", "blocks.N.attn2.to_q"),
+    ("blocks.N.cross_attn.k", "blocks.N.attn2.to_k"),
+    ("blocks.N.cross_attn.v", "blocks.N.attn2.to_v"),
+    ("blocks.N.cross_attn.o", "blocks.N.attn2.to_out.0"),
+    ("blocks.N.cross_attn.norm_q", "blocks.N.attn2.norm_q"),
+    ("blocks.N.cross_attn.norm_k", "blocks.N.attn2.norm_k"),
+    ("blocks.N.ffn.0", "blocks.N.ffn.net.0.proj"),
+    ("blocks.N.ffn.2", "blocks.N.ffn.net.2"),
+    ("blocks.N.modulation", "blocks.N.scale_shift_table"),
+    ("head.head", "proj_out"),
+    ("head.modulation", "scale_shift_table"),
+)
+TO_DIFFUSERS = dict(NAMES)
+# tensors of variants that a WanDiT is not, in either naming
+VARIANTS = {
+    "image-to-video": r"img_emb|image_embedder|k_img|v_img|add_k_proj|add_v_proj",
+    "VACE": r"^vace_",
+    "Animate": r"motion_encoder|face_adapter|face_encoder",
+}
+
+
+def rename(name: str, layout: Layout) -> str:
+    """Our parameter name in another layout. Raises ValueError for a name that the table does not have."""
+    module, _, parameter = name.rpartition(".")
+    row, number = re.subn(r"^blocks\.\d+\.", "blocks.N.", module)
+    if row not in TO_DIFFUSERS:
+        raise ValueError(f"'{name}' is no parameter of a WanDiT")
+    theirs = row if layout == "original" else TO_DIFFUSERS[row]
+    if number:
+        theirs = theirs.replace(".N.", f".{module.split('.')[1]}.")
+    return theirs if row.endswith("modulation") else f"{theirs}.{parameter}"
+
+
+def shape_in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of our parameter in both published layouts: the patch embedding is a Conv3d weight there."""
+    return (shape[0], shape[1] // (PATCH[1] * PATCH[2]), *PATCH) if name == "patch_embedding.weight" else shape
+
+
+def state_dict_as(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Our state dict under the names and shapes of another layout; the tensors share memory."""
+    return {rename(name, layout): x.reshape(shape_in_file(name, tuple(x.shape))) for name, x in state.items()}
+
+
+def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> WanDiT:
+    """A WanDiT with the weights at `path`; Linears in `dtype`, the parts that stay fp32 in fp32.
+
+    Raises UserError when there is no readable model, it is a variant that a WanDiT is not, or any tensor is missing,
+    unexpected or of another shape.
+    """
+    path = Path(path)
+    files = find_files(path)
+    stored = read_headers(files)
+    check_variant(stored, path)
+    with torch.device("meta"):
+        model = WanDiT(config_of(files, stored))
+    cast_weights(model, dtype)
+    places = match_names(model, stored, path)
+    model.to_empty(device=device)
+    for file in files:
+        with open_tensors(file) as tensors, torch.no_grad():
+            for name, param in model.named_parameters():
+                if places[name].file != file:
+                    continue
+                value = tensors.get_tensor(places[name].key)
+                if not value.is_floating_point():
+                    raise UserError(f"{file}: '{places[name].key}' is {value.dtype}; quantised weights are not read.")
+                param.copy_(value.reshape(param.shape))
+    return model
+
+
+def read_config(path: str | Path) -> DiTConfig:
+    """The config of the model at `path`, from config.json or, where there is none, from the shapes of its tensors."""
+    file = transformer_folder(Path(path)) / "config.json"
+    if file.is_file():
+        return parse_config(read_json(file), file)
+    files = find_files(Path(path))
+    return config_of(files, read_headers(files))
+
+
+def config_of(files: list[Path], stored: dict[str, Stored]) -> DiTConfig:
+    """From the config.json beside the files, else from shapes, which do not tell the number of heads."""
+    file = files[0].parent / "config.json"
+    if file.is_file():
+        return parse_config(read_json(file), file)
+    layout = layout_of(stored)
+    needed = ("patch_embedding.weight", "blocks.0.ffn.0.weight", "text_embedding.0.weight", "time_embedding.0.weight")
+    keys = [rename(name, layout) for name in (*needed, "head.head.weight")]
+    if not all(key in stored and len(stored[key].shape) >= 2 for key in keys):
+        raise UserError(f"{files[0]} is not a Wan transformer, and there is no config.json beside it.")
+    patch, ffn, text, time, head = (stored[key].shape for key in keys)
+    if patch[0] % HEAD_DIM or patch[0] < 1024:
+        raise UserError(f"{files[0]} is no published Wan size (width {patch[0]}): it needs its config.json beside it.")
+    blocks = {int(key.split(".")[1]) for key in stored if re.match(r"blocks\.\d+\.", key)}
+    channels = {"in_channels": patch[1], "out_channels": head[0] // PATCH_SIZE}
+    sizes = {"ffn_dim": ffn[0], "num_heads": patch[0] // HEAD_DIM, "num_layers": max(blocks) + 1}
+    values = {"dim": patch[0], **sizes, **channels, "text_dim": text[1], "freq_dim": time[1]}
+    return check_channels(DiTConfig(**values), files[0])
+
+
+def layout_of(stored: dict[str, Stored]) -> Layout:
+    """The layout that more of the names belong to."""
+    columns = zip(*NAMES, strict=True)
+    modules = {re.sub(r"^blocks\.\d+\.", "blocks.N.", key).removesuffix(".weight") for key in stored}
+    return max(zip((len(modules & set(column)) for column in columns), LAYOUTS, strict=True))[1]
+
+
+def check_variant(stored: dict[str, Stored], path: Path) -> None:
+    """Raises UserError for the variants of Wan that have further tensors."""
+    for variant, pattern in VARIANTS.items():
+        if any(re.search(pattern, key) for key in stored):
+            raise UserError(f"{path} is a Wan {variant} model; only text-to-video models are supported.")
+
+
+def match_names(model: WanDiT, stored: dict[str, Stored], path: Path) -> dict[str, Stored]:
+    """The place of each of our parameters. Raises UserError unless names and shapes match one to one."""
+    layout = layout_of(stored)
+    names = {name: rename(name, layout) for name, _ in model.named_parameters()}
+    shapes = {names[name]: shape_in_file(name, tuple(param.shape)) for name, param in model.named_parameters()}
+    problems = {
+        "missing": [key for key in shapes if key not in stored],
+        "unexpected": [key for key in stored if key not in shapes],
+        "of another shape": [
+            f"{key} ({list(stored[key].shape)} in the file, {list(shape)} in the model)"
+            for key, shape in shapes.items()
+            if key in stored and stored[key].shape != shape
+        ],
+    }
+    if any(problems.values()):
+        lines = [f"{len(found)} {kind}: {', '.join(sorted(found))}" for kind, found in problems.items() if found]
+        raise UserError(f"The tensors at {path} are not those of its config. {'. '.join(lines)}.")
+    return {name: stored[key] for name, key in names.items()}
+
+
+def save_dit(model: WanDiT, path: str | Path, layout: Layout = "diffusers") -> None:
+    """Write the model as a transformer folder: config.json and safetensors, in shards above 10 GB."""
+    save_weights(model.state_dict(), model.config, path, layout)
+
+
+def save_weights(
+    state: dict[str, Tensor],
+    config: DiTConfig,
+    path: str | Path,
+    layout: Layout = "diffusers",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """`save_dit` for a state dict (an EMA's, say). The folder appears whole, or not at all.
+
+    Raises UserError when `path` is there and not empty, or cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is there already and is not an empty folder: give a new one.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        write_shards(state_dict_as(state, layout), temporary, shard_bytes)
+        text = json.dumps(config_json(config, layout), indent=2, sort_keys=True)
+        (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_shards(state: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
+    """Safetensors files of at most `shard_bytes` where tensors allow; more than one get an index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for key, value in state.items():
+        if shards[-1] and size + value.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = value
+        size += value.nbytes
+        total += value.nbytes
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        suffix = "" if len(shards) == 1 else f"-{i:05d}-of-{len(shards):05d}"
+        name = f"{WEIGHTS_NAME}{suffix}.safetensors"
+        tensors = {key: value.detach().cpu().contiguous() for key, value in shard.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (folder / f"{WEIGHTS_NAME}.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
