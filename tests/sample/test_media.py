@@ -1,0 +1,85 @@
+"""Written files: what a player reads back, and that a failed write leaves nothing behind."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wanloom.data import shapes
+from wanloom.sample.media import write_mp4, write_png, write_sheet
+
+
+def clip(frames: int = 9, height: int = 48, width: int = 80) -> torch.Tensor:
+    return torch.from_numpy(shapes.build_clip(3, 5, frames=max(frames, 2), height=height, width=width)[0][:frames])
+
+
+def read(path: Path) -> np.ndarray:
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_a_video_plays_with_its_size_rate_and_colours(tmp_path):
+    frames, path = clip(), tmp_path / "a.mp4"
+    write_mp4(path, frames, 12)
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        assert (stream.codec.name, context.pix_fmt, stream.average_rate, stream.frames) == ("h264", "yuv420p", 12, 9)
+        assert (context.width, context.height, context.colorspace, context.color_range) == (80, 48, 1, 1)
+        assert stream.duration * stream.time_base == pytest.approx(9 / 12)
+    raw = path.read_bytes()
+    assert raw.index(b"moov") < raw.index(b"mdat")  # starts to play before all of it is there
+    difference = np.abs(read(path).astype(int) - frames.numpy().astype(int))
+    assert np.median(difference) <= 2 and difference.mean() < 5  # only colour edges blur
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_plain_colours_come_back(tmp_path):
+    for color in ((225, 45, 45), (45, 190, 65), (50, 85, 235), (255, 255, 255), (0, 0, 0)):
+        write_mp4(tmp_path / "c.mp4", torch.tensor(color, dtype=torch.uint8).expand(2, 32, 32, 3), 16)
+        assert np.abs(read(tmp_path / "c.mp4")[1, 16, 16].astype(int) - color).max() <= 4
+
+
+def test_the_same_frames_are_the_same_bytes(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write_mp4(tmp_path / name, clip(), 16)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"old")
+    with pytest.raises(ValueError, match="48x79 pixels"):
+        write_mp4(tmp_path / "a.mp4", clip()[:, :, :79], 16)
+    with pytest.raises(ValueError, match="not uint8 RGB"):
+        write_mp4(tmp_path / "a.mp4", clip().float(), 16)
+    with pytest.raises(OSError):
+        write_png(tmp_path / "missing" / "a.png", clip()[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"old"
+
+
+def test_a_picture_is_exact(tmp_path):
+    write_png(tmp_path / "a.png", clip()[3])
+    with Image.open(tmp_path / "a.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), clip()[3].numpy())
+
+
+@pytest.mark.parametrize(
+    ("frames", "width", "size"),
+    [
+        (17, 64, (4 * 128 + 12, 2 * 96 + 4)),  # enlarged twice
+        (3, 160, (3 * 160 + 8, 48)),  # as it is, one row
+        (1, 640, (320, 24)),  # reduced
+    ],
+)
+def test_a_sheet_shows_frames_from_first_to_last(tmp_path, frames, width, size):
+    pictures = clip(frames, 48, width)
+    write_sheet(tmp_path / "s.png", pictures)
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.size == size
+        cells = np.asarray(sheet)
+    if width == 64:
+        np.testing.assert_array_equal(cells[0:96:2, 0:128:2], pictures[0].numpy())
+        np.testing.assert_array_equal(cells[100:196:2, 3 * 132 : 3 * 132 + 128 : 2], pictures[-1].numpy())

@@ -1,0 +1,128 @@
+"""Text states and noise to latents: packs requests of any size, integrates the model's velocity with guidance.
+
+In: a model and requests, each with its noise and the text states of its prompt and negative prompt. Out: latents
+`(C, F, H, W)` fp32 on the CPU, in the order of the requests. The one decision: as many requests as fit the token budget
+share each call of the model, both branches of each; a request alone is always a pack, however large. Noise is drawn
+on the CPU from the request's own seed, so it does not depend on the device, its neighbours or its place in the list.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from wanloom.config import Config, UserError
+from wanloom.model.sequence import grid_of, patchify, unpatchify
+from wanloom.objective.noise import draw_noise
+from wanloom.sample.guidance import build_branches, guided_velocity
+from wanloom.sample.solvers import Solver, SolverName, build_solver
+
+SPATIAL_STEP = 16  # pixels of one token, rows and columns: 8 in the VAE times 2 in the patch
+TEMPORAL_STEP = 4  # frames of one latent frame, after the first
+PIXELS_PER_LATENT = 8
+
+
+class GenerateConfig(Config):
+    """How latents are sampled."""
+
+    solver: SolverName = "unipc"
+    steps: int = 50
+    shift: float = 5.0
+    guidance: float = Field(5.0, ge=1)  # 1 leaves the negative prompt out
+    tokens_per_pack: int = Field(16_384, ge=1)  # of both branches; past it, a call of the model gains nothing
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video or image to make."""
+
+    noise: Tensor  # (C, F, H, W)
+    text: Tensor  # (L, text_dim) states of the prompt
+    negative: Tensor  # (L', text_dim) states of the negative prompt; not read when guidance is 1
+
+
+def latents_shape(channels: int, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Shape of the latents of a video in pixels. Raises UserError with the nearest legal values."""
+    for name, value in (("height", height), ("width", width)):
+        if value < SPATIAL_STEP or value % SPATIAL_STEP:
+            legal = _around(value, SPATIAL_STEP, 0)
+            raise UserError(f"The {name} is {value}, it must be a multiple of {SPATIAL_STEP}: {legal}.")
+    if frames < 1 or frames % TEMPORAL_STEP != 1:
+        legal = _around(frames, TEMPORAL_STEP, 1)
+        raise UserError(f"The number of frames is {frames}, it must be 4n+1: {legal}.")
+    latent_frames = (frames - 1) // TEMPORAL_STEP + 1
+    return channels, latent_frames, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+
+
+def _around(value: int, step: int, rest: int) -> str:
+    """The legal values `step * n + rest` next to `value`, in words."""
+    below = (value - rest) // step * step + rest
+    smallest = rest or step
+    return f"try {smallest}" if below < smallest else f"try {below} or {below + step}"
+
+
+def draw_request_noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """The noise of the request with this seed."""
+    return draw_noise(shape, seed, "generate", 0)
+
+
+def plan_packs(requests: Sequence[Request], config: GenerateConfig) -> list[list[int]]:
+    """Indices of the requests of each pack, in order, under the token budget."""
+    branches = 1 if config.guidance == 1 else 2
+    packs: list[list[int]] = []
+    room = 0
+    for i, request in enumerate(requests):
+        frames, rows, cols = grid_of(request.noise.shape)
+        tokens = branches * frames * rows * cols
+        if not packs or tokens > room:
+            packs.append([])
+            room = config.tokens_per_pack
+        packs[-1].append(i)
+        room -= tokens
+    return packs
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    requests: Sequence[Request],
+    config: GenerateConfig,
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields (index of the request, latents) pack by pack; `on_step` gets the number of requests that moved a step."""
+    solver = build_solver(config.solver, config.steps, config.shift)
+    for pack in plan_packs(requests, config):
+        # equal sizes and text lengths side by side: the attention takes neighbours that agree as one batch
+        pack.sort(key=lambda i: (requests[i].noise.shape, requests[i].text.shape[0]))
+        chosen = [requests[i] for i in pack]
+        latents = _integrate(model, chosen, solver, config.guidance, on_step)
+        yield from sorted(zip(pack, latents, strict=True), key=lambda pair: pair[0])
+
+
+def _integrate(
+    model: nn.Module,
+    requests: Sequence[Request],
+    solver: Solver,
+    guidance: float,
+    on_step: Callable[[int], None] | None,
+) -> list[Tensor]:
+    """Latents of the requests of one pack."""
+    device = next(model.parameters()).device
+    grids = [grid_of(request.noise.shape) for request in requests]
+    negatives = [] if guidance == 1 else [request.negative for request in requests]
+    channels = requests[0].noise.shape[0]
+    branches = build_branches(grids, [request.text for request in requests], negatives, channels).to(device)
+    noise = torch.cat([patchify(request.noise) for request in requests]).to(device)
+
+    def velocity(tokens: Tensor, sigma: float) -> Tensor:
+        return guided_velocity(model, branches, tokens, sigma, guidance)
+
+    def moved() -> None:
+        if on_step is not None:
+            on_step(len(requests))
+
+    tokens = solver.integrate(velocity, noise, moved).cpu()
+    lengths = [frames * rows * cols for frames, rows, cols in grids]
+    return [unpatchify(part, grid) for part, grid in zip(tokens.split(lengths), grids, strict=True)]

@@ -1,0 +1,38 @@
+"""Classifier-free guidance: both branches are samples of one pack.
+
+In: the samples' sizes, the text states of their prompts and, for guidance other than 1, of their negative prompts.
+Out: the guided velocity, `negative + guidance * (prompt - negative)`, in fp32. The one decision: the branches share one
+call of the model, the prompts first and the negatives after them, so that neighbours of one text length meet in one
+attention call. Source: Ho & Salimans 2022.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from wanloom.model.sequence import PATCH, Grid, Pack, build_pack
+
+
+def build_branches(grids: Sequence[Grid], text: Sequence[Tensor], negative: Sequence[Tensor], channels: int) -> Pack:
+    """A pack of zero tokens for N samples, or for 2N when there are N negatives; text states are `(L_i, text_dim)`."""
+    if len(negative) not in (0, len(grids)) or len(text) != len(grids):
+        raise ValueError(f"{len(grids)} samples, {len(text)} texts and {len(negative)} negatives do not fit together")
+    grids = [*grids, *grids] if negative else list(grids)
+    width = channels * PATCH[1] * PATCH[2]
+    tokens = [torch.zeros(frames * rows * cols, width) for frames, rows, cols in grids]
+    return build_pack(tokens, grids, [*text, *negative])
+
+
+def guided_velocity(model: nn.Module, branches: Pack, tokens: Tensor, sigma: float, guidance: float) -> Tensor:
+    """Velocity `(T, C*4)` fp32 of the N samples `tokens (T, C*4)`, all at one noise level."""
+    count = len(branches.video_lens)
+    both = branches.tokens.shape[0] == 2 * tokens.shape[0]
+    pack = replace(branches, tokens=torch.cat([tokens, tokens]) if both else tokens)
+    level = torch.full((count,), sigma, dtype=torch.float32, device=tokens.device)
+    velocity = model(pack, level).float()
+    if not both:
+        return velocity
+    prompt, negative = velocity.chunk(2)
+    return negative + guidance * (prompt - negative)
