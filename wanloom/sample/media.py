@@ -1,8 +1,8 @@
 """Frames to files: H.264 in mp4, PNG pictures and contact sheets.
 
-In: frames `(F, H, W, 3)` uint8 RGB on the CPU. Out: a whole file or none: written beside its place and renamed. The one
-decision: what every browser plays and every machine repeats: yuv420p in BT.709 limited range, tagged so; the index in
-front; a fixed number of encoder threads, since x264's bytes depend on it.
+In: frames `(F, H, W, 3)` uint8 RGB, tensor or array. Out: a whole file or none: written beside its place and renamed.
+The one decision: what every browser plays and every machine repeats: yuv420p in BT.709 limited range, tagged so; the
+index in front; a fixed number of encoder threads, since x264's bytes depend on it.
 """
 
 import math
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
 from av.video.reformatter import ColorRange
 from PIL import Image
 from torch import Tensor
@@ -38,7 +37,7 @@ def written(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_mp4(path: Path, frames: Tensor, fps: int) -> None:
+def write_mp4(path: Path, frames: Tensor | np.ndarray, fps: int) -> None:
     """Raises ValueError for an odd height or width, which 4:2:0 colour cannot hold."""
     pictures = _to_array(frames)
     _, height, width, _ = pictures.shape
@@ -57,13 +56,13 @@ def write_mp4(path: Path, frames: Tensor, fps: int) -> None:
         container.mux(stream.encode(None))
 
 
-def write_png(path: Path, picture: Tensor) -> None:
+def write_png(path: Path, picture: Tensor | np.ndarray) -> None:
     """One picture `(H, W, 3)` uint8."""
     with written(path) as temporary:
         Image.fromarray(_to_array(picture)).save(temporary)
 
 
-def write_sheet(path: Path, frames: Tensor) -> None:
+def write_sheet(path: Path, frames: Tensor | np.ndarray) -> None:
     """A contact sheet: up to 8 frames from the first to the last, in reading order."""
     pictures = _to_array(frames)
     count = min(SHEET_FRAMES, len(pictures))
@@ -90,7 +89,8 @@ def _fit(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def _to_array(frames: Tensor) -> np.ndarray:
-    if frames.shape[-1] != 3 or frames.dtype != torch.uint8:
-        raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}, not uint8 RGB")
-    return np.ascontiguousarray(frames.cpu().numpy())
+def _to_array(frames: Tensor | np.ndarray) -> np.ndarray:
+    array = frames.cpu().numpy() if isinstance(frames, Tensor) else frames
+    if array.shape[-1] != 3 or array.dtype != np.uint8:
+        raise ValueError(f"frames are {array.dtype} {array.shape}, not uint8 RGB")
+    return np.ascontiguousarray(array)

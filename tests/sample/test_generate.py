@@ -1,0 +1,162 @@
+"""Latents from text and noise: against diffusers' WanPipeline, alone and in packs of unequal requests."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from wanloom.codecs.text import TextCodec
+from wanloom.codecs.vae import VaeCodec
+from wanloom.config import UserError, build_config
+from wanloom.model.dit import WanDiT
+from wanloom.model.weights import load_dit
+from wanloom.sample.generate import (
+    GenerateConfig,
+    Request,
+    draw_request_noise,
+    generate,
+    latents_shape,
+    plan_packs,
+)
+from wanloom.sample.solvers import build_scheduler
+
+PROMPT = "A red circle moves to the left across a dark background."
+NEGATIVE = "a cat in snow"
+
+
+class Parts(NamedTuple):
+    folder: Path
+    model: WanDiT
+    vae: VaeCodec
+    text: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_pipeline) -> Parts:
+    prompts = [PROMPT, NEGATIVE, "", "Something blue in the form of a square is going upwards."]
+    states = TextCodec.load(tiny_pipeline, "cpu").encode(prompts)
+    model = load_dit(tiny_pipeline).requires_grad_(False)
+    return Parts(tiny_pipeline, model, VaeCodec.load(tiny_pipeline, "cpu"), dict(zip(prompts, states, strict=True)))
+
+
+def make(parts: Parts, requests: list[Request], **settings) -> list[Tensor]:
+    found = dict(generate(parts.model, requests, build_config(GenerateConfig, settings)))
+    return [found[i] for i in range(len(requests))]
+
+
+def request(parts: Parts, size: tuple[int, int, int], seed: int, prompt: str = PROMPT) -> Request:
+    noise = draw_request_noise(latents_shape(16, *size), seed)
+    return Request(noise, parts.text[prompt], parts.text[NEGATIVE])
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+@pytest.mark.parametrize(
+    ("solver", "guidance", "size"),
+    [("unipc", 5.0, (9, 48, 80)), ("unipc", 1.0, (1, 64, 32)), ("dpm++", 5.0, (5, 80, 48))],
+)
+def test_latents_and_frames_are_those_of_wan_pipeline(parts, solver, guidance, size):
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(parts.folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = build_scheduler(solver, 5.0)
+    frames, height, width = size
+    one = request(parts, size, 7)
+
+    def theirs(output_type: str):
+        return pipe(
+            PROMPT,
+            negative_prompt=NEGATIVE,
+            height=height,
+            width=width,
+            num_frames=frames,
+            num_inference_steps=12,
+            guidance_scale=guidance,
+            latents=one.noise[None],
+            output_type=output_type,
+        ).frames[0]
+
+    got = make(parts, [one], solver=solver, guidance=guidance, steps=12, shift=5.0)[0]
+    want = theirs("latent")
+    assert got.shape == want.shape == one.noise.shape
+    assert want.std() > 0.5 and (want - one.noise).norm() > 0.3 * want.norm()  # it went somewhere
+    assert difference(got, want) < 1e-3
+    pixels = torch.from_numpy(theirs("np")).mul(255).round()
+    shown = parts.vae.decode(got).float()
+    assert shown.shape == pixels.shape == (frames, height, width, 3)
+    assert (shown - pixels).abs().max() <= 1
+
+
+def test_the_stock_grid_of_diffusers_is_not_ours(parts):
+    # the parity above is not blind: another grid, or exact timesteps in place of whole ones, would be noticed
+    one = request(parts, (9, 48, 80), 7)
+    base = make(parts, [one], steps=12, shift=5.0, guidance=1.0)[0]
+    other = make(parts, [one], steps=12, shift=5.1, guidance=1.0)[0]
+    assert difference(other, base) > 3e-3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_requests_of_any_size_in_one_pack_equal_each_alone(parts, guidance):
+    sizes = [(9, 48, 80), (1, 64, 64), (9, 48, 80), (5, 32, 96)]
+    prompts = [PROMPT, NEGATIVE, "", PROMPT]
+    requests = [request(parts, size, i, prompt) for i, (size, prompt) in enumerate(zip(sizes, prompts, strict=True))]
+    settings = {"steps": 4, "guidance": guidance}
+    together = make(parts, requests, tokens_per_pack=10_000, **settings)
+    for one, got in zip(requests, together, strict=True):
+        want = make(parts, [one], **settings)[0]
+        assert difference(got, want) < 1e-4
+    in_two = make(parts, requests, tokens_per_pack=130, **settings)
+    assert max(difference(a, b) for a, b in zip(in_two, together, strict=True)) < 1e-4
+
+
+def test_packs_keep_order_and_budget(parts):
+    requests = [request(parts, (9, 48, 80), i) for i in range(5)]  # 45 tokens each
+    assert plan_packs(requests, GenerateConfig(guidance=1.0, tokens_per_pack=100)) == [[0, 1], [2, 3], [4]]
+    assert plan_packs(requests, GenerateConfig(guidance=2.0, tokens_per_pack=180)) == [[0, 1], [2, 3], [4]]
+    assert plan_packs(requests, GenerateConfig(tokens_per_pack=1)) == [[0], [1], [2], [3], [4]]
+    steps: list[int] = []
+    config = GenerateConfig(steps=3, tokens_per_pack=200)
+    found = list(generate(parts.model, requests, config, steps.append))
+    assert [i for i, _ in found] == [0, 1, 2, 3, 4] and steps == [2, 2, 2, 2, 2, 2, 1, 1, 1]
+
+
+def test_noise_depends_on_the_seed_alone():
+    shape = latents_shape(16, 17, 64, 48)
+    assert shape == (16, 5, 8, 6)
+    first = draw_request_noise(shape, 3)
+    assert torch.equal(first, draw_request_noise(shape, 3)) and not torch.equal(first, draw_request_noise(shape, 4))
+    assert abs(first.mean()) < 0.05 and abs(first.std() - 1) < 0.05
+
+
+def test_the_same_call_gives_the_same_bits(parts):
+    requests = [request(parts, (5, 32, 32), i) for i in range(3)]
+    first, second = make(parts, requests, steps=3), make(parts, requests, steps=3)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((17, 60, 64), "height is 60, it must be a multiple of 16: try 48 or 64"),
+        ((17, 64, 8), "width is 8, it must be a multiple of 16: try 16"),
+        ((17, 64, 0), "width is 0, it must be a multiple of 16: try 16"),
+        ((16, 64, 64), "frames is 16, it must be 4n.1: try 13 or 17"),
+        ((0, 64, 64), "frames is 0, it must be 4n.1: try 1"),
+    ],
+)
+def test_sizes_that_do_not_divide_name_the_nearest(size, message):
+    with pytest.raises(UserError, match=message):
+        latents_shape(16, *size)
+
+
+def test_the_config_is_strict():
+    for values in ({"steps": 2.5}, {"guidance": 0.5}, {"solver": "heun"}, {"tokens_per_pack": 0}):
+        with pytest.raises(UserError, match=next(iter(values))):
+            build_config(GenerateConfig, values)
+    assert json.loads(GenerateConfig().model_dump_json())["steps"] == 50

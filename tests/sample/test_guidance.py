@@ -1,0 +1,67 @@
+"""Guidance: both branches in one pack against two calls of the model for each sample alone."""
+
+import pytest
+import torch
+
+from wanloom.model.dit import DiTConfig, WanDiT
+from wanloom.model.sequence import Grid, build_pack
+from wanloom.sample.guidance import build_branches, guided_velocity
+
+CONFIG = DiTConfig(
+    dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=24, freq_dim=32, text_slots=9
+)  # few: the text weighs more
+GRIDS: list[Grid] = [(3, 2, 4), (1, 3, 3), (3, 2, 4), (2, 1, 5)]
+TEXT_LENS = (5, 1, 5, 7)
+NEGATIVE_LENS = (2, 2, 6, 1)
+
+
+@pytest.fixture(scope="module")
+def model() -> WanDiT:
+    torch.manual_seed(0)
+    model = WanDiT(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    return model.requires_grad_(False)
+
+
+def states(lens: tuple[int, ...], seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(length, CONFIG.text_dim, generator=generator) for length in lens]
+
+
+def tokens_of(grid: Grid, seed: int) -> torch.Tensor:
+    frames, rows, cols = grid
+    return torch.randn(frames * rows * cols, 64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_one_pack_equals_separate_calls(model, guidance):
+    text, negative = states(TEXT_LENS, 1), states(NEGATIVE_LENS, 2)
+    samples = [tokens_of(grid, i) for i, grid in enumerate(GRIDS)]
+    branches = build_branches(GRIDS, text, negative if guidance != 1 else [], CONFIG.in_channels)
+    assert len(branches.video_lens) == (4 if guidance == 1 else 8)
+    got = guided_velocity(model, branches, torch.cat(samples), 0.37, guidance)
+
+    def alone(tokens, grid, states):
+        return model(build_pack([tokens], [grid], [states]), torch.tensor([0.37]))
+
+    want = []
+    for i, (tokens, grid) in enumerate(zip(samples, GRIDS, strict=True)):
+        prompt, without = alone(tokens, grid, text[i]), alone(tokens, grid, negative[i])
+        want.append(without + guidance * (prompt - without))
+    scale = torch.cat(want).abs().max()
+    assert (got - torch.cat(want)).abs().max() < 1e-5 * scale
+    assert got.dtype == torch.float32
+
+
+def test_the_branches_differ_enough_to_notice_a_swap(model):
+    text, negative = states((4,), 1), states((2,), 2)
+    tokens = tokens_of((2, 2, 2), 0)
+    one = guided_velocity(model, build_branches([(2, 2, 2)], text, negative, 16), tokens, 0.5, 5.0)
+    other = guided_velocity(model, build_branches([(2, 2, 2)], negative, text, 16), tokens, 0.5, 5.0)
+    assert (one - other).norm() > 0.05 * one.norm()
+
+
+def test_lists_that_do_not_fit_are_an_error():
+    with pytest.raises(ValueError, match="2 samples, 2 texts and 1 negatives"):
+        build_branches([(1, 1, 1)] * 2, states((1, 1), 0), states((1,), 0), 16)
