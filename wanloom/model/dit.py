@@ -18,6 +18,7 @@ leaf module, the modulation tables too. Source: Wan, arXiv 2503.20314, and its p
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ class Conditions(NamedTuple):
     context: Tensor  # (S, dim) projected text, compute dtype
     context_bias: Tensor  # (S,) fp32, added to the logits of each text key
     context_lens: tuple[int, ...]
-    rope: tuple[Tensor, Tensor]  # cos, sin (T, head_dim/2) fp32
+    rotation: Tensor  # (T, head_dim/2) complex64, of queries and keys
     video_lens: tuple[int, ...]
     video_runs: tuple[Run, ...]
     dtype: torch.dtype  # in which the Linears run
@@ -116,31 +117,31 @@ class Modulation(nn.Module):
 
 def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: tuple[Run, ...], eps: float) -> Tensor:
     """`layer_norm(x) * (1 + scale) + shift` with one scale and shift per sample: `x (T, dim)`, `scale (N, dim)`."""
-    scale = scale + 1
-    shape = x.shape[-1:]
+    scale, shape = scale + 1, x.shape[-1:]
+    samples = [run.samples for run in layout]
+    rows = zip(split_runs(x, layout), split(shift, samples), split(scale, samples), samples, strict=True)
     out = []
-    for part, (first, count, _) in zip(split_runs(x, layout), layout, strict=True):
-        if count == 1:  # the norm's own affine: one pass over memory, and its result is not kept for the backward pass
-            out.append(F.layer_norm(part, shape, scale[first], shift[first], eps))
+    for part, offset, factor, count in rows:
+        if count == 1:  # as the norm's own affine: one pass over memory, and nothing more kept for the backward pass
+            out.append(F.layer_norm(part, shape, factor[0], offset[0], eps))
         else:
-            of_runs = slice(first, first + count)
             normed = F.layer_norm(part, shape, eps=eps).unflatten(0, (count, -1))
-            out.append(torch.addcmul(shift[of_runs, None], normed, scale[of_runs, None]).flatten(0, 1))
+            out.append(torch.addcmul(offset[:, None], normed, factor[:, None]).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: tuple[Run, ...]) -> Tensor:
     """`x + y * gate` with one gate per sample: `x`, `y (T, dim)`, `gate (N, dim)`."""
+    samples = [run.samples for run in layout]
     out = []
-    for x_part, y_part, (first, count, _) in zip(split_runs(x, layout), split_runs(y, layout), layout, strict=True):
-        shape = (count, -1)
-        gates = gate[first : first + count, None]
-        out.append(torch.addcmul(x_part.unflatten(0, shape), y_part.unflatten(0, shape), gates).flatten(0, 1))
+    for x_part, y_part, factor in zip(split_runs(x, layout), split_runs(y, layout), split(gate, samples), strict=True):
+        shape = (factor.shape[0], -1)
+        out.append(torch.addcmul(x_part.unflatten(0, shape), y_part.unflatten(0, shape), factor[:, None]).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def split_runs(x: Tensor, layout: tuple[Run, ...]) -> tuple[Tensor, ...]:
-    return tuple(split(x, [run.samples * run.lens[0] for run in layout]))
+def split_runs(x: Tensor, layout: tuple[Run, ...]) -> Sequence[Tensor]:
+    return split(x, [run.samples * run.lens[0] for run in layout])
 
 
 class Attention(nn.Module):
@@ -164,16 +165,16 @@ class Attention(nn.Module):
         context: Tensor,
         q_lens: tuple[int, ...],
         k_lens: tuple[int, ...],
-        rope: tuple[Tensor, Tensor] | None = None,
+        rotation: Tensor | None = None,
         k_bias: Tensor | None = None,
     ) -> Tensor:
-        """`x (T, dim)`, `context (S, dim)` -> `(T, dim)`; `rope` turns queries and keys, `k_bias (S,)` is per key."""
+        """`x (T, dim)`, `context (S, dim)` -> `(T, dim)`; `rotation` is for queries and keys, `k_bias (S,)` per key."""
         heads = (-1, self.head_dim)
         q = self.norm_q(self.q(x)).unflatten(-1, heads)
         k = self.norm_k(self.k(context)).unflatten(-1, heads)
         v = self.v(context).unflatten(-1, heads)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if rotation is not None:
+            q, k = apply_rope(q, rotation), apply_rope(k, rotation)
         out = self.attend(q.to(v.dtype), k.to(v.dtype), v, q_lens, k_lens, k_bias)
         return self.o(out.flatten(1))
 
@@ -197,7 +198,7 @@ class Block(nn.Module):
         layout, lens = cond.video_runs, cond.video_lens
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = self.modulation(cond.modulation)
         y = modulate_norm(x, shift_attn, scale_attn, layout, self.eps).to(cond.dtype)
-        x = add_gated(x, self.self_attn(y, y, lens, lens, rope=cond.rope), gate_attn, layout)
+        x = add_gated(x, self.self_attn(y, y, lens, lens, rotation=cond.rotation), gate_attn, layout)
         y = self.norm3(x).to(cond.dtype)
         x = x + self.cross_attn(y, cond.context, lens, cond.context_lens, k_bias=cond.context_bias)
         y = modulate_norm(x, shift_ffn, scale_ffn, layout, self.eps).to(cond.dtype)
@@ -252,7 +253,7 @@ class WanDiT(nn.Module):
             context=context,
             context_bias=bias,
             context_lens=context_lens,
-            rope=rope_table(pack.positions, self.config.dim // self.config.num_heads),
+            rotation=rope_table(pack.positions, self.config.dim // self.config.num_heads),
             video_lens=pack.video_lens,
             video_runs=tuple(runs(pack.video_lens)),
             dtype=dtype,
