@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_arguments(parser)
     try:
-        return command.run(parser.parse_args(words[1:]))
+        return command.run(parser.parse_intermixed_args(words[1:]))
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:

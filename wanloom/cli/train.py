@@ -1,0 +1,218 @@
+"""`wanloom train`: put a run together and start it, or go on with it where its newest checkpoint is."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import wanloom
+
+if TYPE_CHECKING:  # torch is imported only when the command runs
+    import torch
+
+    from wanloom.data.loader import Plan, Source
+    from wanloom.model.dit import DiTConfig, WanDiT
+    from wanloom.recipes.run import Run
+    from wanloom.train.loop import Parts, RunState
+    from wanloom.train.metrics import ProgressLine
+
+HELP = """Train a model.
+
+RECIPE is a shipped recipe (tiny, wan2.1-t2v-1.3b, wan2.1-t2v-14b) or a YAML file; settings are changed with
+key.path=value. `wanloom show RECIPE` prints them all. The same command again goes on from the newest checkpoint.
+
+  wanloom train tiny data.path=prepared run_dir=runs/first
+  wanloom train wan2.1-t2v-1.3b data.path=prepared run_dir=runs/second train.steps=2000 optimizer.lr=2e-5
+"""
+EMPTY_TEXT = "empty_text.safetensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe or a YAML file")
+    parser.add_argument("settings", metavar="key.path=value", nargs="*", help="settings that replace the recipe's")
+    parser.add_argument(
+        "--training-mode",
+        choices=("pretrain", "finetune"),
+        help="preset of noise levels and optimizer; without it, pretrain for init=random, finetune for init=pretrained",
+    )
+    parser.add_argument(
+        "--mock",
+        metavar="SHAPES",
+        help="made-up data (frames x height x width), such as 81x480x832,1x480x832*4",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from wanloom.config import UserError
+    from wanloom.recipes.run import load_run
+    from wanloom.train.lock import lock_folder
+
+    settings = list(arguments.settings)
+    if arguments.mock:
+        settings.append(f'data.mock="{arguments.mock}"')
+    config = load_run(arguments.recipe, settings, arguments.training_mode)
+    if config.run_dir is None:
+        raise UserError("Say where checkpoints and metrics go: run_dir=FOLDER.")
+    run_dir = Path(config.run_dir)
+    with lock_folder(run_dir):
+        stopped = start(config, run_dir)
+    if stopped is None:
+        return 0
+    print(f"Stopped by a signal, and saved. To go on: {shlex.join(['wanloom', *sys.argv[1:]])}", flush=True)
+    return 128 + stopped
+
+
+def start(run: "Run", run_dir: Path) -> int | None:
+    """Train to the end, or to a signal, whose number is returned."""
+    from wanloom.data.loader import Loader, Plan, open_sources
+    from wanloom.dist import pick_device
+    from wanloom.model.flops import train_flops
+    from wanloom.recipes.run import model_config
+    from wanloom.train.checkpoint import Checkpointer
+    from wanloom.train.loop import Settings, Trainer
+    from wanloom.train.metrics import Metrics, ProgressLine
+    from wanloom.train.step import Objective, build_batch
+
+    config, device = model_config(run.model), pick_device()
+    sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
+    plan = Plan(sources, run.data.resolved(), run.batch, run.seed, lambda tokens: train_flops(config, tokens))
+    checkpointer = Checkpointer(run_dir, run.checkpoint)
+    newest = checkpointer.last()
+    state = resume_state(run, newest, plan)
+    progress = ProgressLine(state.step, run.train.steps)
+    if state.step >= run.train.steps:
+        progress.say(f"{run_dir} is complete at step {state.step}; a higher train.steps goes on from there.")
+        return None
+    parts = build_parts(run, config, device, newest, state, plan, sources, progress)
+    objective = Objective(
+        run.flow, run.seed, run.batch.samples, run.caption_dropout, empty_text(run, run_dir, config.text_dim)
+    )
+    settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log)
+    assemble = lambda step: build_batch(step, objective)  # noqa: E731
+    with Loader(sources, plan, state.step, assemble, run.data.prefetch) as batches:
+        trainer = Trainer(parts, settings, state, batches, checkpointer, Metrics(run_dir, state.step), progress)
+        stopped = trainer.run()
+    if stopped is None:
+        progress.say(f"Done: {checkpointer.last()}. Make videos with: wanloom generate --model {run.model} ")
+    return stopped
+
+
+def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
+    """Where to go on. Raises UserError when the recipe or the data are not those of the checkpoint."""
+    import yaml
+
+    from wanloom.config import UserError
+    from wanloom.recipes.run import changed_keys
+    from wanloom.train.checkpoint import read_state
+    from wanloom.train.loop import RunState
+
+    if newest is None:
+        return RunState()
+    stored = read_state(newest)
+    try:
+        before = yaml.safe_load((newest / "run.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{newest}/run.yaml cannot be read: {error}") from error
+    changed = changed_keys(before, run.model_dump(mode="json"))
+    if changed:
+        raise UserError(
+            f"{run.run_dir} was started with other settings: {', '.join(changed)}. Give the same ones to go on, or "
+            "another run_dir to start anew. (What may change: train.steps, batch.tokens_per_pack, checkpoint.*, log.*, "
+            "and where the data lies.)"
+        )
+    if stored["data"] != plan.fingerprint():
+        raise UserError(
+            f"The training data is not what {run.run_dir} was started with: other samples, lengths or weights. "
+            "Restore it to go on, or give another run_dir to start anew."
+        )
+    return RunState(**{key: stored[key] for key in RunState.__dataclass_fields__})
+
+
+def build_parts(
+    run: "Run",
+    config: "DiTConfig",
+    device: "torch.device",
+    newest: Path | None,
+    state: "RunState",
+    plan: "Plan",
+    sources: "list[Source]",
+    progress: "ProgressLine",
+) -> "Parts":
+    """Model, optimizer and average: new, from a pipeline, or as a checkpoint has them."""
+    import torch
+
+    from wanloom.evaluate.validation import build_validation
+    from wanloom.model.flops import train_flops
+    from wanloom.recipes.run import dump_run
+    from wanloom.train.checkpoint import load_tensors
+    from wanloom.train.ema import Ema
+    from wanloom.train.loop import Parts
+    from wanloom.train.optim import AdamW
+
+    model = build_model(run, config, device, fill=newest is None)
+    optimizer = AdamW(model.named_parameters(), run.optimizer)
+    bf16 = run.train.precision == "bf16"
+    parts = Parts(
+        model=model,
+        optimizer=optimizer,
+        ema=Ema(optimizer.named, run.ema.decay) if run.ema.decay else None,
+        device=device,
+        flops=lambda tokens: train_flops(config, tokens),
+        validate=build_validation(model, sources, run.batch.tokens_per_pack, device, bf16)
+        if run.log.validate_every
+        else None,
+        facts={
+            "model": config.model_dump(),
+            "data": plan.fingerprint(),
+            "versions": {"wanloom": wanloom.__version__, "torch": torch.__version__},
+        },
+        recipe=dump_run(run),
+    )
+    if newest is not None:
+        load_tensors(newest, parts.tensors())
+        optimizer.set_step_count(state.step)
+        progress.say(f"Going on from {newest}.")
+    return parts
+
+
+def build_model(run: "Run", config: "DiTConfig", device: "torch.device", fill: bool) -> "WanDiT":
+    """A model in fp32; without `fill` its values are left for a checkpoint."""
+    import torch
+
+    from wanloom.assets import find_pipeline
+    from wanloom.model.dit import WanDiT, init_weights
+    from wanloom.model.weights import load_dit
+
+    if fill and run.init == "pretrained":
+        return load_dit(find_pipeline(run.model, ("transformer",)), device=device)
+    with torch.device("meta"):
+        model = WanDiT(config)
+    model.to_empty(device=device)
+    if fill:
+        init_weights(model, run.seed)
+    return model
+
+
+def empty_text(run: "Run", run_dir: Path, text_dim: int) -> "torch.Tensor | None":
+    """The states of the empty caption, which `caption_dropout` puts in and guidance contrasts with.
+
+    They come from the text encoder of the pipeline once and are kept in the run folder.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from wanloom.assets import find_pipeline
+    from wanloom.codecs.text import TextCodec
+
+    path = run_dir / EMPTY_TEXT
+    if run.caption_dropout == 0:
+        return None
+    if run.data.mock:
+        return torch.randn(1, text_dim, generator=torch.Generator().manual_seed(0))
+    if not path.is_file():
+        codec = TextCodec.load(find_pipeline(run.model, ("text_encoder", "tokenizer")), "cpu")
+        partial = path.with_suffix(".partial")
+        save_file({"text": codec.encode([""])[0].float().contiguous()}, partial)
+        partial.replace(path)
+    return load_file(path)["text"]

@@ -1,0 +1,208 @@
+"""The steps of a run, in order: global order -> the samples of a step -> packs, read ahead in a thread.
+
+In: opened sources, their order, the batch size. Out: for every step its packs of items, through `assemble`, which the
+trainer gives to turn items into model inputs off the critical path. The one decision: a step is planned from the index
+alone (tokens and keys), so packing needs no sample in memory and any step can be made without those before it. Inside
+a pack samples are sorted by length: neighbours of equal lengths are computed as one batch.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from pydantic import Field
+
+from wanloom.config import Config, UserError
+from wanloom.data.mock import MockDataset
+from wanloom.data.order import Order, SourceConfig, source_weights
+from wanloom.data.packing import BatchConfig, pack_samples
+from wanloom.data.shards import Dataset, Index, Row, Sample
+
+T = TypeVar("T")
+
+
+class DataConfig(Config):
+    """Where the samples come from: one folder (`path`), a mix (`sources`) or nowhere (`mock`)."""
+
+    path: str | None = None
+    sources: tuple[SourceConfig, ...] = ()
+    mock: str | None = None  # shapes of made-up samples
+    prefetch: int = Field(default=2, ge=1)  # steps read ahead
+
+    def resolved(self) -> tuple[SourceConfig, ...]:
+        """The sources, whichever way they were given. Raises UserError unless there is exactly one way."""
+        ways = [bool(self.path), bool(self.sources), bool(self.mock)]
+        if sum(ways) != 1:
+            raise UserError(
+                "Say once where the training data is: data.path=FOLDER for a prepared folder, data.sources for "
+                "several, or --mock SHAPES for made-up data."
+            )
+        return self.sources or (SourceConfig(path=self.path or f"mock {self.mock}"),)
+
+
+class Source(Protocol):
+    """What the loader needs of a dataset; `shards.Dataset` and `mock.MockDataset` are such."""
+
+    path: str
+
+    def rows(self, split: str) -> Index:
+        """The index of a split."""
+        ...
+
+    def read(self, row: Row) -> Sample:
+        """One sample."""
+        ...
+
+
+def open_sources(config: DataConfig, channels: int, text_dim: int, text_slots: int) -> list[Source]:
+    """Open what the config names. Raises UserError for a source that does not fit a model of these sizes."""
+    named = config.resolved()
+    if config.mock:
+        return [MockDataset(config.mock, text_dim, channels)]
+    sources: list[Source] = [Dataset.open(source.path) for source in named]
+    for source in sources:
+        index = source.rows("train")
+        if len(index) == 0:
+            raise UserError(f"{source.path} has no training samples.")
+        if (found := {int(n) for n in index.shapes[:, 0]}) != {channels}:
+            raise UserError(f"{source.path} has latents of {sorted(found)} channels, the model takes {channels}.")
+        found = source.read(index[0]).text.shape[1]
+        if found != text_dim:
+            raise UserError(
+                f"{source.path} was prepared with another text encoder: its states have {found} values, the model "
+                f"takes {text_dim}. Prepare it with --model of this run."
+            )
+        if (longest := int(index.text_lens.max())) > text_slots:
+            raise UserError(
+                f"A caption of {source.path} has {longest} tokens, the model takes {text_slots}: prepare it with a "
+                "smaller --max-text-length."
+            )
+    return sources
+
+
+class Item(NamedTuple):
+    """A sample at its place in the run."""
+
+    sample: Sample
+    draw: int  # how often the sample was used before
+    position: int  # in the global order
+    name: str  # what its random draws are keyed by; the same key in two sources is not the same sample
+
+
+class Step(NamedTuple):
+    """The samples of one optimizer step as packs."""
+
+    step: int
+    packs: list[list[Item]]
+    efficiency: float  # tokens over the token budget of the packs
+
+
+class Plan:
+    """Which samples make a step and how they are packed, from the index alone."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        mix: Sequence[SourceConfig],
+        batch: BatchConfig,
+        seed: int,
+        cost: Callable[[int], float],
+    ) -> None:
+        self.indices = [source.rows("train") for source in sources]
+        self.batch = batch
+        self._cost = cost
+        for source, index in zip(sources, self.indices, strict=True):
+            check_budget(source.path, index, batch.tokens_per_pack)
+        sizes = [len(index) for index in self.indices]
+        self._weights = source_weights(mix, sizes)
+        self.order = Order(sizes, self._weights, seed)
+
+    def packs(self, step: int) -> list[list[int]]:
+        """Positions in the global order, pack by pack, of optimizer step `step` (from 0)."""
+        first = step * self.batch.samples
+        entries = [self.order.at(first + i) for i in range(self.batch.samples)]
+        tokens = [int(self.indices[e.source].tokens[e.index]) for e in entries]
+        packs = pack_samples(tokens, self.batch.tokens_per_pack, [self._cost(n) for n in tokens])
+
+        def place(i: int) -> tuple[int, int, str, int]:
+            index = self.indices[entries[i].source]
+            row = entries[i].index
+            return tokens[i], int(index.text_lens[row]), index.keys[row], i
+
+        return [[first + i for i in sorted(pack, key=place)] for pack in packs]
+
+    def tokens(self, position: int) -> int:
+        """Video tokens of the sample at a position."""
+        entry = self.order.at(position)
+        return int(self.indices[entry.source].tokens[entry.index])
+
+    def fingerprint(self) -> str:
+        """A hash of every key and length and of the weights: a run is not resumed on data that changed."""
+        digest = hashlib.blake2b(digest_size=16)
+        for weight, index in zip(self._weights, self.indices, strict=True):
+            digest.update(f"{weight / sum(self._weights)}".encode())
+            for key, tokens in zip(index.keys, index.tokens, strict=True):
+                digest.update(f"{key}\x1f{int(tokens)}\x1e".encode())
+            digest.update(b"\x1d")
+        return digest.hexdigest()
+
+
+def check_budget(path: str, index: Index, budget: int) -> None:
+    """Raises UserError when a sample fits in no pack; it names the largest."""
+    largest = int(index.tokens.argmax())
+    if index.tokens[largest] > budget:
+        raise UserError(
+            f"Sample '{index.keys[largest]}' of {path} has {index.tokens[largest]} tokens and does not fit in a pack "
+            f"of {budget}: set batch.tokens_per_pack to {index.tokens[largest]} or more."
+        )
+
+
+class Loader(Generic[T]):
+    """Iterates over the steps from `start_step` on, without end; use as a context manager or call `close`.
+
+    An error while reading ahead is raised where its step is asked for.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        plan: Plan,
+        start_step: int,
+        assemble: Callable[[Step], T],
+        prefetch: int = 2,
+    ) -> None:
+        self._sources = sources
+        self._plan = plan
+        self._assemble = assemble
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._ahead = deque(self._pool.submit(self._make, start_step + i) for i in range(prefetch))
+        self._next = start_step + prefetch
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            made = self._ahead.popleft().result()
+            self._ahead.append(self._pool.submit(self._make, self._next))
+            self._next += 1
+            yield made
+
+    def __enter__(self) -> "Loader[T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading ahead and wait for the thread."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _make(self, step: int) -> T:
+        packs = [[self._item(position) for position in pack] for pack in self._plan.packs(step)]
+        tokens = sum(self._plan.tokens(item.position) for pack in packs for item in pack)
+        return self._assemble(Step(step, packs, tokens / (len(packs) * self._plan.batch.tokens_per_pack)))
+
+    def _item(self, position: int) -> Item:
+        entry = self._plan.order.at(position)
+        sample = self._sources[entry.source].read(self._plan.indices[entry.source][entry.index])
+        return Item(sample, entry.draw, position, f"{entry.source}/{sample.key}")

@@ -1,0 +1,82 @@
+"""Made-up samples of any mix of shapes, for measuring a model or a layout without a dataset.
+
+In: shapes in pixels, such as `81x480x832,1x480x832*4` (frames x height x width, and how many of each). Out: the
+interface of `shards.Dataset`. The one decision: a sample is random numbers keyed by its row, so a mock run is as
+repeatable as a real one.
+"""
+
+import re
+from itertools import cycle, islice
+
+import torch
+
+from wanloom.config import UserError
+from wanloom.data.shards import Index, Row, Sample, build_table
+from wanloom.model.sequence import grid_of
+
+SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)(?:\*(\d+))?")
+MIN_TEXT, MAX_TEXT = 8, 128  # states of a caption; few real captions are longer
+
+
+def parse_shapes(text: str) -> list[tuple[int, int, int]]:
+    """Latent sizes (F, H, W), one for each part of the mix. Raises UserError for a shape the VAE cannot make."""
+    out = []
+    for part in text.split(","):
+        match = SHAPE.fullmatch(part.strip())
+        if not match:
+            raise UserError(
+                f"'{part}' is no shape: write frames x height x width, like 81x480x832, with *4 for four of it."
+            )
+        frames, height, width, count = (int(group or 1) for group in match.groups())
+        if frames % 4 != 1 or height % 16 or width % 16 or not min(height, width, count):
+            raise UserError(f"'{part}' is no shape: frames are 4n+1, height and width multiples of 16.")
+        out += [((frames - 1) // 4 + 1, height // 8, width // 8)] * count
+    return out
+
+
+class MockDataset:
+    """Random latents and text states in the shapes of `shapes`, in turn."""
+
+    def __init__(self, shapes: str, text_dim: int, channels: int = 16, size: int = 1024, val_size: int = 16) -> None:
+        mix = parse_shapes(shapes)
+        self.path = f"mock {shapes}"
+        self._text_dim = text_dim
+        splits = ["train"] * size + ["val"] * val_size
+        rows = [
+            self._row(i, split, (channels, *shape))
+            for i, (split, shape) in enumerate(zip(splits, islice(cycle(mix), len(splits)), strict=True))
+        ]
+        self._indices = {split: Index(build_table([r for r in rows if r.split == split])) for split in ("train", "val")}
+
+    def rows(self, split: str) -> Index:
+        """The samples of "train" or "val"."""
+        return self._indices[split]
+
+    def read(self, row: Row) -> Sample:
+        """The sample of a row: latents in bf16 as in a prepared folder."""
+        generator = torch.Generator().manual_seed(row.offset)
+        latents = torch.randn(row.channels, row.frames, row.height, row.width, generator=generator)
+        text = torch.randn(row.text_len, self._text_dim, generator=generator)
+        return Sample(row.key, latents.bfloat16(), text, row.caption)
+
+    @staticmethod
+    def _row(number: int, split: str, shape: tuple[int, int, int, int]) -> Row:
+        frames, rows, cols = grid_of(shape)
+        generator = torch.Generator().manual_seed(number)
+        text_len = int(torch.randint(MIN_TEXT, MAX_TEXT + 1, (), generator=generator))
+        return Row(
+            key=f"mock-{number:06d}",
+            split=split,
+            shard="",
+            offset=number,  # there is no file: it only keys the values
+            size=0,
+            frames=shape[1],
+            height=shape[2],
+            width=shape[3],
+            channels=shape[0],
+            tokens=frames * rows * cols,
+            text_len=text_len,
+            caption="",
+            source="",
+            sha256="",
+        )

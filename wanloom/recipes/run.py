@@ -1,0 +1,137 @@
+"""The whole of a run as one config: composition only; every part is defined beside the code that reads it.
+
+In: a recipe's name or a YAML file, `key.path=value` words, a training mode. Out: a `Run`. The one decision: values
+are laid over one another in a fixed order, later ones win: the recipe, its values for the mode, the words of the
+command line. A training mode that is asked for by name also replaces what the recipe says of `flow`.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from wanloom.assets import find_pipeline
+from wanloom.config import Config, UserError, build_config, merge, nearest, parse_overrides
+from wanloom.data.loader import DataConfig
+from wanloom.data.packing import BatchConfig
+from wanloom.model.dit import CONFIGS, DiTConfig
+from wanloom.model.weights import read_config
+from wanloom.objective.flow import PRESETS, FlowConfig
+from wanloom.train.checkpoint import CheckpointConfig
+from wanloom.train.ema import EmaConfig
+from wanloom.train.loop import TrainConfig
+from wanloom.train.metrics import LogConfig
+from wanloom.train.optim import OptimizerConfig, ScheduleConfig
+
+RECIPES = files("wanloom.recipes")
+PUBLISHED = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-t2v-1.3b",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-t2v-14b",
+}
+# What a resumed run may change: it alters neither the samples nor the steps that are done. `train.steps` moves the end
+# of a linear or cosine schedule; the data itself is known by its fingerprint.
+MAY_CHANGE = ("run_dir", "train.steps", "checkpoint", "log", "data", "batch.tokens_per_pack")
+
+
+class Run(Config):
+    """Everything that decides a run."""
+
+    model: str  # `tiny`, a folder in diffusers layout, or a name on the Hugging Face hub
+    init: Literal["random", "pretrained"] = "random"  # start from random weights or from those of `model`
+    run_dir: str | None = None  # where checkpoints and metrics go; `wanloom train` needs it
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig = DataConfig()
+    batch: BatchConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    flow: FlowConfig = FlowConfig()
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1)  # this share of draws sees the empty caption
+    clip_norm: float | None = Field(default=1.0, gt=0)  # of the gradient over all parameters
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_run(recipe: str, overrides: list[str], training_mode: str | None = None) -> Run:
+    """A run from a shipped recipe or a YAML file. Raises UserError for what cannot be read or is not a setting.
+
+    Without `training_mode` it is `pretrain` for `init=random` and `finetune` for `init=pretrained`.
+    """
+    values = read_recipe(recipe)
+    by_mode = values.pop("modes", {})
+    words = parse_overrides(overrides)
+    init = words.get("init", values.get("init", "random"))
+    mode = training_mode or ("finetune" if init == "pretrained" else "pretrain")
+    preset = {"flow": PRESETS[mode]}
+    values = merge(values, preset) if training_mode else merge(preset, values)
+    return build_config(Run, merge(merge(values, by_mode.get(mode, {})), words))
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """The values of a shipped recipe or of a YAML file."""
+    names = recipe_names()
+    path = Path(recipe)
+    if recipe in names:
+        text = (RECIPES / f"{recipe}.yaml").read_text()
+    elif path.is_file():
+        text = path.read_text()
+    else:
+        raise UserError(
+            f"There is no recipe '{recipe}'.{nearest(recipe, names)} Give a YAML file or one of: {', '.join(names)}."
+        )
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{recipe} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{recipe} holds no settings: a recipe is a YAML mapping.")
+    return read_numbers(values)
+
+
+def read_numbers(value: Any) -> Any:
+    """`1e-4` is a number, which YAML 1.1 reads as a string."""
+    if isinstance(value, dict):
+        return {key: read_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [read_numbers(item) for item in value]
+    if isinstance(value, str) and value[:1].isdigit():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def model_config(model: str) -> DiTConfig:
+    """The shape of a model by name, without its weights where it is a known one."""
+    known = PUBLISHED.get(model, model)
+    if known in CONFIGS:
+        return CONFIGS[known]
+    return read_config(find_pipeline(model, ("transformer",)))
+
+
+def dump_run(run: Run) -> str:
+    """The run as YAML that `load_run` reads back."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The settings that differ between two dumped runs and may not change when a run is resumed."""
+    before, after = _flatten(old), _flatten(new)
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    return [key for key in changed if not any(key == may or key.startswith(f"{may}.") for may in MAY_CHANGE)]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for key, value in values.items():
+        out |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out

@@ -1,0 +1,222 @@
+"""The training loop: steps until the last one, a checkpoint now and then, a clean end whatever happens.
+
+In: everything as arguments: model, optimizer, batches, callables for FLOPs and validation. Out: checkpoints,
+metrics, and how the run ended. The one decision: the state of a run is the tensors and a handful of numbers, all in
+the checkpoint; nothing else is remembered, so a resumed run is the same run. SIGTERM and SIGINT let the current step
+finish, save and leave.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from wanloom.config import Config, UserError
+from wanloom.objective.flow import FlowConfig
+from wanloom.train.checkpoint import Checkpointer
+from wanloom.train.ema import Ema
+from wanloom.train.metrics import LogConfig, Metrics, ProgressLine, peak_memory_gib
+from wanloom.train.optim import AdamW, ScheduleConfig, learning_rate
+from wanloom.train.step import Batch, NonFiniteError, StepResult, train_step
+
+NAMED_KEYS = 16  # samples named in the error; the file beside it has them all
+
+
+class TrainConfig(Config):
+    """How long and in which precision; weights, gradients and moments are fp32 in both."""
+
+    steps: int = Field(gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 is torch.autocast
+
+
+@dataclass
+class RunState:
+    """The numbers of a run at a step; all of them go into the checkpoint."""
+
+    step: int = 0  # steps done; the next one starts at position step * batch.samples of the data
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of training, over all starts
+    window: dict[str, float] = field(default_factory=dict)  # sums since the last record
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    model: nn.Module
+    optimizer: AdamW
+    ema: Ema | None
+    device: torch.device
+    flops: Callable[[int], float]  # of one training step on a sample of so many tokens
+    validate: Callable[[], float] | None
+    facts: Mapping[str, Any]  # stored in every checkpoint: model, versions, fingerprint of the data
+    recipe: str  # run.yaml
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the run by its name in a checkpoint; not copies, so they can be filled too."""
+        named = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        named |= {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
+        return named | ({f"ema.{name}": t for name, t in self.ema.tensors.items()} if self.ema else {})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop needs to know."""
+
+    train: TrainConfig
+    lr: float
+    schedule: ScheduleConfig
+    flow: FlowConfig
+    clip_norm: float | None
+    log: LogConfig
+
+
+class StopSignal:
+    """Remembers the first SIGTERM or SIGINT; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        # not print: a signal may come in the middle of one
+        os.write(2, f"\n{self.received.name}: finishing this step and saving; once more stops at once.\n".encode())
+
+
+@dataclass
+class Trainer:
+    """One run, from its state to its last step."""
+
+    parts: Parts
+    settings: Settings
+    state: RunState
+    batches: Iterable[Batch]
+    checkpointer: Checkpointer
+    metrics: Metrics
+    progress: ProgressLine
+
+    def run(self) -> signal.Signals | None:
+        """Take the steps that are left. Returns the signal that stopped the run, or None at its end.
+
+        Raises UserError when a loss or gradient is not finite, when the disk is full, and whatever `batches` raises;
+        in each case the save in the background is finished first.
+        """
+        try:
+            with self.progress, StopSignal() as stop:
+                self._tick = time.monotonic()
+                for batch in self.batches:
+                    result = self._update(batch)
+                    self._count(batch, result)
+                    ends = self.state.step == self.settings.train.steps or stop.received is not None
+                    self._report()
+                    self.checkpointer.check()
+                    if ends or self.state.step % self.checkpointer.config.every == 0:
+                        self._save()
+                    if ends:
+                        self.checkpointer.wait()
+                        return stop.received
+            return None
+        finally:
+            self.checkpointer.close()
+            self.metrics.close()
+
+    def _update(self, batch: Batch) -> StepResult:
+        parts, settings, done = self.parts, self.settings, self.state.step
+        bf16 = settings.train.precision == "bf16"
+        try:
+            result = train_step(parts.model, batch, settings.flow, parts.device, bf16, settings.clip_norm)
+        except NonFiniteError as error:
+            self.checkpointer.wait()
+            raise self._explain(error) from error
+        parts.optimizer.step(self._learning_rate(done))
+        if parts.ema is not None:
+            parts.ema.update(done)
+        return result
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(self.settings.schedule, self.settings.lr, step, self.settings.train.steps)
+
+    def _count(self, batch: Batch, result: StepResult) -> None:
+        """Book a finished step in the state."""
+        state, now = self.state, time.monotonic()
+        seconds, self._tick = now - self._tick, now
+        state.step += 1
+        state.samples += batch.num_samples
+        state.tokens += batch.num_tokens
+        state.seconds += seconds
+        sums = {
+            "steps": 1,
+            "loss": result.loss,
+            "weighted_loss": result.weighted_loss,
+            "grad_norm": result.grad_norm,
+            "packing_efficiency": batch.efficiency,
+            "tokens": batch.num_tokens,
+            "flops": sum(self.parts.flops(n) for made in batch.inputs for n in made.pack.video_lens),
+            "seconds": seconds,
+        }
+        state.window = {key: state.window.get(key, 0) + value for key, value in sums.items()}
+
+    def _report(self) -> None:
+        """Write a record when one is due."""
+        state, log = self.state, self.settings.log
+        self.progress.advance(state.step)
+        validates = self.parts.validate is not None and state.step % max(log.validate_every, 1) == 0
+        last = state.step == self.settings.train.steps
+        # not at a stop: its records would differ from those of a run that was not stopped
+        if not (last or validates or state.step % log.every == 0):
+            return
+        sums, state.window = state.window, {}
+        record = {"step": state.step}
+        record |= {k: sums[k] / sums["steps"] for k in ("loss", "weighted_loss", "grad_norm", "packing_efficiency")}
+        record |= {
+            "lr": self._learning_rate(state.step - 1),
+            "samples": state.samples,
+            "tokens": state.tokens,
+            "seconds": state.seconds,
+            "tokens_per_second": sums["tokens"] / sums["seconds"],
+            "model_tflops": sums["flops"] / sums["seconds"] / 1e12,
+            "peak_memory_gib": peak_memory_gib(self.parts.device),
+        }
+        if validates and self.parts.validate is not None:
+            record["val_loss"] = self.parts.validate()
+            self._tick = time.monotonic()  # not part of the speed
+        self.metrics.write(record)
+        self.progress.show(record)
+
+    def _save(self) -> None:
+        self.metrics.sync()
+        state = {**asdict(self.state), **self.parts.facts}
+        self.checkpointer.save(self.state.step, self.parts.tensors(), state, self.parts.recipe)
+
+    def _explain(self, error: NonFiniteError) -> UserError:
+        """What to tell when a step went wrong; all sample keys go to a file when they are many."""
+        keys = ", ".join(error.keys[:NAMED_KEYS])
+        if len(error.keys) > NAMED_KEYS:
+            path = self.checkpointer.run_dir / f"not_finite_step_{error.step + 1}.txt"
+            path.write_text("\n".join(error.keys) + "\n")
+            keys += f" and {len(error.keys) - NAMED_KEYS} more, all in {path}"
+        return UserError(
+            f"The {error.what} of step {error.step + 1} is not finite, with the samples {keys}. The weights were not "
+            f"changed by this step. {self.checkpointer.describe_last()} Look at these samples, lower optimizer.lr or "
+            "clip_norm, or use train.precision=fp32."
+        )

@@ -1,0 +1,164 @@
+"""What a run tells: metrics.jsonl, TensorBoard events, and a progress line on the terminal.
+
+In: one record every `log.every` steps. Out: RUN/metrics.jsonl, RUN/tensorboard/, and lines on stdout. The one decision:
+a resumed run continues the same files as if it had never stopped: records after the checkpoint are dropped first, so
+no step is there twice. TensorBoard events are written here and not by its own thread, so that a full disk is an error
+of this run, with its sentence, and not a traceback from elsewhere.
+"""
+
+import json
+import os
+import resource
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from wanloom.config import Config, UserError
+
+FILE = "metrics.jsonl"
+Record = Mapping[str, float]
+
+
+class LogConfig(Config):
+    """How often the run tells something; in steps."""
+
+    every: int = Field(default=1, gt=0)  # a record is the mean over the steps since the record before
+    validate_every: int = Field(default=0, ge=0)  # held-out loss on the val split; 0 = never
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The records of a metrics.jsonl; a last line cut off by a kill is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Metrics:
+    """The two files of a run, from `start_step` on."""
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        self._path = run_dir / FILE
+        kept = [record for record in read_metrics(self._path) if record["step"] <= start_step]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(self._path)
+        self._jsonl = self._path.open("a")
+        self._events = EventFile(run_dir / "tensorboard", start_step)
+
+    def write(self, record: Record) -> None:
+        """Append a record. Raises UserError when the disk does not take it."""
+        try:
+            self._jsonl.write(json.dumps(dict(record)) + "\n")
+            self._jsonl.flush()
+            self._events.write(record)
+        except OSError as error:
+            raise UserError(f"{self._path} could not be written: {error.strerror}.") from error
+
+    def sync(self) -> None:
+        """Wait until the records are on the disk: before a checkpoint that would skip them on resume."""
+        os.fsync(self._jsonl.fileno())
+
+    def close(self) -> None:
+        """Close both files."""
+        self._jsonl.close()
+        self._events.close()
+
+
+class EventFile:
+    """A TensorBoard event file of scalars. Starting at a step hides later events of earlier files."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{start_step}"
+        self._file = (folder / name).open("ab")
+        self._records = RecordWriter(self._file)
+        self._put(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        log = SessionLog(status=SessionLog.START)
+        self._put(Event(wall_time=time.time(), step=start_step + 1, session_log=log))
+
+    def write(self, record: Record) -> None:
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in record.items() if tag != "step"]
+        self._put(Event(wall_time=time.time(), step=int(record["step"]), summary=Summary(value=values)))
+
+    def _put(self, event: Event) -> None:
+        self._records.write(event.SerializeToString())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ProgressLine:
+    """A live line on a terminal; where there is none, a plain line for every record."""
+
+    def __init__(self, start_step: int, num_steps: int, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._num_steps = num_steps
+        self._began = time.monotonic()
+        self._start_step = start_step
+        self._live: Progress | None = None
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+            )
+            self._live = Progress(*columns, console=self.console)
+            self._task = self._live.add_task("train", total=num_steps, completed=start_step, text="")
+
+    def __enter__(self) -> "ProgressLine":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def advance(self, step: int) -> None:
+        """One more step is done."""
+        if self._live:
+            self._live.update(self._task, completed=step)
+
+    def show(self, record: Record) -> None:
+        """Show a record."""
+        text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
+        if "val_loss" in record:
+            text += f"  val loss {record['val_loss']:.4f}"
+        if self._live:
+            self._live.update(self._task, completed=int(record["step"]), text=text)
+            return
+        done = int(record["step"])
+        left = (time.monotonic() - self._began) / (done - self._start_step) * (self._num_steps - done)
+        self.say(f"step {done}/{self._num_steps}  {text}  {format_seconds(left)} left")
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress."""
+        self.console.print(text, markup=False)
+
+
+def format_seconds(seconds: float) -> str:
+    """`75` -> `1:15`, `3700` -> `1:01:40`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory in use so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

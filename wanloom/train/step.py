@@ -1,0 +1,162 @@
+"""One optimizer step: samples to model inputs, forward and backward over the packs, clip, update.
+
+In: a `Step` of the loader. Out: what happened, as host numbers. The one decision: everything that is random about a
+sample is keyed by its name and draw number, so `build_batch` can run in the loader's thread and gives the same inputs
+wherever the sample lands. The loss of each pack is divided by the element count of the whole step before backward.
+A loss or gradient that is not finite raises before the weights are touched.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from wanloom.data.loader import Item, Step
+from wanloom.model.sequence import Pack, build_pack, grid_of, patchify
+from wanloom.objective.flow import FlowConfig, flow_loss, noisy_and_velocity, sample_sigma, stratify
+from wanloom.objective.noise import draw_noise, draw_uniform
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What turns a sample into an input and a target."""
+
+    flow: FlowConfig
+    seed: int
+    num_samples: int  # of a step, for stratified noise levels
+    caption_dropout: float
+    empty_text: Tensor | None  # states of the empty caption (L, text_dim); what guidance contrasts with
+
+
+class Input(NamedTuple):
+    """One pack for the model, with what it should answer."""
+
+    pack: Pack
+    target: Tensor  # velocity tokens (T, C*4) fp32
+    sigma: Tensor  # (N,) fp32
+
+
+class Batch(NamedTuple):
+    """The inputs of one step, on the host."""
+
+    step: int
+    inputs: list[Input]
+    keys: list[list[str]]  # names of the samples, pack by pack
+    num_samples: int
+    num_tokens: int
+    num_elements: int  # what the loss is divided by
+    efficiency: float
+
+
+class StepResult(NamedTuple):
+    """What one step did."""
+
+    weighted_loss: float
+    loss: float
+    grad_norm: float
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the gradient of a step is not a number; the weights were not touched."""
+
+    def __init__(self, what: str, step: int, keys: Sequence[str]) -> None:
+        super().__init__(f"the {what} of step {step} is not finite")
+        self.what, self.step, self.keys = what, step, list(keys)
+
+
+def build_input(items: Sequence[Item], objective: Objective) -> Input:
+    """Noise the samples of one pack."""
+    noisy, target, grids, texts, sigmas = [], [], [], [], []
+    for item in items:
+        clean = item.sample.latents.float()
+        tokens = patchify(clean)
+        sigma = draw_sigma(item, tokens.shape[0], objective)
+        noise = draw_noise(tuple(clean.shape), objective.seed, item.name, item.draw)
+        mixed, velocity = noisy_and_velocity(tokens, patchify(noise), sigma)
+        noisy.append(mixed)
+        target.append(velocity)
+        grids.append(grid_of(clean.shape))
+        texts.append(choose_text(item, objective))
+        sigmas.append(sigma)
+    return Input(build_pack(noisy, grids, texts), torch.cat(target), torch.tensor(sigmas, dtype=torch.float32))
+
+
+def draw_sigma(item: Item, num_tokens: int, objective: Objective) -> float:
+    """The noise level of an item."""
+    level, mix = draw_uniform(objective.seed, "sigma", item.name, item.draw, 2)
+    if objective.flow.stratified:
+        level = stratify(level, item.position % objective.num_samples, objective.num_samples)
+    return sample_sigma(objective.flow, (level, mix), num_tokens)
+
+
+def choose_text(item: Item, objective: Objective) -> Tensor:
+    """The caption's states, or those of the empty caption for `caption_dropout` of the draws."""
+    if objective.caption_dropout > 0 and objective.empty_text is not None:
+        (u,) = draw_uniform(objective.seed, "caption_dropout", item.name, item.draw)
+        if u < objective.caption_dropout:
+            return objective.empty_text
+    return item.sample.text.float()
+
+
+def build_batch(step: Step, objective: Objective) -> Batch:
+    """All inputs of a step."""
+    inputs = [build_input(items, objective) for items in step.packs]
+    return Batch(
+        step=step.step,
+        inputs=inputs,
+        keys=[[item.sample.key for item in items] for items in step.packs],
+        num_samples=sum(len(items) for items in step.packs),
+        num_tokens=sum(i.target.shape[0] for i in inputs),
+        num_elements=sum(i.target.numel() for i in inputs),
+        efficiency=step.efficiency,
+    )
+
+
+def forward_backward(
+    model: nn.Module, batch: Batch, flow: FlowConfig, device: torch.device, bf16: bool
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of the step's mean loss; returns the weighted and plain loss sums of each pack `(packs,)`."""
+    weighted, plain = [], []
+    for pack, target, sigma in batch.inputs:
+        pack, target, sigma = pack.to(device), target.to(device), sigma.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            velocity = model(pack, sigma)
+        loss = flow_loss(velocity, target, sigma, pack.video_lens, flow)
+        (loss.weighted_sum / batch.num_elements).backward()
+        weighted.append(loss.weighted_sum.detach())
+        plain.append(loss.plain_sum)
+    return torch.stack(weighted), torch.stack(plain)
+
+
+def clip_gradients(params: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+    """The norm over all gradients before clipping; None only measures."""
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = get_total_norm(grads)
+    if max_norm is not None:
+        clip_grads_with_norm_(params, max_norm, norm)
+    return norm
+
+
+def train_step(
+    model: nn.Module,
+    batch: Batch,
+    flow: FlowConfig,
+    device: torch.device,
+    bf16: bool,
+    clip_norm: float | None,
+) -> StepResult:
+    """Gradients of one step, clipped and ready for the optimizer. Raises NonFiniteError."""
+    weighted, plain = forward_backward(model, batch, flow, device, bf16)
+    norm = clip_gradients(list(model.parameters()), clip_norm)
+    sums = torch.cat([weighted, plain, norm[None]]).tolist()  # the one wait for the device
+    count = len(batch.inputs)
+    bad = [i for i in range(count) if not math.isfinite(sums[i])]
+    if bad:
+        raise NonFiniteError("loss", batch.step, [key for i in bad for key in batch.keys[i]])
+    if not math.isfinite(sums[-1]):
+        raise NonFiniteError("gradient", batch.step, [key for keys in batch.keys for key in keys])
+    return StepResult(sum(sums[:count]) / batch.num_elements, sum(sums[count:-1]) / batch.num_elements, sums[-1])
