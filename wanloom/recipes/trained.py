@@ -1,0 +1,53 @@
+"""A trained model on disk: a checkpoint's weights with the recipe that made them.
+
+In: the folder of a run or of one of its checkpoints. Out: weights by parameter name, the model's config, and the name
+of the pipeline whose VAE and text encoder belong to it, which the recipe beside the weights tells.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from wanloom.config import UserError, build_config
+from wanloom.model.dit import DiTConfig, WanDiT, cast_weights
+from wanloom.train.checkpoint import find_checkpoint, load_weights, read_state
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is known of a checkpoint before its weights are read."""
+
+    path: Path
+    step: int
+    model: str  # the pipeline that the run was trained on
+    config: DiTConfig
+    identity: str  # of its files: state.json holds the size and checksum of each
+
+    def load_weights(self, ema: bool) -> dict[str, Tensor]:
+        """The weights by parameter name, or their average. Raises UserError when there is none, or for damage."""
+        return load_weights(self.path, ema)[1]
+
+    def load_model(self, ema: bool, dtype: torch.dtype, device: torch.device) -> WanDiT:
+        """The model, its Linears in `dtype`."""
+        with torch.device("meta"):
+            model = WanDiT(self.config)
+        model.load_state_dict(self.load_weights(ema), assign=True)
+        cast_weights(model, dtype)
+        return model.to(device)
+
+
+def open_trained(run_or_step: Path) -> Trained:
+    """The newest checkpoint of a run, or the checkpoint itself. Raises UserError if there is none."""
+    path = find_checkpoint(run_or_step)
+    state = read_state(path)
+    try:
+        recipe = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))
+        model = recipe["model"]
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise UserError(f"{path / 'run.yaml'} does not tell the model of the run: {error}.") from error
+    digest = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+    return Trained(path, state["step"], model, build_config(DiTConfig, state["model"]), digest[:16])

@@ -1,0 +1,99 @@
+"""Prompts from the command line and from files to jobs: what to make, with which seed, under which name.
+
+In: prompts in a list, a text file (one a line) or JSON lines. Out: `Job`s with every value filled in. The one decision:
+job number i has seed + i unless its line says otherwise, so adding a prompt at the end changes no other video.
+"""
+
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+from wanloom.config import Config, UserError, build_config
+
+SLUG_LENGTH = 48
+
+
+class PromptLine(Config):
+    """One line of a JSON lines file; what is left out comes from the command line."""
+
+    prompt: str
+    negative: str | None = None
+    seed: int | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video or image to make."""
+
+    name: str  # of its files, without suffix
+    prompt: str
+    negative: str
+    seed: int
+    height: int
+    width: int
+    frames: int
+
+
+def read_prompts(path: Path) -> list[PromptLine]:
+    """Lines of a `.jsonl` file, or of a text file with one prompt a line; empty lines do not count.
+
+    Raises UserError for a file that cannot be read or holds no prompt, and names the line that is wrong.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The prompts in '{path}' cannot be read: {error}.") from error
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"'{path}' holds no prompt.")
+    if path.suffix != ".jsonl":
+        return [PromptLine(prompt=line) for _, line in numbered]
+    return [_parse_line(f"'{path}', line {number}", line) for number, line in numbered]
+
+
+def _parse_line(where: str, line: str) -> PromptLine:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error.msg}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f'{where} is not an object such as {{"prompt": "a cat", "seed": 7}}.')
+    try:
+        return build_config(PromptLine, values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def build_jobs(lines: list[PromptLine], negative: str, seed: int, height: int, width: int, frames: int) -> list[Job]:
+    """One job a line, in order; the arguments fill what a line leaves out."""
+    digits = max(3, len(str(len(lines) - 1)))
+
+    def pick(own: int | None, default: int) -> int:
+        return default if own is None else own
+
+    return [
+        Job(
+            name="-".join(filter(None, (f"{i:0{digits}d}", slug(line.prompt)))),
+            prompt=line.prompt,
+            negative=negative if line.negative is None else line.negative,
+            seed=pick(line.seed, seed + i),
+            height=pick(line.height, height),
+            width=pick(line.width, width),
+            frames=pick(line.frames, frames),
+        )
+        for i, line in enumerate(lines)
+    ]
+
+
+def slug(prompt: str) -> str:
+    """The first words of a prompt as part of a file name, ASCII; empty for a prompt in another script."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode()
+    words = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
+    if len(words) > SLUG_LENGTH:
+        words = words[:SLUG_LENGTH].rpartition("-")[0] or words[:SLUG_LENGTH]
+    return words
