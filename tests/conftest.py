@@ -99,3 +99,23 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
     WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer=transformer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A prepared folder of random latents (clips and images of three sizes, text_dim 8), and the latents by key."""
+    from wanloom.data.tar import END, tar_pair, write_atomic
+
+    folder = tmp_path_factory.mktemp("prepared")
+    generator = torch.Generator().manual_seed(SEED)
+    latents = {}
+    for split, count in (("train", 12), ("val", 3)):
+        pairs = []
+        for i in range(count):
+            shape = ((16, 5, 8, 8), (16, 1, 8, 8), (16, 2, 4, 8))[i % 3]
+            key = f"{split}-{i:03d}"
+            latents[key] = torch.randn(shape, generator=generator).bfloat16()
+            text = torch.randn(2 + i % 4, 8, generator=generator)
+            pairs.append(tar_pair(key, latents[key], text, {"caption": f"clip {i}", "source": f"{i}.mp4"}))
+        write_atomic(folder / split / "shard-000000.tar", [*pairs, END])
+    return folder, latents

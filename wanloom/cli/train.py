@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,13 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from wanloom.config import UserError
-    from wanloom.recipes.run import load_run
+    from wanloom.recipes.run import load_run, use_mock
     from wanloom.train.lock import lock_folder
 
-    settings = list(arguments.settings)
-    if arguments.mock:
-        settings.append(f'data.mock="{arguments.mock}"')
-    config = load_run(arguments.recipe, settings, arguments.training_mode)
+    config = load_run(arguments.recipe, use_mock(arguments.settings, arguments.mock), arguments.training_mode)
     if config.run_dir is None:
         raise UserError("Say where checkpoints and metrics go: run_dir=FOLDER.")
     run_dir = Path(config.run_dir)
@@ -59,7 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
         stopped = start(config, run_dir)
     if stopped is None:
         return 0
-    print(f"Stopped by a signal, and saved. To go on: {shlex.join(['wanloom', *sys.argv[1:]])}", flush=True)
+    words = ["wanloom", "train", arguments.recipe, *arguments.settings]
+    words += ["--training-mode", arguments.training_mode] if arguments.training_mode else []
+    words += ["--mock", arguments.mock] if arguments.mock else []
+    print(f"Stopped by a signal, and saved. To go on: {shlex.join(words)}", flush=True)
     return 128 + stopped
 
 
@@ -89,12 +89,15 @@ def start(run: "Run", run_dir: Path) -> int | None:
         run.flow, run.seed, run.batch.samples, run.caption_dropout, empty_text(run, run_dir, config.text_dim)
     )
     settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log)
-    assemble = lambda step: build_batch(step, objective)  # noqa: E731
+    assemble = partial(build_batch, objective=objective)
     with Loader(sources, plan, state.step, assemble, run.data.prefetch) as batches:
         trainer = Trainer(parts, settings, state, batches, checkpointer, Metrics(run_dir, state.step), progress)
         stopped = trainer.run()
     if stopped is None:
-        progress.say(f"Done: {checkpointer.last()}. Make videos with: wanloom generate --model {run.model} ")
+        progress.say(
+            f"Done: {checkpointer.last()}. To make a video: "
+            f"wanloom generate --model {run.model} --checkpoint {run_dir} --prompt ..."
+        )
     return stopped
 
 

@@ -138,6 +138,10 @@ class Plan:
         entry = self.order.at(position)
         return int(self.indices[entry.source].tokens[entry.index])
 
+    def shares(self) -> list[float]:
+        """The part of all positions that each source has."""
+        return [float(weight / sum(self._weights)) for weight in self._weights]
+
     def fingerprint(self) -> str:
         """A hash of every key and length and of the weights: a run is not resumed on data that changed."""
         digest = hashlib.blake2b(digest_size=16)

@@ -75,6 +75,11 @@ def load_run(recipe: str, overrides: list[str], training_mode: str | None = None
     return build_config(Run, merge(merge(values, by_mode.get(mode, {})), words))
 
 
+def use_mock(overrides: list[str], shapes: str | None) -> list[str]:
+    """The words of the command line with those of `--mock`."""
+    return [*overrides, f'data.mock="{shapes}"'] if shapes else list(overrides)
+
+
 def read_recipe(recipe: str) -> dict[str, Any]:
     """The values of a shipped recipe or of a YAML file."""
     names = recipe_names()

@@ -1,0 +1,153 @@
+"""Steps from real shards and made-up data: membership, packing, reading ahead, errors."""
+
+import threading
+
+import pytest
+import torch
+
+from wanloom.config import UserError
+from wanloom.data.loader import DataConfig, Loader, Plan, open_sources
+from wanloom.data.mock import MockDataset
+from wanloom.data.order import SourceConfig
+from wanloom.data.packing import BatchConfig
+
+MIX = "17x64x64,1x64x64*2,9x32x64"
+
+
+def build_plan(sources=None, mix=None, samples=6, budget=200, seed=1) -> Plan:
+    sources = sources or [MockDataset(MIX, text_dim=8, size=20)]
+    mix = mix or [SourceConfig(path=s.path) for s in sources]
+    return Plan(sources, mix, BatchConfig(samples=samples, tokens_per_pack=budget), seed, lambda n: float(n * n))
+
+
+def names(step) -> list[list[tuple[str, int]]]:
+    return [[(item.name, item.draw) for item in pack] for pack in step.packs]
+
+
+def uses(step) -> list[tuple[str, int]]:
+    return [use for pack in names(step) for use in pack]
+
+
+def take(plan: Plan, sources, start: int, count: int) -> list:
+    with Loader(sources, plan, start, lambda step: step) as loader:
+        return [step for step, _ in zip(loader, range(count), strict=False)]
+
+
+def test_a_step_holds_the_same_samples_whatever_the_packing_and_the_start():
+    sources = [MockDataset(MIX, text_dim=8, size=20)]
+    steps = take(build_plan(sources), sources, 0, 9)
+    assert [s.step for s in steps] == list(range(9))
+    small = take(build_plan(sources, budget=90), sources, 0, 9)
+    assert sum(len(s.packs) for s in small) > sum(len(s.packs) for s in steps)
+    for a, b in zip(steps, small, strict=True):
+        assert sorted(uses(a)) == sorted(uses(b))
+    late = take(build_plan(sources), sources, 5, 4)
+    assert [names(s) for s in late] == [names(s) for s in steps[5:]]
+    # 9 steps of 6 over 20 samples: two passes and a part, each sample once per pass
+    seen = [use for step in steps for use in uses(step)]
+    assert len(set(seen)) == 54 and len({name for name, draw in seen if draw == 0}) == 20
+
+
+def test_packs_keep_the_budget_and_put_equal_lengths_side_by_side():
+    sources = [MockDataset(MIX, text_dim=8, size=20)]
+    for step in take(build_plan(sources, samples=12), sources, 0, 4):
+        total = 0
+        for pack in step.packs:
+            tokens = [item.sample.latents[0].numel() // 4 for item in pack]
+            assert sum(tokens) <= 200 and tokens == sorted(tokens)
+            lens = [(n, item.sample.text.shape[0]) for n, item in zip(tokens, pack, strict=True)]
+            assert lens == sorted(lens)
+            total += sum(tokens)
+        assert step.efficiency == pytest.approx(total / (200 * len(step.packs)))
+
+
+def test_two_sources_are_mixed_and_keep_their_names_apart():
+    sources = [MockDataset("17x64x64", 8, size=10), MockDataset("1x64x64", 8, size=10)]
+    mix = [SourceConfig(path="a", weight=0.25), SourceConfig(path="b", weight=0.75)]
+    steps = take(build_plan(sources, mix, samples=8), sources, 0, 5)
+    for step in steps:
+        frames = [item.sample.latents.shape[1] for pack in step.packs for item in pack]
+        assert sorted(frames) == [1] * 6 + [5] * 2
+    assert {item.name for pack in steps[0].packs for item in pack} == {
+        f"{int(item.sample.latents.shape[1] == 1)}/{item.sample.key}" for pack in steps[0].packs for item in pack
+    }
+
+
+def test_a_sample_larger_than_a_pack_is_named_at_the_start():
+    with pytest.raises(
+        UserError, match=r"Sample 'mock-000000' of mock 17x64x64,1x64x64 has 80 tokens .* tokens_per_pack to 80"
+    ):
+        build_plan([MockDataset("17x64x64,1x64x64", 8)], budget=79)
+
+
+def test_an_error_of_the_thread_is_raised_at_its_step_and_the_thread_ends():
+    sources = [MockDataset(MIX, text_dim=8)]
+    before = threading.active_count()
+
+    def assemble(step):
+        if step.step == 2:
+            raise UserError("The sample 'x' is damaged.")
+        return step.step
+
+    seen = []
+    with Loader(sources, build_plan(sources), 0, assemble) as loader, pytest.raises(UserError, match="damaged"):
+        for number in loader:
+            seen.append(number)
+    assert seen == [0, 1]
+    assert threading.active_count() == before
+
+
+def test_reading_stays_ahead_but_not_far():
+    sources, made = [MockDataset(MIX, text_dim=8)], []
+    release = threading.Event()
+
+    def assemble(step):
+        made.append(step.step)
+        if len(made) == 3:
+            release.set()
+        return step.step
+
+    with Loader(sources, build_plan(sources), 0, assemble, prefetch=3) as loader:
+        assert release.wait(10)
+        assert made == [0, 1, 2]
+        next(iter(loader))
+    assert len(made) <= 5
+
+
+def test_the_fingerprint_knows_samples_lengths_and_weights():
+    def fingerprint(*args, **kwargs):
+        return build_plan(*args, **kwargs).fingerprint()
+
+    base = fingerprint()
+    assert fingerprint(budget=999, samples=3, seed=4) == base
+    assert fingerprint([MockDataset(MIX, 8, size=21)]) != base
+    assert fingerprint([MockDataset("9x64x64", 8, size=20)]) != base
+    two = [MockDataset(MIX, 8), MockDataset(MIX, 8)]
+    weights = [[SourceConfig(path="a", weight=1), SourceConfig(path="b", weight=w)] for w in (1, 2, 1.0)]
+    found = [fingerprint(two, mix) for mix in weights]
+    assert found[0] == found[2] != found[1]
+
+
+def test_wrong_sources_are_sentences():
+    with pytest.raises(UserError, match="Say once where the training data is"):
+        open_sources(DataConfig(), 16, 8, 512)
+    with pytest.raises(UserError, match="Say once"):
+        open_sources(DataConfig(path="x", mock="1x64x64"), 16, 8, 512)
+    with pytest.raises(UserError, match="There is no folder"):
+        open_sources(DataConfig(path="/nowhere"), 16, 8, 512)
+
+
+def test_samples_of_a_prepared_folder_arrive_bit_for_bit(prepared):
+    folder, latents = prepared
+    sources = open_sources(DataConfig(path=str(folder)), 16, 8, 512)
+    plan = build_plan(sources, samples=4, budget=100)
+    for step in take(plan, sources, 0, 3):
+        for pack in step.packs:
+            for item in pack:
+                assert torch.equal(item.sample.latents, latents[item.sample.key])
+    with pytest.raises(UserError, match="another text encoder: its states have 8 values, the model takes 64"):
+        open_sources(DataConfig(path=str(folder)), 16, 64, 512)
+    with pytest.raises(UserError, match="latents of \\[16\\] channels, the model takes 48"):
+        open_sources(DataConfig(path=str(folder)), 48, 8, 512)
+    with pytest.raises(UserError, match="has 5 tokens, the model takes 4"):
+        open_sources(DataConfig(path=str(folder)), 16, 8, 4)

@@ -1,0 +1,31 @@
+"""Made-up data: the shapes asked for, the same values every time."""
+
+import pytest
+import torch
+
+from wanloom.config import UserError
+from wanloom.data.mock import MockDataset, parse_shapes
+
+
+def test_shapes_are_those_of_the_vae():
+    assert parse_shapes("81x480x832,1x480x832*2") == [(21, 60, 104), (1, 60, 104), (1, 60, 104)]
+
+
+@pytest.mark.parametrize("wrong", ["80x480x832", "81x480x830", "81x480", "0x64x64", "1x64x64*0", "", "81x480x832,"])
+def test_shapes_that_cannot_be_are_named(wrong):
+    with pytest.raises(UserError, match="is no shape"):
+        parse_shapes(wrong)
+
+
+def test_samples_are_repeatable_and_different():
+    data = MockDataset("17x64x64,1x32x64", text_dim=8, channels=4, size=6, val_size=2)
+    train, val = data.rows("train"), data.rows("val")
+    assert (len(train), len(val)) == (6, 2)
+    assert set(train.keys).isdisjoint(val.keys)
+    for i in range(6):
+        sample = data.read(train[i])
+        assert tuple(sample.latents.shape) == tuple(train.shapes[i]) == ((4, 5, 8, 8), (4, 1, 4, 8))[i % 2]
+        assert sample.text.shape == (train.text_lens[i], 8)
+        assert sample.latents[0].numel() // 4 == train.tokens[i]
+        assert torch.equal(sample.latents, MockDataset("17x64x64,1x32x64", 8, 4).read(train[i]).latents)
+    assert not torch.equal(data.read(train[0]).latents, data.read(train[2]).latents)
