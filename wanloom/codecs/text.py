@@ -15,6 +15,7 @@ import ftfy
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 from wanloom.codecs.identity import folder_identity
 from wanloom.config import UserError
@@ -52,6 +53,7 @@ class TextCodec:
         for part in (folder / "config.json", pipeline / "tokenizer"):
             if not part.exists():
                 raise UserError(f"There is no text encoder in '{pipeline}': {part} is missing.")
+        transformers_logging.disable_progress_bar()  # it would tear our own
         try:
             tokenizer = AutoTokenizer.from_pretrained(pipeline / "tokenizer", local_files_only=True)
             loaded: Any = UMT5EncoderModel.from_pretrained(

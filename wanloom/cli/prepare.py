@@ -1,0 +1,254 @@
+"""`wanloom prepare INPUT OUT`: media and captions in, a folder to train on out."""
+
+import argparse
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from wanloom.config import UserError, build_config
+
+if TYPE_CHECKING:
+    from wanloom.data.prepare import Encoders, PrepareConfig, Progress
+
+HELP = """Turn a folder of videos and images with captions into a folder to train on.
+
+Every file is decoded, resampled in time, resized and cut, and encoded once by the model's VAE; its caption is encoded
+by the model's text encoder. A file that cannot be used is listed in the report with the reason, it never stops the run.
+Stopped at any moment and started again with the same command, it goes on where it was, and the result is the same
+bytes. Files or captions that change in between, and options that would change the samples, need a new output folder.
+
+captions   beside the file: NAME.json (key "caption" or --caption-key), NAME.jsonl, NAME.txt; or one table
+           metadata.csv, metadata.jsonl or metadata.parquet in INPUT with a file column (file_name, file, path or
+           video) and a caption column (caption, text or prompt). The first of these that has a caption counts; if
+           another says something else, the report lists the file.
+sizes      without --height and --width each file keeps its aspect in at most --max-area pixels and is not enlarged.
+           With both, every sample has that size: --crop center and random resize to cover it and cut the rest,
+           --crop none fits the whole picture inside it. Sizes are multiples of 16; nothing is squashed but by the
+           rounding of --crop none, which the report lists.
+time       frame k of a clip is what a player shows at k / fps seconds, whatever the rate of the file. A video that is
+           shorter than a clip is dropped."""
+
+EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options; those left out take the defaults of `PrepareConfig`."""
+    parser.add_argument("input", metavar="INPUT", type=Path, help="folder with media, searched with its sub-folders")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="folder to write; may be unfinished from an earlier start"
+    )
+    parser.add_argument(
+        "--model",
+        default="tiny",
+        help="pipeline whose VAE and text encoder are used: tiny, a folder in diffusers layout, or a name on the hub "
+        f"such as {EXAMPLE} (tiny)",
+    )
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, keywords in options.items():
+            group.add_argument(name, **keywords)
+
+
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "size": {
+        "--height": {"type": int, "metavar": "N", "help": "of every sample, in pixels"},
+        "--width": {"type": int, "metavar": "N", "help": "of every sample, in pixels"},
+        "--crop": {"choices": ("center", "random", "none"), "help": "what to do with other aspects (center)"},
+        "--keep-aspect": {
+            "action": "store_true",
+            "default": None,
+            "help": "each file keeps its aspect, in as many pixels as --height times --width",
+        },
+        "--max-area": {"type": int, "metavar": "N", "help": "most pixels of a picture (399360, which is 480x832)"},
+    },
+    "time": {
+        "--frames": {"type": int, "metavar": "N", "help": "of every clip, 4n+1 (81)"},
+        "--fps": {"type": float, "metavar": "X", "help": "frames per second of every clip (16)"},
+        "--mode": {
+            "choices": ("video", "image", "frames"),
+            "help": "video: clips, and images as clips of one frame; image: images only; frames: single frames of the "
+            "videos, and images (video)",
+        },
+        "--clips": {
+            "choices": ("first", "uniform", "all"),
+            "help": "first: one clip from the start of each video; uniform: up to --clips-per-video, evenly spread; "
+            "all: as many as fit one after the other, the rest at the end is not used (first)",
+        },
+        "--clips-per-video": {"type": int, "metavar": "N", "help": "for --clips uniform (4)"},
+        "--frames-per-video": {
+            "type": int,
+            "metavar": "N",
+            "help": "for --mode frames: from the middles of N equal parts of the video (1)",
+        },
+    },
+    "captions": {
+        "--caption-key": {"metavar": "NAME", "help": "key or column that holds the caption (caption)"},
+        "--max-text-length": {
+            "type": int,
+            "metavar": "N",
+            "help": "longest caption in tokens; longer ones are cut and listed in the report (512)",
+        },
+    },
+    "result": {
+        "--val-fraction": {
+            "type": float,
+            "metavar": "X",
+            "help": "share of the files that is kept for validation, chosen by a hash of their path; all clips of a "
+            "file are on one side (0.05, rounded to whole files)",
+        },
+        "--shard-size": {"type": int, "metavar": "MIB", "help": "of one tar file (512)"},
+        "--dtype": {"choices": ("bf16", "fp32"), "help": "of the stored latents and text states (bf16)"},
+        "--seed": {"type": int, "metavar": "N", "help": "of the random crops and the validation share (0)"},
+        "--strict": {"action": "store_true", "help": "a file that would be dropped is an error"},
+    },
+    "speed": {
+        "--workers": {
+            "type": int,
+            "metavar": "N",
+            "help": "files decoded at once; each holds about two clips in memory (half the cores, at most 8)",
+        },
+        "--batch-size": {
+            "type": int,
+            "metavar": "N",
+            "help": "clips of equal size encoded together; changes latents by rounding, so it is fixed for a folder "
+            "(1)",
+        },
+        "--device": {"choices": ("cpu", "cuda"), "help": "where the encoders run (cuda if there is one)"},
+    },
+}
+TIMING = ("mode", "frames", "fps", "clips", "clips_per_video", "frames_per_video")
+FRAMING = ("height", "width", "crop", "keep_aspect", "max_area")
+OTHER = ("caption_key", "max_text_length", "val_fraction", "shard_size", "batch_size", "dtype", "seed", "workers")
+
+
+def read_config(arguments: argparse.Namespace) -> "PrepareConfig":
+    """The settings of the command line; what was not given keeps its default."""
+    from wanloom.data.framing import FramingConfig
+    from wanloom.data.prepare import PrepareConfig
+    from wanloom.data.video import TimingConfig
+
+    def given(names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+    workers = min(8, max(1, (os.cpu_count() or 2) // 2))
+    values = {"workers": workers, **given(OTHER), "strict": arguments.strict}
+    values["timing"] = build_config(TimingConfig, given(TIMING))
+    values["framing"] = build_config(FramingConfig, given(FRAMING))
+    return build_config(PrepareConfig, values)
+
+
+def load_encoders(model: str, device: str) -> "Encoders":
+    """The VAE (fp32) and the text encoder (bf16 on a GPU, else fp32) of a pipeline."""
+    import torch
+
+    from wanloom.assets import find_pipeline
+    from wanloom.codecs.text import TextCodec
+    from wanloom.codecs.vae import VaeCodec
+    from wanloom.data.prepare import Encoders
+
+    pipeline = find_pipeline(model, ("vae", "text_encoder", "tokenizer"))
+    vae = VaeCodec.load(pipeline, device)
+    text = TextCodec.load(pipeline, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    identity = {"vae": vae.identity, "text-encoder": text.identity, "device": device}
+    return Encoders(
+        vae.encode_batch, lambda caption, most: text.encode([caption], most)[0], text.count_tokens, identity
+    )
+
+
+def choose_device(wanted: str | None) -> str:
+    """ "cuda" or "cpu"; raises UserError when a GPU is asked for and there is none."""
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("There is no GPU that torch can use: leave out --device cuda.")
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prepare, with a progress bar and the report; 130 when it was stopped."""
+    config = read_config(arguments)
+    import torch
+    from rich.console import Console
+
+    from wanloom.data.prepare import REPORT, check_folders, prepare
+    from wanloom.data.report import print_report
+
+    check_folders(arguments.input, arguments.out)  # before a large model is loaded
+    device = choose_device(arguments.device)
+    console = Console()
+    signal.signal(signal.SIGTERM, _stop)
+    started = time.monotonic()
+    bar = Bar(console)
+    try:
+        with bar:
+            done = prepare(
+                arguments.input, arguments.out, config, lambda: load_encoders(arguments.model, device), bar.show
+            )
+    except KeyboardInterrupt:
+        console.print(f"Stopped. Run the same command again to go on: what is encoded is kept in {arguments.out}.")
+        return 130
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "The GPU has too little memory for a batch: lower --batch-size or the size of the clips in a new folder."
+        ) from error
+    print_report(done.report, console)
+    if done.was_complete:
+        console.print(f"{arguments.out} was complete already, nothing was done.")
+    else:
+        console.print(
+            f"{arguments.out} is ready after {time.monotonic() - started:.0f} s; all file names are in "
+            f"{arguments.out / REPORT}. Train on it with: wanloom train {arguments.model} data.path={arguments.out}",
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+class Bar:
+    """Shows `Progress` as a bar with rate and time left; in a log file as a line every half minute."""
+
+    def __init__(self, console: Any) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("files, {task.fields[samples]}"),
+            TimeRemainingColumn(),
+        )
+        self.console = console
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.progress.add_task("loading the encoders", total=None, samples="")
+        self.stage = ""
+        self.first = (0.0, 0, 0)  # time, files and samples when the stage began
+        self.said = time.monotonic()
+
+    def __enter__(self) -> None:
+        self.progress.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, state: "Progress") -> None:
+        """Called after every file and sample."""
+        now = time.monotonic()
+        if state.stage != self.stage:
+            self.stage, self.first = state.stage, (now, state.done, state.samples)
+            self.progress.reset(self.task, total=state.total, completed=state.done, description=state.stage)
+        seconds = max(now - self.first[0], 1e-3)
+        rate = (state.samples - self.first[2]) / seconds
+        text = f"{state.samples} samples, {rate:.2f} per second" if state.samples else ""
+        self.progress.update(self.task, completed=state.done, total=state.total, samples=text)
+        if not self.console.is_terminal and now - self.said > 30:
+            self.said = now
+            left = seconds / max(state.done - self.first[1], 1) * (state.total - state.done)
+            self.console.print(
+                f"{state.stage}: {state.done} of {state.total} files, {text}, about {left / 60:.0f} min left"
+            )

@@ -1,0 +1,34 @@
+"""What Megatron-Energon wants to find beside the shards, so that its loaders open a prepared folder as it is.
+
+In: the shards with their samples. Out: `.nv-meta/` (dataset.yaml, split.yaml, .info.json) and one `<shard>.tar.idx`
+each. The one decision: these few files are written here and not by Energon's own preparation, so they are there without
+the extra installed and are the same bytes every time; a test opens the folder with Energon itself. Not written is
+index.sqlite, which only its joins and random access by key read: `energon prepare` adds it.
+Format: Megatron-Energon 7 (https://nvidia.github.io/Megatron-Energon).
+"""
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from wanloom.data.tar import Pair, write_atomic
+
+META = ".nv-meta"
+
+
+def write_energon(out: Path, shards: Mapping[str, Sequence[Pair]]) -> None:
+    """Write the metadata of `shards`, a mapping of paths like "train/shard-000000.tar" to their samples."""
+    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for name, pairs in shards.items():
+        splits[name.split("/")[0]].append(name)
+        # where each sample starts, then where the last one ends
+        offsets = [pair.start for pair in pairs] + [pairs[-1].stop]
+        write_atomic(out / f"{name}.idx", struct.pack(f"<{len(offsets)}Q", *offsets))
+    info = {"energon_version": None, "shard_counts": {name: len(pairs) for name, pairs in shards.items()}}
+    dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
+    write_atomic(out / META / ".info.json", (json.dumps(info, indent=2) + "\n").encode())
+    write_atomic(out / META / "dataset.yaml", yaml.safe_dump(dataset, sort_keys=False).encode())
+    write_atomic(out / META / "split.yaml", yaml.safe_dump({"split_parts": splits, "exclude": []}).encode())

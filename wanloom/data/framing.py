@@ -1,0 +1,129 @@
+"""Which part of a picture becomes a sample, and of what size.
+
+In: the displayed size of a file (rotation and pixel shape applied) and the user's wish. Out: a `Frame`: the size to
+resize to, the window to cut, in whole pixels. The one decision: a picture is never squashed to fit. It is resized by
+one factor and cut (`center`, `random`), or fitted whole inside the size and rounded to the grid of 16 (`none`), which
+bends it by the rounding alone, and that is recorded.
+"""
+
+import hashlib
+import math
+from typing import Literal, NamedTuple
+
+from pydantic import model_validator
+
+from wanloom.config import Config
+
+GRID = 16  # pixels: 8 of the VAE times 2 of the patch
+DEFAULT_AREA = 480 * 832
+
+
+class FramingConfig(Config):
+    """Sizes in pixels. Without height and width every file keeps its aspect inside `max_area`."""
+
+    height: int | None = None
+    width: int | None = None
+    crop: Literal["center", "random", "none"] = "center"
+    keep_aspect: bool = False
+    max_area: int | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "FramingConfig":
+        if (self.height is None) != (self.width is None):
+            raise ValueError("--height and --width belong together; for sizes of any aspect give --max-area instead")
+        for name, size in (("--height", self.height), ("--width", self.width)):
+            if size is not None and (size % GRID or size < GRID):
+                low = max(GRID, size // GRID * GRID)
+                raise ValueError(f"{name} {size} is not a multiple of {GRID}: the nearest are {low} and {low + GRID}")
+        if self.max_area is not None:
+            if self.max_area < GRID * GRID:
+                raise ValueError(f"--max-area {self.max_area} is less than one token of {GRID}x{GRID} pixels")
+            if self.height is not None and not self.keep_aspect:
+                raise ValueError("--max-area has no effect beside --height and --width: leave one out")
+        if self.keep_aspect and self.height is not None and self.max_area is not None:
+            raise ValueError("with --keep-aspect give --max-area or --height and --width (their area counts), not both")
+        return self
+
+    @property
+    def area(self) -> int | None:
+        """The largest area when files keep their aspect, None when all get one size."""
+        if self.height is None or self.width is None:
+            return self.max_area or DEFAULT_AREA
+        return self.height * self.width if self.keep_aspect else None
+
+
+class Frame(NamedTuple):
+    """Resize to `resized`, then cut the window of `size` at `corner`; all are (horizontal, vertical)."""
+
+    resized: tuple[int, int]
+    corner: tuple[int, int]
+    size: tuple[int, int]
+
+
+def choose_frame(width: float, height: float, config: FramingConfig, seed: int, key: str) -> Frame:
+    """The frame for a picture displayed at `width` x `height`; `seed` and `key` place a random crop.
+
+    Raises ValueError when a picture is too narrow to be fitted without squashing.
+    """
+    if config.area is not None:
+        size = fit_area(width, height, config.area)
+    else:
+        assert config.width is not None and config.height is not None
+        size = (config.width, config.height)
+        if config.crop == "none":
+            size = fit_inside(width, height, size)
+    if config.crop == "none":
+        return Frame(size, (0, 0), size)
+    scale = max(size[0] / width, size[1] / height)
+    resized = (max(size[0], round(width * scale)), max(size[1], round(height * scale)))
+    slack = (resized[0] - size[0], resized[1] - size[1])
+    if config.crop == "center":
+        return Frame(resized, (slack[0] // 2, slack[1] // 2), size)
+    draw = hashlib.blake2b(f"crop:{seed}:{key}".encode(), digest_size=16).digest()
+    across, down = int.from_bytes(draw[:8], "little"), int.from_bytes(draw[8:], "little")
+    return Frame(resized, (across % (slack[0] + 1), down % (slack[1] + 1)), size)
+
+
+def fit_inside(width: float, height: float, box: tuple[int, int]) -> tuple[int, int]:
+    """The largest size on the grid inside `box` with the picture's aspect, up to the rounding."""
+    scale = min(box[0] / width, box[1] / height)
+    sides = (width * scale, height * scale)
+    _check_narrow(width, height, sides)
+    return _nearest(sides[0]), _nearest(sides[1])
+
+
+def fit_area(width: float, height: float, area: int) -> tuple[int, int]:
+    """The size on the grid closest in aspect with at most `area` pixels; pictures are not enlarged beyond the grid."""
+    scale = min(1.0, math.sqrt(area / (width * height)))
+    sides = (width * scale, height * scale)
+    _check_narrow(width, height, sides)
+    options = [
+        (across, down)
+        for across in (_below(sides[0]), _below(sides[0]) + GRID)
+        for down in (_below(sides[1]), _below(sides[1]) + GRID)
+        if across * down <= area
+    ]
+    if scale == 1.0:  # a small picture: only down to the grid, never up
+        options = [o for o in options if o[0] <= max(GRID, width) and o[1] <= max(GRID, height)]
+    options = options or [(_below(sides[0]), _below(sides[1]))]
+    return min(options, key=lambda o: (abs(math.log(o[0] / o[1] * height / width)), -o[0] * o[1]))
+
+
+def aspect_change(width: float, height: float, frame: Frame) -> float:
+    """By how much the picture is bent: 0.01 means it became 1% wider than it should be."""
+    return frame.resized[0] / frame.resized[1] * height / width - 1
+
+
+def _below(side: float) -> int:
+    return max(GRID, int(side + 1e-6) // GRID * GRID)
+
+
+def _nearest(side: float) -> int:
+    return max(GRID, int(side / GRID + 0.5) * GRID)
+
+
+def _check_narrow(width: float, height: float, sides: tuple[float, float]) -> None:
+    if min(sides) < GRID <= min(width, height):
+        raise ValueError(
+            f"too narrow: {width:.0f}x{height:.0f} would become {sides[0]:.0f}x{sides[1]:.0f}, less than {GRID} pixels"
+        )

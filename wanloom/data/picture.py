@@ -1,0 +1,204 @@
+"""One picture as it is to be seen: 8-bit RGB of the chosen size.
+
+In: an image file, or decoded pictures of a video. Out: `(H, W, 3)` uint8 with the file's rotation, mirroring and pixel
+shape applied and alpha laid on black. The one decision: resizing is bicubic with antialiasing, by swscale for YUV
+(with `ACCURATE_RND` and `FULL_CHR_H_INT`, without which it darkens by one level and halves the colour resolution) in
+the same pass as the conversion, and by Pillow for RGB, which swscale would send through YUV.
+"""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from wanloom.data.framing import Frame
+
+SWS_FLAGS = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC, SWS_ACCURATE_RND, SWS_FULL_CHR_H_INT
+HDR_TRANSFERS = {16, 18}  # SMPTE ST 2084 (PQ) and ARIB STD-B67 (HLG)
+EXIF_ORIENTATION = 0x0112
+
+ChooseFrame = Callable[[float, float, int], Frame]  # displayed width and height, clip number -> frame
+
+
+class MediaError(Exception):
+    """A file that gives no (more) samples. `kind` is the heading in the report."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+@dataclass
+class Clip:
+    """One sample's pictures and where they come from. Sizes are (horizontal, vertical)."""
+
+    number: int
+    pixels: np.ndarray  # (F, H, W, 3) uint8
+    start: float  # seconds from the first picture of the file
+    stop: float
+    source_fps: float | None  # None for an image
+    source_size: tuple[int, int]  # as stored
+    display_size: tuple[float, float]  # as it is to be seen
+    frame: Frame
+    notes: list[str] = field(default_factory=list)  # what was done beyond time and size
+
+
+def read_image(path: Path, choose: ChooseFrame) -> Clip:
+    """An image as a clip of one frame, turned as its EXIF orientation says."""
+    notes = []
+    try:
+        with Image.open(path) as image:
+            stored = image.size
+            if getattr(image, "n_frames", 1) > 1:
+                notes.append("animated image: first picture only")
+            turned = ImageOps.exif_transpose(image)
+            if turned.size != stored or image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+                notes.append("rotated")
+            pixels, has_alpha = _image_to_rgb(turned)
+    except UnidentifiedImageError as error:
+        raise MediaError("broken", "is no image that can be read") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError("broken", f"cannot be decoded: {error}") from error
+    if has_alpha:
+        notes.append("alpha on black")
+    height, width = pixels.shape[:2]
+    frame = _choose(choose, width, height, 0)
+    cut = _cut(_resize_rgb(pixels, frame.resized), frame)
+    return Clip(0, cut[None], 0.0, 0.0, None, stored, (width, height), frame, notes)
+
+
+def _image_to_rgb(image: Image.Image) -> tuple[np.ndarray, bool]:
+    if image.mode.startswith("I"):  # 16 bits; Pillow would clip at 255
+        deep = np.asarray(image).astype(np.float64)
+        gray = np.clip(np.round(deep / 257), 0, 255).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=2), False
+    if image.has_transparency_data:
+        rgba = np.asarray(image.convert("RGBA"))
+        return _on_black(rgba), bool((rgba[..., 3] < 255).any())
+    return np.asarray(image.convert("RGB")), False
+
+
+def _on_black(rgba: np.ndarray) -> np.ndarray:
+    return np.round(rgba[..., :3] * (rgba[..., 3:] / 255.0)).astype(np.uint8)
+
+
+class Screen:
+    """Turns decoded pictures into RGB of the chosen frame, and remembers what it met on the way."""
+
+    def __init__(self, stream: Any, choose: ChooseFrame) -> None:
+        self.stream = stream
+        self.choose = choose
+        self.end = Fraction(0)  # seconds of the last picture's end so far
+        self.stored: tuple[int, int] | None = None
+        self.display: tuple[float, float] = (0.0, 0.0)
+        self.turn = np.eye(2, dtype=int)
+        self.frames: dict[int, Frame] = {}
+        self.notes: dict[str, None] = {}
+        self.latest: tuple[Any, int, np.ndarray] | None = None
+
+    def convert(self, picture: Any, number: int) -> np.ndarray:
+        """`(H, W, 3)` of a decoded picture for clip `number`."""
+        if self.latest and self.latest[0] is picture and self.latest[1] == number:
+            return self.latest[2]
+        if self.stored is None:
+            self._look(picture)
+        elif self.stored != (picture.width, picture.height):
+            raise MediaError("broken", f"changes its size to {picture.width}x{picture.height} in the middle")
+        if number not in self.frames:
+            self.frames = {number: _choose(self.choose, *self.display, number)}
+        frame = self.frames[number]
+        width, height = frame.resized
+        stored = (height, width) if self.turn[0, 1] else (width, height)
+        pixels = _cut(_apply_turn(self._to_rgb(picture, stored), self.turn), frame)
+        self.latest = (picture, number, pixels)
+        return pixels
+
+    def clip(self, number: int, pixels: np.ndarray, moments: list[Fraction]) -> Clip:
+        rate = self.stream.average_rate or self.stream.guessed_rate
+        return Clip(
+            number=number,
+            pixels=pixels,
+            start=round(float(moments[0]), 6),
+            stop=round(float(moments[-1]), 6),
+            source_fps=round(float(rate), 6) if rate else None,
+            source_size=self.stored or (0, 0),
+            display_size=self.display,
+            frame=self.frames[number],
+            notes=list(self.notes),
+        )
+
+    def _look(self, picture: Any) -> None:
+        """Size, pixel shape, rotation and colour format of the first picture."""
+        self.stored = (picture.width, picture.height)
+        shape = self.stream.sample_aspect_ratio or Fraction(1)
+        shape = shape if Fraction(1, 10) < shape < 10 else Fraction(1)
+        self.turn = display_turn(picture)
+        width, height = picture.width * float(shape), float(picture.height)
+        self.display = (height, width) if self.turn[0, 1] else (width, height)
+        if shape != 1:
+            self.notes[f"pixels of shape {shape.numerator}:{shape.denominator} made square"] = None
+        if not np.array_equal(self.turn, np.eye(2)):
+            self.notes["rotated"] = None
+        if any(component.is_alpha for component in picture.format.components):
+            self.notes["alpha on black"] = None
+        if picture.format.components[0].bits > 8:
+            self.notes[f"{picture.format.components[0].bits} bits to 8"] = None
+        if picture.color_trc in HDR_TRANSFERS:
+            self.notes["HDR taken without tone mapping"] = None
+        if picture.interlaced_frame:
+            self.notes["interlaced, taken as it is"] = None
+
+    def _to_rgb(self, picture: Any, size: tuple[int, int]) -> np.ndarray:
+        layout = picture.format
+        if layout.has_palette or any(component.is_alpha for component in layout.components):
+            return _resize_rgb(_on_black(picture.to_ndarray(format="rgba")), size)
+        if layout.is_rgb:
+            return _resize_rgb(picture.to_ndarray(format="rgb24"), size)
+        return picture.reformat(*size, format="rgb24", interpolation=SWS_FLAGS).to_ndarray()
+
+
+def display_turn(picture: Any) -> np.ndarray:
+    """The rotation and mirroring of a file's display matrix as a 2x2 matrix of -1, 0, 1; row vectors (x, y) times it.
+
+    Other angles than multiples of 90 degrees do not occur in recordings and are taken to the nearest one.
+    """
+    data = picture.side_data.get("DISPLAYMATRIX") if picture.side_data else None
+    if data is None:
+        return np.eye(2, dtype=int)
+    values = struct.unpack("<9i", bytes(data)[:36])
+    matrix = np.array([[values[0], values[1]], [values[3], values[4]]], dtype=np.float64)
+    scale = np.abs(matrix).max()
+    turn = np.round(matrix / scale).astype(int) if scale else np.eye(2, dtype=int)
+    return turn if abs(round(float(np.linalg.det(turn)))) == 1 else np.eye(2, dtype=int)
+
+
+def _apply_turn(pixels: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    if turn[0, 1]:  # x goes to y: transpose first, then each axis has its own sign
+        pixels = pixels.transpose(1, 0, 2)
+        flip_x, flip_y = turn[1, 0] < 0, turn[0, 1] < 0
+    else:
+        flip_x, flip_y = turn[0, 0] < 0, turn[1, 1] < 0
+    return pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+
+
+def _resize_rgb(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if pixels.shape[1::-1] == size:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
+def _cut(pixels: np.ndarray, frame: Frame) -> np.ndarray:
+    (left, top), (width, height) = frame.corner, frame.size
+    return pixels[top : top + height, left : left + width]
+
+
+def _choose(choose: ChooseFrame, width: float, height: float, number: int) -> Frame:
+    try:
+        return choose(width, height, number)
+    except ValueError as error:
+        raise MediaError("too narrow", str(error).removeprefix("too narrow: ")) from error

@@ -1,0 +1,193 @@
+"""What a folder holds and what becomes of each file, decided before anything is encoded.
+
+In: the input folder. Out: one `Entry` per media file, sorted by path: kind, content hash, caption, split, or why it is
+dropped. The one decision: the plan is a function of the folder's content alone (not of times, workers or what was done
+before), so a run that was stopped finds the same plan again, and a folder that changed in between is noticed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from wanloom.config import UserError
+from wanloom.data.captions import SIDECARS, TABLES, Caption, read_captions
+from wanloom.data.video import kind_of
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One media file. `drop` is empty or the heading in the report, `reason` the sentence under it."""
+
+    source: str  # path relative to the input folder, with '/'
+    kind: str  # "video" or "image"
+    size: int
+    mtime_ns: int
+    sha256: str = ""  # of the content
+    caption: str = ""
+    caption_source: str = ""
+    split: str = "train"
+    drop: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All files of a folder."""
+
+    entries: list[Entry]
+    conflicts: dict[str, str]  # media files whose caption sources disagree
+    missing: list[str]  # listed in the metadata table, not in the folder
+    ignored: list[str]  # neither media nor captions
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a file or a caption is added, removed or changed; not when the folder is moved or copied."""
+        facts = [[e.source, e.sha256, e.caption, e.caption_source] for e in self.entries]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def to_json(self) -> bytes:
+        return "".join(json.dumps(asdict(entry)) + "\n" for entry in self.entries).encode()
+
+
+def read_entries(data: bytes) -> list[Entry]:
+    """The entries of a saved plan."""
+    return [Entry(**json.loads(line)) for line in data.splitlines()]
+
+
+def list_files(root: Path, leave_out: Path) -> tuple[list[str], list[str]]:
+    """All files under `root` as sorted relative paths, and the hidden ones apart. Links are followed, once each."""
+    visible, hidden, seen = [], [], set()
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"The folder '{error.filename}' cannot be read: {error.strerror}.")
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
+        real = os.path.realpath(folder)
+        if real in seen or real == str(leave_out.resolve()):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = (Path(folder) / name).relative_to(root).as_posix()
+            (hidden if name.startswith(".") else visible).append(path)
+    return sorted(visible), sorted(hidden)
+
+
+def build_plan(
+    root: Path,
+    leave_out: Path,
+    mode: str,
+    caption_key: str | None,
+    val_fraction: float,
+    seed: int,
+    known: Sequence[Entry] = (),
+    workers: int = 1,
+    on_read: Callable[[int, int], None] = lambda done, total: None,
+) -> Plan:
+    """The plan of a folder. `known` are entries of an earlier start: unchanged files are not read again.
+
+    Raises UserError when there is no such folder or no media in it.
+    """
+    if not root.is_dir():
+        raise UserError(f"There is no folder '{root}' with videos or images.")
+    visible, hidden = list_files(root, leave_out)
+    media = [name for name in visible if kind_of(name)]
+    if not media:
+        raise UserError(f"'{root}' holds no videos or images ({len(visible)} other files).")
+    captions = read_captions(root, [name for name in media if _is_text(name)], set(visible), caption_key)
+    stems = {name.rsplit(".", 1)[0] for name in media}
+    ignored = [name for name in visible if not kind_of(name) and not _is_caption_file(name, stems)]
+    entries = []
+    for name in media:
+        stat = _stat(root / name)
+        entry = Entry(name, kind_of(name) or "", *stat)
+        found = captions.found.get(name)
+        if not _is_text(name):
+            entry = replace(entry, source=ascii(name)[1:-1], drop="broken", reason="its name is not valid UTF-8")
+        elif mode == "image" and entry.kind == "video":
+            entry = replace(
+                entry, drop="not taken", reason="a video, --mode image takes images only (see --mode frames)"
+            )
+        elif isinstance(found, Caption):
+            entry = replace(entry, caption=found.text, caption_source=found.source)
+        else:
+            entry = replace(entry, drop="captionless", reason=found.reason if found else "no caption found")
+        if not entry.drop and stat[0] == 0:
+            entry = replace(entry, drop="broken", reason="is an empty file")
+        entries.append(entry)
+    entries = _add_hashes(root, entries, known, workers, on_read)
+    entries = _split(_drop_duplicates(entries), val_fraction, seed)
+    return Plan(entries, captions.conflicts, captions.missing, sorted(ignored + hidden))
+
+
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in name)
+
+
+def _is_caption_file(name: str, stems: set[str]) -> bool:
+    stem, dot, suffix = name.rpartition(".")
+    return name in TABLES or (dot + suffix in SIDECARS and stem in stems)
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:  # a link to nowhere: reading it will say so
+        return -1, 0
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _add_hashes(
+    root: Path, entries: list[Entry], known: Sequence[Entry], workers: int, on_read: Callable[[int, int], None]
+) -> list[Entry]:
+    """Read every file that may become samples once, in threads, for its sha256."""
+    before = {(e.source, e.size, e.mtime_ns): e.sha256 for e in known if e.sha256}
+
+    def add(entry: Entry) -> Entry:
+        if entry.drop:
+            return entry
+        digest = before.get((entry.source, entry.size, entry.mtime_ns))
+        if digest is None:
+            try:
+                with (root / entry.source).open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                return replace(entry, drop="broken", reason=f"cannot be read: {error.strerror}")
+        return replace(entry, sha256=digest)
+
+    out = []
+    with ThreadPoolExecutor(workers) as pool:
+        for entry in pool.map(add, entries):
+            out.append(entry)
+            on_read(len(out), len(entries))
+    return out
+
+
+def _drop_duplicates(entries: list[Entry]) -> list[Entry]:
+    """Of files with the same content the first is kept."""
+    first: dict[str, Entry] = {}
+    out = []
+    for entry in entries:
+        if not entry.drop:
+            kept = first.setdefault(entry.sha256, entry)
+            if kept is not entry:
+                other = "" if kept.caption == entry.caption else ", with another caption"
+                entry = replace(entry, drop="duplicate", reason=f"the same file as {kept.source}{other}")
+        out.append(entry)
+    return out
+
+
+def _split(entries: list[Entry], fraction: float, seed: int) -> list[Entry]:
+    """The val share are the files whose keyed hashes are smallest: all clips of a file are on one side."""
+
+    def rank(entry: Entry) -> bytes:
+        return hashlib.blake2b(f"split:{seed}:{entry.source}".encode(), digest_size=16).digest()
+
+    kept = sorted((entry for entry in entries if not entry.drop), key=rank)
+    val = {entry.source for entry in kept[: int(len(kept) * fraction + 0.5)]}
+    return [replace(entry, split="val") if entry.source in val else entry for entry in entries]

@@ -1,0 +1,72 @@
+"""Several files decoded at once, their clips handed out in the order of the files.
+
+In: jobs and a function that yields the results of one. Out: (job, result) in the order of the jobs. The one decision:
+threads, because decoding and resizing release Python's lock and pictures need not be copied between processes. What
+waits is bounded: a thread holds one finished result and works on the next, so memory is about 2 * workers clips.
+"""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+class _Lane(Generic[J, R]):
+    """One job on its thread. An empty list in `results` is the end."""
+
+    def __init__(self, job: J, work: Callable[[J], Iterator[R]], stop: threading.Event) -> None:
+        self.job = job
+        self.work = work
+        self.stop = stop
+        self.results: queue.Queue[list[R]] = queue.Queue(maxsize=1)
+        self.future: Future[None] | None = None
+
+    def run(self) -> None:
+        try:
+            for result in self.work(self.job):
+                self._put([result])
+                if self.stop.is_set():
+                    return
+        finally:  # an error stays in the future, and the reader meets it at the end
+            self._put([])
+
+    def _put(self, result: list[R]) -> None:
+        while not self.stop.is_set():
+            try:
+                return self.results.put(result, timeout=0.1)
+            except queue.Full:
+                continue
+
+
+def read_ahead(jobs: Sequence[J], work: Callable[[J], Iterator[R]], workers: int) -> Generator[tuple[J, R], None, None]:
+    """Results of `work(job)` for every job, in order, with `workers` jobs under way; an error of `work` is raised here.
+
+    Threads end with their next result once the generator is closed.
+    """
+    stop = threading.Event()
+    waiting = iter(jobs)
+    lanes: deque[_Lane[J, R]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        while True:
+            while len(lanes) < workers and (job := next(waiting, None)) is not None:
+                lane = _Lane(job, work, stop)
+                lane.future = pool.submit(lane.run)
+                lanes.append(lane)
+            if not lanes:
+                return
+            result = lanes[0].results.get()
+            if result:
+                yield lanes[0].job, result[0]
+            else:
+                future = lanes.popleft().future
+                assert future is not None
+                future.result()
+    finally:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)

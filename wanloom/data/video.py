@@ -1,0 +1,186 @@
+"""Video files to clips at one rate.
+
+In: a file. Out: clips `(F, H, W, 3)` uint8 RGB. The one decision: time is sampled by timestamps. A clip's frame k is
+the picture that a player shows at start + k / fps, so variable frame rates, other rates and odd containers keep the
+speed of the action. The file is decoded once, from its start, and a picture is converted only when it is used.
+"""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import av.error
+import numpy as np
+from pydantic import model_validator
+
+from wanloom.config import Config
+from wanloom.data.picture import ChooseFrame, Clip, MediaError, Screen, read_image
+
+TICK = Fraction(1, 1000)  # containers with millisecond clocks (Matroska) round by up to half of this
+VIDEO_SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("mp4", "m4v", "mov", "mkv", "webm", "avi", "wmv", "asf", "flv", "f4v", "mpg", "mpeg", "m2v", "mpe", "ts"),
+        *("mts", "m2ts", "vob", "ogv", "ogg", "3gp", "3g2", "mxf", "gif", "y4m", "h264", "264", "h265", "265", "hevc"),
+        *("ivf", "obu", "av1", "nut", "dv", "divx", "rm", "rmvb", "mjpeg", "mjpg"),
+    )
+)
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga"))
+
+
+class TimingConfig(Config):
+    """Which moments of a file become samples."""
+
+    mode: Literal["video", "image", "frames"] = "video"
+    frames: int = 81
+    fps: float = 16.0
+    clips: Literal["first", "uniform", "all"] = "first"
+    clips_per_video: int = 4
+    frames_per_video: int = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> "TimingConfig":
+        if self.frames < 1 or self.frames % 4 != 1:
+            low = max(1, (self.frames - 1) // 4 * 4 + 1)
+            raise ValueError(
+                f"--frames {self.frames} is not 4n+1, which the VAE needs: the nearest are {low} and {low + 4}"
+            )
+        if not 0 < self.fps <= 1000:
+            raise ValueError(f"--fps {self.fps:g} is not a frame rate")
+        if self.clips_per_video < 1 or self.frames_per_video < 1:
+            raise ValueError("--clips-per-video and --frames-per-video are at least 1")
+        return self
+
+
+def kind_of(name: str) -> str | None:
+    """ "video", "image" or None for a file that is no media, by its suffix."""
+    suffix = Path(name).suffix.lower()
+    return "video" if suffix in VIDEO_SUFFIXES else "image" if suffix in IMAGE_SUFFIXES else None
+
+
+def read_clips(path: Path, kind: str, timing: TimingConfig, choose: ChooseFrame, threads: int = 1) -> Iterator[Clip]:
+    """The samples of one file, in order of time. Raises MediaError where it can give no more."""
+    if kind == "image":
+        yield read_image(path, choose)
+        return
+    try:
+        yield from _read_video(path, timing, choose, threads)
+    except av.error.FFmpegError as error:
+        raise MediaError("broken", f"cannot be decoded: {error.strerror or error}") from error
+    except OSError as error:
+        raise MediaError("broken", f"cannot be read: {error.strerror or error}") from error
+
+
+def plan_times(timing: TimingConfig, duration: Fraction, pictures: int) -> Iterator[list[Fraction]]:
+    """The moments of each clip of a video, in seconds from its first picture; clips do not overlap.
+
+    `duration` and `pictures` are only used by the modes that spread samples over the whole video.
+    """
+    step = 1 / Fraction(timing.fps).limit_denominator(1001)
+    if timing.mode == "frames":
+        number = min(timing.frames_per_video, pictures)
+        yield from ([duration * (2 * i + 1) / (2 * number)] for i in range(number))
+        return
+    moments = [k * step for k in range(timing.frames)]
+    length = timing.frames * step
+    if timing.clips == "first":
+        yield moments
+    elif timing.clips == "all":
+        yield from ([n * length + moment for moment in moments] for n in count())
+    else:
+        number = max(1, min(timing.clips_per_video, int(duration / length)))
+        latest = max(duration - length, Fraction(0))
+        for i in range(number):
+            start = latest * i / (number - 1) if number > 1 else latest / 2
+            yield [start + moment for moment in moments]
+
+
+def scan_packets(path: Path) -> tuple[Fraction, int]:
+    """Duration in seconds and number of pictures, from the packets alone: exact, and nothing is decoded."""
+    first, last, number = None, Fraction(0), 0
+    with av.open(str(path)) as container:
+        stream = _video_stream(container)
+        default = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
+        for packet in container.demux(stream):
+            stamp = packet.pts if packet.pts is not None else packet.dts
+            if stamp is None or packet.size == 0:
+                continue
+            number += 1
+            begin = stamp * Fraction(stream.time_base)
+            length = packet.duration * Fraction(stream.time_base) if packet.duration else default
+            first = begin if first is None else min(first, begin)
+            last = max(last, begin + length)
+    if first is None:
+        raise MediaError("broken", "has no pictures")
+    return last - first, number
+
+
+def _video_stream(container: Any) -> Any:
+    if not container.streams.video:
+        raise MediaError("broken", "has no video in it")
+    return container.streams.video[0]
+
+
+def _read_video(path: Path, timing: TimingConfig, choose: ChooseFrame, threads: int) -> Iterator[Clip]:
+    spread = timing.mode == "frames" or timing.clips == "uniform"
+    duration, pictures = scan_packets(path) if spread else (Fraction(0), 0)
+    plan = plan_times(timing, duration, pictures)
+    with av.open(str(path)) as container:
+        stream = _video_stream(container)
+        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = threads
+        screen = Screen(stream, choose)
+        shown = _shown(container, stream, screen)
+        interval = next(shown, None)
+        for number, moments in enumerate(plan):
+            pixels = None
+            for k, moment in enumerate(moments):
+                while interval is not None and moment + TICK >= interval[1]:
+                    interval = next(shown, None)
+                if interval is None:
+                    _check_enough(number, timing, moments, screen)
+                    return
+                picture = screen.convert(interval[2], number)
+                if pixels is None:
+                    pixels = np.empty((len(moments), *picture.shape), dtype=np.uint8)
+                pixels[k] = picture
+            assert pixels is not None
+            yield screen.clip(number, pixels, moments)
+
+
+def _check_enough(number: int, timing: TimingConfig, moments: list[Fraction], screen: Screen) -> None:
+    """The video ended inside clip `number`: fine for the rest that `all` leaves, else a MediaError."""
+    has, needs = float(screen.end), float(moments[-1] - moments[0])
+    if has <= needs:
+        raise MediaError(
+            "too short", f"has {has:.3g} s, needs {needs:.3g} s ({timing.frames} frames at {timing.fps:g})"
+        )
+    if timing.mode == "frames" or timing.clips != "all" or number == 0:
+        raise MediaError("broken", f"ends at {has:.3g} s, earlier than its own index says")
+
+
+def _shown(container: Any, stream: Any, screen: "Screen") -> Iterator[tuple[Fraction, Fraction, Any]]:
+    """(from, until, picture) for every picture, in seconds from the first one."""
+    base = Fraction(stream.time_base)
+    default = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
+    origin = previous = None
+    begin = Fraction(0)
+    for picture in container.decode(stream):
+        if picture.is_corrupt:
+            raise MediaError("broken", f"is damaged at {float(begin):.3g} s")
+        stamp = picture.pts if picture.pts is not None else picture.dts
+        if origin is None:
+            origin = stamp * base if stamp is not None else Fraction(0)
+        at = stamp * base - origin if stamp is not None else begin + default * (previous is not None)
+        if previous is not None and at > begin:  # a picture with an older stamp replaces the one before it
+            screen.end = at
+            yield begin, at, previous
+        previous, begin = picture, max(at, begin)
+    if previous is None:
+        raise MediaError("broken", "has no pictures")
+    last = previous.duration * base if previous.duration else default
+    screen.end = begin + last
+    yield begin, screen.end, previous
