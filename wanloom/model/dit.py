@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from wanloom.config import Config
@@ -38,16 +38,16 @@ FP32_PARTS = frozenset({"time_embedding", "time_projection", "modulation", "head
 class DiTConfig(Config):
     """The shape of a WanDiT; the defaults are what all published Wan 2.1 models share."""
 
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    text_slots: int = 512
-    eps: float = 1e-6
+    dim: PositiveInt
+    ffn_dim: PositiveInt
+    num_heads: PositiveInt
+    num_layers: PositiveInt
+    in_channels: PositiveInt = 16
+    out_channels: PositiveInt = 16
+    text_dim: PositiveInt = 4096
+    freq_dim: PositiveInt = 256
+    text_slots: PositiveInt = 512
+    eps: PositiveFloat = 1e-6
 
     @model_validator(mode="after")
     def _divides(self) -> "DiTConfig":

@@ -1,0 +1,97 @@
+"""What the model is compared with: diffusers' transformer, one sample at a time, the text padded with zeros."""
+
+from typing import NamedTuple
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from wanloom.model.dit import DiTConfig, WanDiT
+from wanloom.model.sequence import Pack, build_pack, grid_of, patchify
+from wanloom.model.weights import state_dict_as
+
+SMALL = DiTConfig(
+    dim=48, ffn_dim=80, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=64
+)
+
+
+class Samples(NamedTuple):
+    latents: list[Tensor]
+    texts: list[Tensor]
+    sigma: Tensor
+    weights: list[Tensor]  # random weights of the loss, in token layout
+    pack: Pack
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """No parameter at a value that hides a mistake: no zero head, no norm of ones, no small table."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            noise = torch.randn(param.shape, generator=generator)
+            if "norm" in name:
+                param.copy_(float(name.endswith("weight")) + 0.3 * noise)
+            elif "modulation" in name:
+                param.copy_(0.5 * noise)
+            else:
+                param.copy_(noise * (param.shape[-1] ** -0.5 if param.dim() > 1 else 0.2))
+
+
+def build_model(config: DiTConfig, seed: int = 0) -> WanDiT:
+    model = WanDiT(config)
+    randomise(model, seed)
+    return model
+
+
+def build_reference(model: WanDiT) -> WanTransformer3DModel:
+    """The diffusers model with the same weights."""
+    config = model.config
+    reference = WanTransformer3DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.dim // config.num_heads,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        eps=config.eps,
+    )
+    state = {key: value.clone() for key, value in state_dict_as(model.state_dict(), "diffusers").items()}
+    reference.load_state_dict(state)
+    return reference
+
+
+def draw_samples(config: DiTConfig, shapes: list[tuple[int, int, int]], text_lens: list[int], seed: int) -> Samples:
+    """`shapes` are frames, height and width of the latents."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = [torch.randn(config.in_channels, *shape, generator=generator) for shape in shapes]
+    texts = [torch.randn(length, config.text_dim, generator=generator) for length in text_lens]
+    sigma = torch.rand(len(shapes), generator=generator)
+    tokens = [patchify(x) for x in latents]
+    weights = [torch.randn(len(x), config.out_channels * 4, generator=generator) for x in tokens]
+    return Samples(latents, texts, sigma, weights, build_pack(tokens, [grid_of(x.shape) for x in latents], texts))
+
+
+def run_reference(reference: WanTransformer3DModel, samples: Samples, slots: int) -> list[Tensor]:
+    """Velocity tokens of each sample alone."""
+    out = []
+    for latents, text, sigma in zip(samples.latents, samples.texts, samples.sigma, strict=True):
+        padded = torch.cat([text, text.new_zeros(slots - len(text), text.shape[1])])
+        dtype = reference.dtype
+        velocity = reference(latents[None].to(dtype), 1000 * sigma[None], padded[None].to(dtype)).sample[0]
+        out.append(patchify(velocity))
+    return out
+
+
+def loss(velocity: list[Tensor], samples: Samples) -> Tensor:
+    return sum(((v * w).sum() for v, w in zip(velocity, samples.weights, strict=True)), torch.zeros(()))
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def gradients(model: WanDiT) -> dict[str, Tensor]:
+    """By diffusers' names, in its shapes."""
+    return state_dict_as({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, "diffusers")

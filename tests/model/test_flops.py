@@ -1,0 +1,36 @@
+import pytest
+import torch
+from dit_reference import build_model, draw_samples
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from wanloom.model.dit import CONFIGS, DiTConfig
+from wanloom.model.flops import forward_flops, train_flops
+
+WIDE = DiTConfig(dim=256, ffn_dim=1024, num_heads=2, num_layers=2, text_dim=64)
+
+
+@pytest.mark.parametrize(("shape", "text_len"), [((5, 16, 16), 40), ((1, 8, 8), 511), ((3, 32, 8), 0)])
+def test_agrees_with_the_counter_of_torch(shape, text_len):
+    """On the model as it runs, the unused slots folded into one key; attention as matrix products, which it counts."""
+    model = build_model(WIDE)
+    samples = draw_samples(WIDE, [shape], [text_len], seed=0)
+    with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), FlopCounterMode(display=False) as counter:
+        model(samples.pack, samples.sigma)
+    tokens = samples.pack.video_lens[0]
+    expected = forward_flops(WIDE, tokens, text_slots=text_len + 1)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_agrees_with_the_published_number_per_token():
+    """165.907 GFLOP per token: tokens/s and TFLOP/s of the same rows of a published table."""
+    per_token = train_flops(CONFIGS["wan2.1-t2v-14b"], 37_440) / 37_440
+    assert per_token == pytest.approx(165.907e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "tera"),
+    [("1.3b", 390, 1.19), ("1.3b", 32_760, 283.0), ("14b", 75_600, 6523.4), ("14b", 390, 11.81)],
+)
+def test_forward_flops_of_known_shapes(model, tokens, tera):
+    assert forward_flops(CONFIGS[f"wan2.1-t2v-{model}"], tokens) == pytest.approx(tera * 1e12, rel=5e-3)

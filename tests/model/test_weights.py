@@ -1,0 +1,364 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from dit_reference import SMALL, build_model, build_reference
+from safetensors.torch import load_file, save_file
+
+from wanloom.config import UserError
+from wanloom.model import weights
+from wanloom.model.dit import CONFIGS, DiTConfig, WanDiT, keeps_fp32
+from wanloom.model.published import Stored, config_json, parse_config
+from wanloom.model.weights import (
+    LAYOUTS,
+    config_of,
+    load_dit,
+    read_config,
+    rename,
+    save_dit,
+    save_weights,
+    shape_in_file,
+    state_dict_as,
+)
+
+NAME = "diffusion_pytorch_model"
+FILE = f"{NAME}.safetensors"
+INDEX = f"{FILE}.index.json"
+
+
+@pytest.fixture(scope="module")
+def model() -> WanDiT:
+    return build_model(SMALL)
+
+
+@pytest.fixture
+def folder(model: WanDiT, tmp_path: Path) -> Path:
+    save_dit(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def assert_same(found: WanDiT, expected: WanDiT) -> None:
+    assert found.config == expected.config
+    ours, theirs = found.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def rewrite(folder: Path, change) -> None:
+    """Apply `change` to the tensors of the folder's file."""
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    save_file(tensors, folder / FILE)
+
+
+# ---- round trips
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_round_trip_is_bit_equal(model, layout, tmp_path):
+    save_dit(model, tmp_path / "model", layout)
+    found = load_dit(tmp_path / "model")
+    assert_same(found, model)
+    assert all(param.requires_grad for param in found.parameters())
+    assert read_config(tmp_path / "model") == SMALL
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", FILE, "model"]
+
+
+def test_diffusers_loads_what_we_write(model, folder):
+    found, info = WanTransformer3DModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    expected = build_reference(model)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+    settings = ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim")
+    for key in (*settings, "ffn_dim", "num_layers", "eps", "qk_norm", "cross_attn_norm"):
+        assert found.config[key] == expected.config[key], key
+
+
+@pytest.mark.parametrize("shard_size", ["10GB", "60KB"])
+def test_we_load_what_diffusers_writes(model, shard_size, tmp_path):
+    build_reference(model).save_pretrained(tmp_path / "transformer", max_shard_size=shard_size)
+    shards = len(list((tmp_path / "transformer").glob("*.safetensors")))
+    assert (shards > 1) == (shard_size == "60KB")
+    assert_same(load_dit(tmp_path / "transformer"), model)
+    assert_same(load_dit(tmp_path), model)
+
+
+def test_names_are_those_of_the_original(model):
+    original = state_dict_as(model.state_dict(), "original")
+    assert "blocks.1.modulation" in original
+    assert "head.modulation" in original
+    assert original["patch_embedding.weight"].shape == (48, 4, 1, 2, 2)
+    assert original["blocks.0.modulation"].shape == (1, 6, 48)
+    same = {name for name in model.state_dict() if "modulation" not in name}
+    assert same <= original.keys()
+    with pytest.raises(ValueError, match="no parameter"):
+        state_dict_as({"blocks.0.self_attn.qq.weight": torch.zeros(1)}, "original")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_single_file_loads_with_or_without_prefix(model, layout, prefix, tmp_path):
+    state = state_dict_as(model.state_dict(), layout)
+    save_file({prefix + key: value.contiguous() for key, value in state.items()}, tmp_path / "wan.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config_json(SMALL, layout)))
+    assert_same(load_dit(tmp_path / "wan.safetensors"), model)
+
+
+def test_shards_load_with_and_without_their_index(model, tmp_path):
+    folder = tmp_path / "model"
+    save_weights(model.state_dict(), SMALL, folder, "original", shard_bytes=60_000)
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"{NAME}-00001-of-{len(files):05d}.safetensors"
+    assert all((folder / name).stat().st_size < 70_000 for name in files)
+    index = json.loads((folder / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+    assert_same(load_dit(folder), model)
+    assert_same(load_dit(folder / INDEX), model)
+    (folder / INDEX).unlink()
+    assert_same(load_dit(folder), model)
+
+
+def test_bf16_keeps_the_fp32_parts(model, folder):
+    found = load_dit(folder, dtype=torch.bfloat16).state_dict()
+    for name, value in model.state_dict().items():
+        expected = value if keeps_fp32(name) else value.bfloat16()
+        assert found[name].dtype == expected.dtype
+        assert torch.equal(found[name], expected), name
+    assert {name for name in found if name.startswith("blocks.0") and keeps_fp32(name)} == {
+        "blocks.0.modulation.weight",
+        "blocks.0.norm3.weight",
+        "blocks.0.norm3.bias",
+        *(f"blocks.0.{a}_attn.norm_{b}.weight" for a in ("self", "cross") for b in "qk"),
+    }
+
+
+def test_half_precision_files_load_as_fp32(model, folder):
+    rewrite(folder, lambda tensors: tensors.update({key: value.half() for key, value in tensors.items()}))
+    for name, value in load_dit(folder).state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, model.state_dict()[name].half().float())
+
+
+# ---- what is not as it should be
+
+
+def test_every_missing_unexpected_and_misshapen_tensor_is_named(folder):
+    def change(tensors):
+        del tensors["blocks.1.attn2.to_q.weight"], tensors["scale_shift_table"]
+        tensors["blocks.2.attn1.to_q.weight"] = torch.zeros(2)
+        tensors["lora.alpha"] = torch.zeros(1)
+        tensors["proj_out.weight"] = torch.zeros(3, 48)
+        tensors["patch_embedding.weight"] = torch.zeros(48, 16)
+
+    rewrite(folder, change)
+    with pytest.raises(UserError) as caught:
+        load_dit(folder)
+    message = str(caught.value)
+    assert "2 missing: blocks.1.attn2.to_q.weight, scale_shift_table." in message
+    assert "2 unexpected: blocks.2.attn1.to_q.weight, lora.alpha." in message
+    assert "proj_out.weight ([3, 48] in the file, [16, 48] in the model)" in message
+    assert "patch_embedding.weight ([48, 16] in the file, [48, 4, 1, 2, 2] in the model)" in message
+    assert "2 of another shape" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "variant"),
+    [
+        ("blocks.0.attn2.add_k_proj.weight", "image-to-video"),
+        ("blocks.0.cross_attn.k_img.weight", "image-to-video"),
+        ("vace_blocks.0.before_proj.weight", "VACE"),
+        ("face_adapter.fuser_blocks.0.linear1_q.weight", "Animate"),
+    ],
+)
+def test_variants_are_named(folder, key, variant):
+    rewrite(folder, lambda tensors: tensors.update({key: torch.zeros(2)}))
+    with pytest.raises(UserError, match=f"Wan {variant} model"):
+        load_dit(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, 0.5, -1])
+def test_a_truncated_file_is_named(folder, keep):
+    data = (folder / FILE).read_bytes()
+    end = int(len(data) * keep) if isinstance(keep, float) else keep
+    (folder / FILE).write_bytes(data[:end])
+    with pytest.raises(UserError, match=f"{FILE} is not a whole safetensors file"):
+        load_dit(folder)
+
+
+def test_a_file_that_is_something_else_is_named(folder):
+    (folder / FILE).write_bytes(b"PK\x03\x04" + bytes(range(256)) * 40)
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_dit(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "x.bin", ""])
+def test_an_index_names_only_files_beside_it(model, name, tmp_path):
+    save_weights(model.state_dict(), SMALL, tmp_path / "model", shard_bytes=60_000)
+    shutil.copy(next((tmp_path / "model").glob("*.safetensors")), tmp_path / "secret.safetensors")
+    index = json.loads((tmp_path / "model" / INDEX).read_text())
+    index["weight_map"]["proj_out.weight"] = name
+    (tmp_path / "model" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match="not a safetensors file beside it"):
+        load_dit(tmp_path / "model")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "gone.safetensors"}}'])
+def test_a_broken_index_is_an_error(folder, text):
+    (folder / INDEX).write_text(text)
+    with pytest.raises(UserError, match=r"index\.json"):
+        load_dit(folder)
+
+
+def test_two_copies_of_a_tensor_are_an_error(folder):
+    shutil.copy(folder / FILE, folder / f"{NAME}.fp16.safetensors")
+    with pytest.raises(UserError, match=r"is in .* and in .*: give the path of one file"):
+        load_dit(folder)
+
+
+def test_quantised_weights_are_an_error(folder):
+    rewrite(folder, lambda tensors: tensors.update({"proj_out.bias": tensors["proj_out.bias"].to(torch.int8)}))
+    with pytest.raises(UserError, match=r"'proj_out.bias' is torch.int8; quantised weights are not read"):
+        load_dit(folder)
+
+
+def test_where_there_is_no_model(tmp_path):
+    with pytest.raises(UserError, match="There is no model at"):
+        load_dit(tmp_path / "nothing")
+    with pytest.raises(UserError, match="neither safetensors files nor a folder"):
+        load_dit(tmp_path)
+    (tmp_path / "model.pth").write_bytes(b"x")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        load_dit(tmp_path / "model.pth")
+    for name in ("transformer", "transformer_2"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="two transformers"):
+        load_dit(tmp_path)
+
+
+# ---- configs
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"_class_name": "WanVACETransformer3DModel"},
+        {"image_dim": 1280},
+        {"added_kv_proj_dim": 5120},
+        {"in_channels": 36},
+        {"patch_size": [1, 1, 1]},
+        {"cross_attn_norm": False},
+        {"qk_norm": None},
+        {"num_layers": "two"},
+        {"attention_head_dim": 12.5},
+        {"num_attention_heads": 0},
+        {"attention_head_dim": 3},
+        {"ffn_dim": None},
+    ],
+)
+def test_a_config_of_another_network_is_an_error(folder, values):
+    content = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_dit(folder)
+
+
+def test_published_configs_are_read():
+    diffusers = {
+        "_class_name": "WanTransformer3DModel",
+        "_diffusers_version": "0.33.0.dev0",
+        "added_kv_proj_dim": None,
+        "attention_head_dim": 128,
+        "cross_attn_norm": True,
+        "eps": 1e-06,
+        "ffn_dim": 8960,
+        "freq_dim": 256,
+        "image_dim": None,
+        "in_channels": 16,
+        "num_attention_heads": 12,
+        "num_layers": 30,
+        "out_channels": 16,
+        "patch_size": [1, 2, 2],
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        "text_dim": 4096,
+    }
+    original = {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.30.0",
+        "dim": 5120,
+        "eps": 1e-06,
+        "ffn_dim": 13824,
+        "freq_dim": 256,
+        "in_dim": 16,
+        "model_type": "t2v",
+        "num_heads": 40,
+        "num_layers": 40,
+        "out_dim": 16,
+        "text_len": 512,
+    }
+    assert parse_config(diffusers, Path("config.json")) == CONFIGS["wan2.1-t2v-1.3b"]
+    assert parse_config(original, Path("config.json")) == CONFIGS["wan2.1-t2v-14b"]
+
+
+def test_settings_that_are_not_read_are_named(caplog):
+    values = config_json(SMALL, "diffusers") | {"new_thing": 3, "_name_or_path": "x"}
+    assert parse_config(values, Path("config.json")) == SMALL
+    assert [record.getMessage() for record in caplog.records] == ["config.json: not read: new_thing"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "wan2.1-t2v-14b"])
+def test_a_lone_file_of_a_published_size_needs_no_config(name, layout):
+    with torch.device("meta"):
+        params = dict(WanDiT(CONFIGS[name]).named_parameters())
+    stored = {
+        rename(ours, layout): Stored(Path("x"), "", shape_in_file(ours, tuple(param.shape)))
+        for ours, param in params.items()
+    }
+    assert config_of([Path("nowhere/wan.safetensors")], stored) == CONFIGS[name]
+
+
+def test_a_lone_file_of_another_size_needs_its_config(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"width 48.*config\.json"):
+        load_dit(folder)
+
+
+def test_a_lone_file_that_is_no_transformer_is_an_error(tmp_path):
+    save_file({"encoder.conv_in.weight": torch.zeros(3)}, tmp_path / "vae.safetensors")
+    with pytest.raises(UserError, match="is not a Wan transformer"):
+        load_dit(tmp_path / "vae.safetensors")
+
+
+# ---- writing
+
+
+def test_a_folder_that_holds_something_is_not_written_to(model, folder):
+    before = (folder / FILE).read_bytes()
+    with pytest.raises(UserError, match="not an empty folder"):
+        save_dit(model, folder)
+    assert (folder / FILE).read_bytes() == before
+
+
+def test_a_save_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        save_dit(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_diffusers_cannot_hold_another_number_of_text_slots(tmp_path):
+    model = build_model(DiTConfig(**SMALL.model_dump() | {"text_slots": 77}))
+    with pytest.raises(UserError, match="77 text slots"):
+        save_dit(model, tmp_path / "model")
+    save_dit(model, tmp_path / "model", "original")
+    assert load_dit(tmp_path / "model").config.text_slots == 77
