@@ -10,14 +10,19 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 from av.video.reformatter import ColorRange
 from PIL import Image
-from torch import Tensor
 
-CRF = "16"  # visually lossless; the default 23 smears small moving things
+if TYPE_CHECKING:  # arrays are written without torch
+    from torch import Tensor
+
+# crf 16 is visually lossless, the default 23 smears small moving things. Without mbtree: at some widths (32, 160) it
+# reads memory that nobody wrote, and the same frames give other bytes.
+ENCODER = {"crf": "16", "preset": "medium", "x264-params": "mbtree=0"}
 ENCODER_THREADS = 4
 BT709 = 1  # the code of primaries, transfer and matrix in ITU-T H.273
 SHEET_FRAMES = 8
@@ -37,14 +42,14 @@ def written(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_mp4(path: Path, frames: Tensor | np.ndarray, fps: int) -> None:
+def write_mp4(path: Path, frames: "Tensor | np.ndarray", fps: int) -> None:
     """Raises ValueError for an odd height or width, which 4:2:0 colour cannot hold."""
     pictures = _to_array(frames)
     _, height, width, _ = pictures.shape
     if height % 2 or width % 2:
         raise ValueError(f"{height}x{width} pixels: H.264 with 4:2:0 colour needs even sizes")
     with written(path) as temporary, av.open(temporary, "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": CRF, "preset": "medium"})
+        stream = container.add_stream("libx264", rate=fps, options=ENCODER)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.thread_count = ENCODER_THREADS
         stream.codec_context.color_primaries = stream.codec_context.color_trc = BT709
@@ -56,13 +61,13 @@ def write_mp4(path: Path, frames: Tensor | np.ndarray, fps: int) -> None:
         container.mux(stream.encode(None))
 
 
-def write_png(path: Path, picture: Tensor | np.ndarray) -> None:
+def write_png(path: Path, picture: "Tensor | np.ndarray") -> None:
     """One picture `(H, W, 3)` uint8."""
     with written(path) as temporary:
         Image.fromarray(_to_array(picture)).save(temporary)
 
 
-def write_sheet(path: Path, frames: Tensor | np.ndarray) -> None:
+def write_sheet(path: Path, frames: "Tensor | np.ndarray") -> None:
     """A contact sheet: up to 8 frames from the first to the last, in reading order."""
     pictures = _to_array(frames)
     count = min(SHEET_FRAMES, len(pictures))
@@ -89,8 +94,8 @@ def _fit(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def _to_array(frames: Tensor | np.ndarray) -> np.ndarray:
-    array = frames.cpu().numpy() if isinstance(frames, Tensor) else frames
+def _to_array(frames: "Tensor | np.ndarray") -> np.ndarray:
+    array = frames if isinstance(frames, np.ndarray) else frames.cpu().numpy()
     if array.shape[-1] != 3 or array.dtype != np.uint8:
         raise ValueError(f"frames are {array.dtype} {array.shape}, not uint8 RGB")
     return np.ascontiguousarray(array)

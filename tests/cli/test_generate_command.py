@@ -1,0 +1,287 @@
+"""`wanloom generate` as a user types it: what is written, that it repeats, and what each mistake says."""
+
+import json
+import shlex
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wanloom.cli import main
+from wanloom.codecs.text import TextCodec
+from wanloom.codecs.vae import VaeCodec
+from wanloom.model.dit import WanDiT
+from wanloom.model.weights import load_dit, save_weights
+from wanloom.sample import generate as sampling
+from wanloom.sample.generate import GenerateConfig, Request, draw_request_noise, generate, latents_shape
+from wanloom.train.checkpoint import CheckpointConfig, Checkpointer
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+SMALL = ["--height", "32", "--width", "48", "--frames", "5", "--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_pipeline, tmp_path_factory) -> Path:
+    """A run folder with one checkpoint of a model that is not the pipeline's, and another one as its average."""
+    run_dir = tmp_path_factory.mktemp("run")
+    save_checkpoint(run_dir, tiny_pipeline, ema=True)
+    return run_dir
+
+
+def save_checkpoint(run_dir: Path, pipeline: Path, ema: bool) -> None:
+    model = load_dit(pipeline)
+    generator = torch.Generator().manual_seed(5)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        for prefix in ("model.", "ema.") if ema else ("model.",):
+            tensors[prefix + name] = value + 0.02 * torch.randn(value.shape, generator=generator)
+    saver = Checkpointer(run_dir, CheckpointConfig())
+    state = {"step": 30, "model": model.config.model_dump()}
+    saver.save(30, tensors, state, f"model: {json.dumps(str(pipeline))}\n")
+    saver.wait()
+    saver.close()
+
+
+def read_video(path: Path) -> np.ndarray:
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def read_picture(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def expect_mistake(capsys, words: list[str], message: str) -> None:
+    assert main(["generate", *words]) == 2
+    printed = capsys.readouterr().err
+    assert printed.splitlines()[-1].startswith("wanloom: ") and message in printed.splitlines()[-1], printed
+
+
+def test_prompts_become_videos_sheets_and_notes(tiny_pipeline, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--prompt", "A red circle!", "--prompt", "\u4e00\u53ea\u732b", "--negative", "snow", "--seed", "40"]
+    code = main(["generate", "--model", str(tiny_pipeline), *words, *SMALL, "--fps", "8", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert code == 0 and "text: 3 prompts" in printed and "denoising" in printed and "decoding" in printed
+    assert names(out) == [f"{stem}.{end}" for stem in ("000-a-red-circle", "001") for end in ("json", "mp4", "png")]
+    facts = json.loads((out / "001.json").read_text(encoding="utf-8"))
+    assert facts["prompt"] == "\u4e00\u53ea\u732b" and facts["negative"] == "snow" and facts["seed"] == 41
+    assert (facts["height"], facts["width"], facts["frames"], facts["fps"]) == (32, 48, 5, 8)
+    assert (facts["solver"], facts["steps"], facts["shift"], facts["guidance"]) == ("unipc", 2, 5.0, 5.0)
+    assert facts["model"] == str(tiny_pipeline) and facts["checkpoint"] is None and facts["files"][0] == "001.mp4"
+    assert facts["versions"]["torch"] == torch.__version__ and len(facts["identity"]["vae"]) == 16
+    with av.open(out / "001.mp4") as container:
+        stream = container.streams.video[0]
+        assert (stream.frames, stream.width, stream.height, stream.average_rate) == (5, 48, 32, 8)
+
+
+def test_the_video_is_that_of_the_library(tiny_pipeline, tmp_path):
+    """The command adds nothing of its own: its picture is that of the parts called by hand."""
+    words = ["--prompt", "a blue square", "--seed", "9", "--height", "48", "--width", "32", "--frames", "1"]
+    code = main(
+        ["generate", "--model", str(tiny_pipeline), *words, "--steps", "3", "--device", "cpu", *out_at(tmp_path)]
+    )
+    assert code == 0 and names(tmp_path / "out") == ["000-a-blue-square.json", "000-a-blue-square.png"]
+    text, negative = TextCodec.load(tiny_pipeline, "cpu").encode(["a blue square", ""])
+    request = Request(draw_request_noise(latents_shape(16, 1, 48, 32), 9), text, negative)
+    model = load_dit(tiny_pipeline).requires_grad_(False)
+    ((_, latents),) = generate(model, [request], GenerateConfig(steps=3))
+    want = VaeCodec.load(tiny_pipeline, "cpu").decode(latents)[0].numpy()
+    np.testing.assert_array_equal(read_picture(tmp_path / "out" / "000-a-blue-square.png"), want)
+
+
+def out_at(folder: Path) -> list[str]:
+    return ["--out", str(folder / "out")]
+
+
+def test_the_command_in_the_note_makes_the_same_bytes(trained, tmp_path):
+    words = ["--checkpoint", str(trained), "--ema", '--prompt=-- it\'s "odd" --', *SMALL, "--solver", "dpm++"]
+    assert main(["generate", *words, "--out", str(tmp_path / "a"), "--seed", "3"]) == 0
+    note = json.loads(next((tmp_path / "a").glob("*.json")).read_text())
+    assert note["step"] == 30 and note["ema"] and note["checkpoint"].endswith("step_0000030")
+    again = shlex.split(note["command"])
+    assert again[0] == "wanloom" and main([*again[1:], "--out", str(tmp_path / "b")]) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") and len(contents(tmp_path / "a")) == 3
+
+
+def test_many_prompts_repeat_and_equal_each_alone(trained, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": "a red circle", "seed": 5},
+        {"prompt": "a cat in snow", "negative": "dark", "height": 64, "width": 32, "frames": 9},
+        {"prompt": "a red circle", "frames": 1},
+    ]
+    prompts.write_text("\ufeff" + "\n\n".join(json.dumps(line) for line in lines) + "\n", encoding="utf-8")
+    words = ["generate", "--checkpoint", str(trained), "--prompts", str(prompts), *SMALL]
+    assert main([*words, "--out", str(tmp_path / "a")]) == 0
+    assert main([*words, "--out", str(tmp_path / "b")]) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    notes = [json.loads(path.read_text()) for path in sorted((tmp_path / "a").glob("*.json"))]
+    assert [note["seed"] for note in notes] == [5, 1, 2] and [note["negative"] for note in notes] == ["", "dark", ""]
+    for number, note in enumerate(notes):
+        out = tmp_path / f"alone{number}"
+        assert main([*shlex.split(note["command"])[1:], "--out", str(out)]) == 0
+        together, alone = tmp_path / "a" / note["files"][0], next(out.glob(f"*{Path(note['files'][0]).suffix}"))
+        read = read_picture if note["frames"] == 1 else read_video
+        difference = np.abs(read(together).astype(int) - read(alone))
+        assert difference.mean() < 0.1  # a pixel that rounds the other way can move its block in the encoder
+
+
+def test_weights_are_those_of_the_checkpoint_or_its_average(tiny_pipeline, trained, tmp_path):
+    sources = {
+        "pipeline": ["--model", str(tiny_pipeline)],
+        "weights": ["--checkpoint", str(trained)],
+        "average": ["--checkpoint", str(trained / "checkpoints" / "step_0000030"), "--ema"],
+    }
+    pictures = {}
+    for name, words in sources.items():
+        code = main(["generate", *words, "--prompt", "x", *SMALL, "--frames", "1", "--out", str(tmp_path / name)])
+        assert code == 0
+        pictures[name] = read_picture(tmp_path / name / "000-x.png").astype(int)
+    for one, other in (("pipeline", "weights"), ("weights", "average"), ("pipeline", "average")):
+        assert np.abs(pictures[one] - pictures[other]).mean() > 0.5
+
+
+def test_bf16_is_close_and_is_not_fp32(tiny_pipeline, tmp_path):
+    pictures = []
+    for precision in ("fp32", "bf16"):
+        words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, "--frames", "1", "--precision", precision]
+        assert main(["generate", *words, "--out", str(tmp_path / precision)]) == 0
+        pictures.append(read_picture(tmp_path / precision / "000-x.png").astype(int))
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 3
+
+
+def test_existing_files_are_kept_unless_told_otherwise(tiny_pipeline, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "000-x.png").write_bytes(b"mine")
+    words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, "--out", str(out)]
+    expect_mistake(capsys, words, "1 of the files are there already, such as")
+    assert names(out) == ["000-x.png"] and (out / "000-x.png").read_bytes() == b"mine"
+    assert main(["generate", *words, "--overwrite"]) == 0
+    assert len(names(out)) == 3 and (out / "000-x.png").read_bytes() != b"mine"
+
+
+def test_what_is_done_stays_when_stopped(tiny_pipeline, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sampling, "plan_packs", lambda requests, config: [[0], [1]])
+    real, calls = VaeCodec.decode, []
+
+    def decode(self, latents):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, latents)
+
+    monkeypatch.setattr(VaeCodec, "decode", decode)
+    words = ["--model", str(tiny_pipeline), "--prompt", "x", "--prompt", "y", *SMALL, *out_at(tmp_path)]
+    assert main(["generate", *words]) == 130
+    assert "1 of 2 are written" in capsys.readouterr().err
+    assert names(tmp_path / "out") == ["000-x.json", "000-x.mp4", "000-x.png"]
+
+
+def test_a_full_disk_is_one_sentence(tiny_pipeline, tmp_path, capsys, monkeypatch):
+    def full(path, frames):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wanloom.sample.media.write_sheet", full)
+    words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, *out_at(tmp_path)]
+    expect_mistake(capsys, words, "000-x' cannot be written: No space left on device.")
+
+
+def test_an_untrained_model_is_said_to_be_one(tiny_pipeline, tmp_path, capsys):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for part in ("vae", "text_encoder", "tokenizer"):
+        (folder / part).symlink_to(tiny_pipeline / part)
+    model = load_dit(tiny_pipeline)
+    torch.nn.init.zeros_(model.head.head.weight)
+    save_weights(model.state_dict(), model.config, folder / "transformer")
+    words = ["--model", str(folder), "--prompt", "x", *SMALL, *out_at(tmp_path)]
+    assert main(["generate", *words]) == 0
+    assert "is untrained, it will give noise" in capsys.readouterr().err
+
+
+def test_a_long_prompt_is_cut_and_said_so(tiny_pipeline, tmp_path, capsys):
+    words = ["--model", str(tiny_pipeline), "--prompt", "red " * 600, *SMALL, *out_at(tmp_path)]
+    assert main(["generate", *words]) == 0
+    assert "of 601 tokens only the first 512 are used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--height", "60"], "The height is 60, it must be a multiple of 16: try 48 or 64."),
+        (["--width", "8"], "The width is 8, it must be a multiple of 16: try 16."),
+        (["--frames", "16"], "The number of frames is 16, it must be 4n+1: try 13 or 17."),
+        (["--steps", "0"], "The number of steps is 0"),
+        (["--shift", "-1"], "The shift is -1.0"),
+        (["--guidance", "0.5"], "The setting 'guidance' is 0.5: input should be greater than or equal to 1."),
+        (["--fps", "0"], "--fps is 0"),
+        (["--ema"], "give the run with --checkpoint"),
+        (["--guidance", "1", "--negative", "x"], "--negative has no effect with --guidance 1"),
+        (["--model", "tinny"], "There is no model 'tinny'"),
+        (["--checkpoint", "nowhere"], "There is no folder nowhere"),
+        (["--device", "tpu9"], "The device 'tpu9' cannot be used"),
+        (["--out", __file__], "cannot be made"),
+    ],
+)
+def test_mistakes_are_one_sentence(tiny_pipeline, tmp_path, capsys, words, message):
+    model = ["--model", str(tiny_pipeline)]
+    expect_mistake(capsys, [*model, "--prompt", "x", *SMALL, *out_at(tmp_path), *words], message)
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "\n  \n", "holds no prompt"),
+        ("a.jsonl", '{"prompt": "x"}\n{"promt": "y"}', "There is no setting 'promt'. Did you mean 'prompt'?"),
+        ("a.jsonl", '{"prompt": "x", "seed": 1.5}', "line 1: The setting 'seed' is 1.5"),
+        ("a.jsonl", '\n["x"]', "line 2 is not an object"),
+        ("a.jsonl", "{x", "line 1 is not JSON"),
+        ("a.jsonl", '{"prompt": "x", "frames": 4}', "The number of frames is 4, it must be 4n+1: try 1 or 5."),
+    ],
+)
+def test_mistakes_in_prompt_files_name_the_line(tiny_pipeline, tmp_path, capsys, name, text, message):
+    (tmp_path / name).write_text(text)
+    words = ["--model", str(tiny_pipeline), "--prompts", str(tmp_path / name), *SMALL, *out_at(tmp_path)]
+    expect_mistake(capsys, words, message)
+    expect_mistake(capsys, [*words[:2], "--prompts", str(tmp_path / "none.txt"), *SMALL], "cannot be read")
+
+
+def test_a_model_of_no_known_size_asks_for_one(tiny_pipeline, tmp_path, capsys):
+    words = ["--model", str(tiny_pipeline), "--prompt", "x", "--frames", "5", *out_at(tmp_path)]
+    expect_mistake(capsys, words, "give --height, --width and --frames")
+
+
+def test_a_run_without_an_average_says_so(tiny_pipeline, tmp_path, capsys):
+    save_checkpoint(tmp_path / "run", tiny_pipeline, ema=False)
+    words = ["--checkpoint", str(tmp_path / "run"), "--ema", "--prompt", "x", *SMALL, *out_at(tmp_path)]
+    expect_mistake(capsys, words, "has no averaged weights")
+
+
+def test_parts_that_do_not_belong_together_are_noticed(tiny_pipeline, tmp_path, capsys):
+    config = load_dit(tiny_pipeline).config.model_copy(update={"text_dim": 32})
+    for part in ("vae", "text_encoder", "tokenizer"):
+        (tmp_path / part).symlink_to(tiny_pipeline / part)
+    save_weights(WanDiT(config).state_dict(), config, tmp_path / "transformer")
+    words = ["--model", str(tmp_path), "--prompt", "x", *SMALL, *out_at(tmp_path)]
+    expect_mistake(capsys, words, "gives states of 64 numbers, the transformer takes 32")
+
+
+def test_prompts_are_needed(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["generate"])
+    assert left.value.code == 2 and "--prompt" in capsys.readouterr().err
