@@ -75,7 +75,7 @@ def test_two_sources_are_mixed_and_keep_their_names_apart():
 
 def test_a_sample_larger_than_a_pack_is_named_at_the_start():
     with pytest.raises(
-        UserError, match=r"Sample 'mock-000000' of mock 17x64x64,1x64x64 has 80 tokens .* tokens_per_pack to 80"
+        UserError, match=r"Sample 'mock-000000' of mock 17x64x64,1x64x64 has 80 tokens .*tokens_per_pack to 80"
     ):
         build_plan([MockDataset("17x64x64,1x64x64", 8)], budget=79)
 

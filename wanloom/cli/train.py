@@ -53,7 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("Say where checkpoints and metrics go: run_dir=FOLDER.")
     run_dir = Path(config.run_dir)
     with lock_folder(run_dir):
-        stopped = start(config, run_dir)
+        try:
+            stopped = start(config, run_dir)
+        except OSError as error:
+            raise UserError(f"{error.filename or run_dir} could not be used: {error.strerror or error}.") from error
     if stopped is None:
         return 0
     words = ["wanloom", "train", arguments.recipe, *arguments.settings]
@@ -68,8 +71,8 @@ def start(run: "Run", run_dir: Path) -> int | None:
     from wanloom.data.loader import Loader, Plan, open_sources
     from wanloom.dist import pick_device
     from wanloom.model.flops import train_flops
-    from wanloom.recipes.run import model_config
-    from wanloom.train.checkpoint import Checkpointer
+    from wanloom.recipes.run import dump_run, model_config
+    from wanloom.train.checkpoint import Checkpointer, write_synced
     from wanloom.train.loop import Settings, Trainer
     from wanloom.train.metrics import Metrics, ProgressLine
     from wanloom.train.step import Objective, build_batch
@@ -84,6 +87,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
     if state.step >= run.train.steps:
         progress.say(f"{run_dir} is complete at step {state.step}; a higher train.steps goes on from there.")
         return None
+    write_synced(run_dir / "run.yaml", dump_run(run))
     parts = build_parts(run, config, device, newest, state, plan, sources, progress)
     objective = Objective(
         run.flow, run.seed, run.batch.samples, run.caption_dropout, empty_text(run, run_dir, config.text_dim)
@@ -205,15 +209,15 @@ def empty_text(run: "Run", run_dir: Path, text_dim: int) -> "torch.Tensor | None
     import torch
     from safetensors.torch import load_file, save_file
 
-    from wanloom.assets import find_pipeline
-    from wanloom.codecs.text import TextCodec
-
     path = run_dir / EMPTY_TEXT
     if run.caption_dropout == 0:
         return None
     if run.data.mock:
         return torch.randn(1, text_dim, generator=torch.Generator().manual_seed(0))
     if not path.is_file():
+        from wanloom.assets import find_pipeline
+        from wanloom.codecs.text import TextCodec  # seconds to import
+
         codec = TextCodec.load(find_pipeline(run.model, ("text_encoder", "tokenizer")), "cpu")
         partial = path.with_suffix(".partial")
         save_file({"text": codec.encode([""])[0].float().contiguous()}, partial)

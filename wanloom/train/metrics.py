@@ -6,6 +6,7 @@ no step is there twice. TensorBoard events are written here and not by its own t
 of this run, with its sentence, and not a traceback from elsewhere.
 """
 
+import errno
 import json
 import os
 import resource
@@ -51,17 +52,22 @@ class Metrics:
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.replace(self._path)
-        self._jsonl = self._path.open("a")
+        # unbuffered: what could not be written must not be tried again when the file is closed
+        self._jsonl = self._path.open("ab", buffering=0)
         self._events = EventFile(run_dir / "tensorboard", start_step)
 
     def write(self, record: Record) -> None:
         """Append a record. Raises UserError when the disk does not take it."""
+        line = (json.dumps(dict(record)) + "\n").encode()
         try:
-            self._jsonl.write(json.dumps(dict(record)) + "\n")
-            self._jsonl.flush()
+            if self._jsonl.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._events.write(record)
         except OSError as error:
-            raise UserError(f"{self._path} could not be written: {error.strerror}.") from error
+            raise UserError(
+                f"{self._path} could not be written: {error.strerror}. Make room, then start the same command again to "
+                "go on from the newest checkpoint."
+            ) from error
 
     def sync(self) -> None:
         """Wait until the records are on the disk: before a checkpoint that would skip them on resume."""
@@ -79,7 +85,7 @@ class EventFile:
     def __init__(self, folder: Path, start_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{start_step}"
-        self._file = (folder / name).open("ab")
+        self._file = (folder / name).open("ab", buffering=0)
         self._records = RecordWriter(self._file)
         self._put(Event(wall_time=time.time(), file_version="brain.Event:2"))
         log = SessionLog(status=SessionLog.START)
@@ -91,7 +97,6 @@ class EventFile:
 
     def _put(self, event: Event) -> None:
         self._records.write(event.SerializeToString())
-        self._file.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -1,0 +1,230 @@
+"""`wanloom train` as a user runs it: killed, stopped, resumed, with a full disk and with mistakes."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from wanloom.cli import main
+from wanloom.train.checkpoint import find_checkpoint, list_checkpoints, load_weights, read_state
+from wanloom.train.metrics import read_metrics
+
+TIMES = {"seconds", "tokens_per_second", "model_tflops", "peak_memory_gib"}
+SMALL = [
+    "tiny",
+    "--mock=1x64x64,9x32x32,5x48x32",
+    "batch.samples=4",
+    "batch.tokens_per_pack=40",
+    "ema.decay=0.9",
+    "log.every=2",
+]
+
+
+def words(run_dir: Path, *settings: str) -> list[str]:
+    return ["train", *SMALL, f"run_dir={run_dir}", *settings]
+
+
+def assert_same_bits(run_dir: Path, other: Path) -> None:
+    """Everything in the newest checkpoints: weights, moments, average. (The files' headers are in no fixed order.)"""
+    a, b = (load_file(next(find_checkpoint(path).glob("*.safetensors"))) for path in (run_dir, other))
+    assert a.keys() == b.keys() and {name.split(".")[0] for name in a} == {"model", "ema", "optimizer"}
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    states = [read_state(find_checkpoint(path)) for path in (run_dir, other)]
+    assert all(states[0][key] == states[1][key] for key in ("step", "samples", "tokens", "data", "model"))
+
+
+def losses(run_dir: Path) -> list[dict]:
+    """The records without what a clock says."""
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_two_runs_are_bit_equal_and_write_what_they_promise(tmp_path, capsys):
+    settings = ["train.steps=5", "checkpoint.every=2", "log.validate_every=4"]
+    assert main(words(tmp_path / "a", *settings)) == 0
+    assert main(words(tmp_path / "b", *settings)) == 0
+    out = capsys.readouterr().out
+    assert "step 2/5  loss" in out and "Done:" in out and "wanloom generate --model tiny --checkpoint" in out
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert main(words(tmp_path / "c", *settings, "seed=1")) == 0
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+    records = read_metrics(tmp_path / "a" / "metrics.jsonl")
+    assert [r["step"] for r in records] == [2, 4, 5]
+    wanted = {"loss", "weighted_loss", "lr", "grad_norm", "samples", "tokens", "packing_efficiency", *TIMES}
+    assert all(wanted <= r.keys() for r in records)
+    assert ["val_loss" in r for r in records] == [False, True, False]
+    assert [r["samples"] for r in records] == [8, 16, 20]
+    assert [p.name for p in list_checkpoints(tmp_path / "a")] == ["step_0000004", "step_0000005"]
+    assert list((tmp_path / "a" / "tensorboard").glob("events.*"))
+    assert yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())["batch"]["samples"] == 4
+    _, model = load_weights(find_checkpoint(tmp_path / "a"), ema=False)
+    _, ema = load_weights(find_checkpoint(tmp_path / "a"), ema=True)
+    assert model.keys() == ema.keys() and not torch.equal(model["head.head.weight"], ema["head.head.weight"])
+
+
+def test_losses_do_not_depend_on_the_packing(tmp_path, capsys):
+    for name, budget in (("a", 40), ("b", 20), ("c", 500)):
+        assert main(words(tmp_path / name, "train.steps=4", "log.every=1", f"batch.tokens_per_pack={budget}")) == 0
+    for name in ("b", "c"):
+        for a, other in zip(losses(tmp_path / "a"), losses(tmp_path / name), strict=True):
+            assert other["loss"] == pytest.approx(a["loss"], rel=1e-5)
+            assert other["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    assert len({losses(tmp_path / name)[0]["packing_efficiency"] for name in "abc"}) > 1
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "wanloom", *arguments]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(what, process: subprocess.Popen) -> None:
+    """Until `what()`; fails when the process ends before."""
+    while not what():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.001)
+
+
+def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, capfd):
+    """SIGKILL while a checkpoint is written, SIGKILL between, SIGTERM; then to the end."""
+    settings = ["train.steps=24", "checkpoint.every=2", "log.every=3"]
+    assert main(words(tmp_path / "whole", *settings)) == 0
+    run_dir = tmp_path / "killed"
+    metrics = run_dir / "metrics.jsonl"
+
+    process = start(words(run_dir, *settings))
+    wait_for(lambda: any(run_dir.glob("checkpoints/*.partial/*.safetensors")), process)
+    process.kill()
+    process.communicate()
+    left = list(run_dir.glob("checkpoints/*.partial"))
+
+    process = start(words(run_dir, *settings))
+    wait_for(lambda: list_checkpoints(run_dir) and list_checkpoints(run_dir)[-1].name >= "step_0000006", process)
+    time.sleep(0.037)
+    process.kill()
+    process.communicate()
+    assert not set(left) & set(run_dir.glob("checkpoints/*.partial"))
+    assert 6 <= read_state(find_checkpoint(run_dir))["step"] < 24
+
+    process = start(words(run_dir, *settings))
+    lines = metrics.read_text().count("\n")
+    wait_for(lambda: metrics.read_text().count("\n") > max(lines, 3), process)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate()[0]
+    assert process.returncode == 143
+    assert "Going on from" in out and "SIGTERM: finishing this step and saving" in out
+    assert "To go on: wanloom train tiny batch.samples=4" in out and "--mock" in out
+
+    stopped = read_state(find_checkpoint(run_dir))["step"]
+    assert main(words(run_dir, *settings)) == 0
+    assert f"step_{stopped:07d}" in capfd.readouterr().out
+    assert_same_bits(run_dir, tmp_path / "whole")
+    assert losses(run_dir) == losses(tmp_path / "whole")
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
+    assert main(words(tmp_path, "train.steps=2")) == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        code = main(words(tmp_path, "train.steps=50", "checkpoint.every=1"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "The checkpoint of step 3 could not be written: File too large." in error
+    assert "The last whole checkpoint is" in error and "step_0000002" in error
+    assert main(words(tmp_path, "train.steps=3")) == 0
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_0000002", "step_0000003"]
+
+
+def test_a_run_that_diverges_stops_before_the_weights_are_harmed(tmp_path, capsys):
+    settings = ["train.steps=9", "optimizer.lr=1e37", "checkpoint.every=1", "schedule.warmup_steps=0"]
+    assert main(words(tmp_path, *settings)) == 2
+    error = capsys.readouterr().err
+    assert "of step 2 is not finite, with the samples mock-0" in error
+    assert "last whole checkpoint is" in error and "step_0000001" in error
+    _, weights = load_weights(find_checkpoint(tmp_path), ema=False)
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_what_may_change_and_what_may_not(tmp_path, capsys):
+    assert main(words(tmp_path, "train.steps=2")) == 0
+    assert main(words(tmp_path, "train.steps=2")) == 0
+    assert "is complete at step 2" in capsys.readouterr().out
+    assert main(words(tmp_path, "train.steps=3", "optimizer.lr=1", "seed=4", "log.every=7")) == 2
+    error = capsys.readouterr().err
+    assert "started with other settings: optimizer.lr, seed." in error and "log.every" not in error.split(".")[0]
+    assert main(["train", "tiny", "--mock=1x64x64", f"run_dir={tmp_path}", *SMALL[2:], "train.steps=3"]) == 2
+    assert "The training data is not what" in capsys.readouterr().err
+    changed = ["train.steps=3", "batch.tokens_per_pack=99", "checkpoint.keep=1", "log.every=1"]
+    assert main(words(tmp_path, *changed)) == 0
+    assert "step 3/3" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named_and_not_skipped(tmp_path, capsys):
+    assert main(words(tmp_path, "train.steps=2", "checkpoint.every=1")) == 0
+    file = next(find_checkpoint(tmp_path).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert main(words(tmp_path, "train.steps=3")) == 2
+    error = capsys.readouterr().err
+    assert f"{file.name} has" in error and "step_0000001, is whole" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "tiny"], "Say where checkpoints and metrics go: run_dir=FOLDER."),
+        (["train", "tiny", "run_dir={tmp}/x"], "Say once where the training data is"),
+        (["train", "tiny", "run_dir={tmp}/x", "data.path={tmp}/none"], "There is no folder"),
+        (["train", "tiny", "run_dir={tmp}/x", "--mock", "1x64x60"], "is no shape"),
+        (["train", "tiny", "--mock", "17x64x64", "run_dir={tmp}/x", "batch.tokens_per_pack=79"], "has 80 tokens"),
+        (["train", "tiny", "run_dir=/proc/x", "--mock", "1x64x64"], "/proc/x cannot be written"),
+        (["train", "tyni", "run_dir={tmp}/x"], "Did you mean 'tiny'?"),
+        (["train", "tiny", "run_dir={tmp}/x", "optimizer.learning_rate=1"], "There is no setting"),
+        (["train", "tiny", "run_dir={tmp}/x", "batch.samples=0"], "batch.samples"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, message):
+    assert main([word.format(tmp=tmp_path) for word in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_a_prepared_folder_and_the_empty_caption_of_a_pipeline(tmp_path, prepared, tiny_pipeline, capsys):
+    """From a pipeline's own weights, on shards, with the states of the empty caption from its encoder."""
+    from wanloom.codecs.text import TextCodec
+
+    folder, _ = prepared
+    settings = [
+        f"model={tiny_pipeline}",
+        "init=pretrained",
+        f"run_dir={tmp_path}/x",
+        "batch.samples=4",
+        "train.steps=2",
+    ]
+    assert main(["train", "tiny", f"data.path={folder}", *settings]) == 2
+    assert "another text encoder" in capsys.readouterr().err
+    assert main(["train", "tiny", "--mock=1x64x64", *settings]) == 0
+    assert main(["show", f"{tmp_path}/x"]) == 0
+    assert "step_0000002: 8 samples" in capsys.readouterr().out
+
+    from wanloom.cli.train import empty_text
+    from wanloom.recipes.run import load_run
+
+    run = load_run("tiny", [f"model={tiny_pipeline}", f"data.path={folder}"])
+    states = empty_text(run, tmp_path, 64)
+    expected = TextCodec.load(tiny_pipeline, "cpu").encode([""])[0]
+    assert states is not None and torch.equal(states, expected) and states.shape == (1, 64)
+    assert torch.equal(empty_text(run, tmp_path, 64), states)
+    assert json.loads((find_checkpoint(tmp_path / "x") / "state.json").read_text())["model"]["dim"] == 128

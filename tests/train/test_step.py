@@ -1,0 +1,169 @@
+"""One step against diffusers: every sample alone through WanTransformer3DModel, in a plain loop."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from wanloom.data.loader import Loader, Plan
+from wanloom.data.mock import MockDataset
+from wanloom.data.order import SourceConfig
+from wanloom.data.packing import BatchConfig
+from wanloom.model.sequence import patchify
+from wanloom.model.weights import load_dit, state_dict_as
+from wanloom.objective.flow import FlowConfig
+from wanloom.objective.noise import draw_noise, draw_uniform
+from wanloom.train.step import NonFiniteError, Objective, build_batch, clip_gradients, forward_backward, train_step
+
+CPU = torch.device("cpu")
+TEXT_DIM = 64
+FLOW = FlowConfig(sampler="logit_normal", logit_std=1.5, shift=2.5, mix_uniform_ratio=0.2)
+EMPTY = torch.randn(1, TEXT_DIM, generator=torch.Generator().manual_seed(3))
+
+
+def read_step(budget: int, samples: int = 7, step: int = 2):
+    """The packs of one step over clips and images of three sizes."""
+    sources = [MockDataset("17x64x64,1x64x64*2,9x32x48", TEXT_DIM, size=9)]
+    plan = Plan(sources, [SourceConfig(path="")], BatchConfig(samples=samples, tokens_per_pack=budget), 5, float)
+    with Loader(sources, plan, step, lambda made: made) as loader:
+        return next(iter(loader))
+
+
+def objective(**changes) -> Objective:
+    return Objective(
+        **{"flow": FLOW, "seed": 5, "num_samples": 7, "caption_dropout": 0.4, "empty_text": EMPTY} | changes
+    )
+
+
+def reference_loss(transformer, items, flow: FlowConfig) -> tuple[torch.Tensor, float, int]:
+    """The step's loss as its definition reads: sample by sample, mean over all elements."""
+    weighted, plain, count, dropped = 0.0, 0.0, 0, 0
+    for item in items:
+        level, mix = draw_uniform(5, "sigma", item.name, item.draw, 2)
+        normal = torch.special.ndtri(torch.tensor(level, dtype=torch.float64)).item()
+        u = level if mix < 0.2 else 1 / (1 + math.exp(-1.5 * normal))
+        sigma = 2.5 / (2.5 + (1 / u - 1))
+        clean = item.sample.latents.float()
+        noise = draw_noise(tuple(clean.shape), 5, item.name, item.draw)
+        text = item.sample.text
+        if draw_uniform(5, "caption_dropout", item.name, item.draw)[0] < 0.4:
+            text, dropped = EMPTY, dropped + 1
+        padded = torch.cat([text, torch.zeros(512 - text.shape[0], TEXT_DIM)])
+        velocity = transformer(
+            hidden_states=((1 - sigma) * clean + sigma * noise)[None],
+            timestep=torch.tensor([1000 * sigma]),
+            encoder_hidden_states=padded[None],
+            return_dict=False,
+        )[0][0]
+        square = (velocity - (noise - clean)).square().sum()
+        weighted = weighted + (1 + 2.5 * sigma) * square
+        plain, count = plain + square.item(), count + clean.numel()
+    assert 0 < dropped < len(items), "the test needs both kinds of captions"
+    return weighted / count, plain / count, count
+
+
+@pytest.fixture(scope="module")
+def transformer(tiny_pipeline):
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel.from_pretrained(tiny_pipeline / "transformer")
+
+
+@pytest.mark.parametrize("budget", [80, 150, 1000])
+def test_loss_and_every_gradient_equal_a_loop_over_diffusers(tiny_pipeline, transformer, budget):
+    step = read_step(budget)
+    assert (len(step.packs) > 1) == (budget < 1000)
+    model = load_dit(tiny_pipeline)
+    batch = build_batch(step, objective())
+    weighted, plain = forward_backward(model, batch, FLOW, CPU, bf16=False)
+
+    transformer.zero_grad()
+    items = [item for pack in step.packs for item in pack]
+    expected, expected_plain, count = reference_loss(transformer, items, FLOW)
+    expected.backward()
+    assert batch.num_elements == count
+    torch.testing.assert_close(weighted.sum() / count, expected.detach(), rtol=1e-5, atol=0)
+    assert (plain.sum() / count).item() == pytest.approx(expected_plain, rel=1e-5)
+    grads = state_dict_as({name: p.grad for name, p in model.named_parameters()}, "diffusers")
+    reference = {name: p.grad for name, p in transformer.named_parameters()}
+    assert grads.keys() == reference.keys()
+    for name, grad in grads.items():
+        scale = reference[name].abs().max()
+        assert scale > 0, name
+        assert (grad - reference[name]).abs().max() <= 1e-4 * scale, name
+
+
+def test_a_step_does_not_depend_on_the_packing(tiny_pipeline):
+    results = []
+    for budget in (80, 130, 5000):
+        model = load_dit(tiny_pipeline)
+        batch = build_batch(read_step(budget), objective())
+        results.append(train_step(model, batch, FLOW, CPU, bf16=False, clip_norm=1.0))
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-5)
+
+
+def test_stratified_levels_use_the_place_in_the_step():
+    flow = FlowConfig(sampler="uniform", shift=1.0, stratified=True)
+    batch = build_batch(read_step(1000), objective(flow=flow, caption_dropout=0.0))
+    levels = sorted(torch.cat([made.sigma for made in batch.inputs]).tolist())
+    assert all(i / 7 <= level < (i + 1) / 7 for i, level in enumerate(levels))
+
+
+def test_inputs_are_the_noised_samples_in_their_order():
+    batch = build_batch(step := read_step(1000), objective())
+    (pack, target, sigma) = batch.inputs[0]
+    first = 0
+    for item, n, s in zip(step.packs[0], pack.video_lens, sigma, strict=True):
+        clean = patchify(item.sample.latents.float())
+        noisy, velocity = pack.tokens[first : first + n], target[first : first + n]
+        torch.testing.assert_close(noisy - s * velocity, clean, atol=2e-6, rtol=0)
+        first += n
+    assert batch.num_tokens == first and batch.num_samples == 7
+    assert sigma.dtype == torch.float32
+
+
+def test_bf16_computes_in_bf16_and_stays_near(tiny_pipeline):
+    batch = build_batch(read_step(1000), objective())
+    results, grads = [], []
+    for bf16 in (False, True):
+        model = load_dit(tiny_pipeline)
+        results.append(train_step(model, batch, FLOW, CPU, bf16=bf16, clip_norm=None))
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert all(p.grad.dtype == p.dtype == torch.float32 for p in model.parameters())
+    assert results[0] != results[1]
+    assert results[1].loss == pytest.approx(results[0].loss, rel=0.02)
+    assert torch.nn.functional.cosine_similarity(grads[0], grads[1], dim=0) > 0.99
+
+
+def test_clipping_scales_all_gradients_alike():
+    params = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1))]
+    g = torch.Generator().manual_seed(0)
+    for p in params[:2]:
+        p.grad = torch.randn(p.shape, generator=g)
+    before = torch.cat([p.grad.flatten() for p in params[:2]])
+    assert clip_gradients(params, None).item() == pytest.approx(before.norm().item())
+    assert torch.equal(torch.cat([p.grad.flatten() for p in params[:2]]), before)
+    assert clip_gradients(params, 0.5).item() == pytest.approx(before.norm().item())
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in params[:2]]), before * 0.5 / before.norm())
+    clip_gradients(params, 10.0)
+    assert torch.cat([p.grad.flatten() for p in params[:2]]).norm() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_is_found_and_named(tiny_pipeline, what):
+    step = read_step(100)
+    model = load_dit(tiny_pipeline)
+    batch = build_batch(step, objective())
+    if what == "loss":
+        batch.inputs[1].target[3, 1] = float("nan")
+        expected = [item.sample.key for item in step.packs[1]]
+    else:
+        model.head.head.weight.register_hook(lambda grad: grad * float("inf"))
+        expected = [item.sample.key for pack in step.packs for item in pack]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(NonFiniteError, match=f"the {what} of step 2") as caught:
+        train_step(model, batch, FLOW, CPU, bf16=False, clip_norm=1.0)
+    assert caught.value.keys == expected
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
