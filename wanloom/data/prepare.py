@@ -27,15 +27,14 @@ from wanloom.data.picture import Clip, MediaError
 from wanloom.data.plan import Entry, Plan, build_plan, read_entries
 from wanloom.data.readers import read_ahead
 from wanloom.data.report import build_report
-from wanloom.data.shards import INDEX, build_table, encode_index, index_rows
-from wanloom.data.spool import SPLITS, WORK, Spool
+from wanloom.data.shards import DONE, INDEX, WORK, build_table, encode_index, index_rows
+from wanloom.data.spool import SPLITS, Spool
 from wanloom.data.tar import Pair, scan_tar, tar_pair, write_atomic
 from wanloom.data.video import TimingConfig, read_clips
 
 BLOCK = 64  # files; a batch never crosses a block, so that blocks can be encoded apart from each other
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FREE = {"workers", "strict"}  # settings that change no byte of the result
-DONE = "prepare.json"
 REPORT = "report.json"
 
 

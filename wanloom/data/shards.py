@@ -33,6 +33,8 @@ from wanloom.model.sequence import grid_of
 log = logging.getLogger(__name__)
 
 INDEX = "index.parquet"
+DONE = "prepare.json"  # written last: the folder is complete
+WORK = ".work"  # what prepare keeps while it runs
 OPEN_SHARDS = 64  # memory maps kept; each holds a file descriptor
 
 
@@ -121,7 +123,7 @@ class Dataset:
         path = str(path)
         fs, root = url_to_fs(path)
         try:
-            if fs.exists(f"{root}/.work"):
+            if fs.exists(f"{root}/{WORK}") and not fs.exists(f"{root}/{DONE}"):
                 raise UserError(
                     f"'{path}' is not finished: run the same `wanloom prepare` command again to complete it."
                 )

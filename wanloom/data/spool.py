@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wanloom.config import UserError
+from wanloom.data.shards import DONE, WORK
 from wanloom.data.tar import END, scan_tar, write_atomic
 
-WORK = ".work"
 SPLITS: tuple[str, ...] = ("train", "val")
 COPY_BYTES = 1 << 24
 
@@ -58,12 +58,16 @@ class Spool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.work.exists() and not (self.work / DONE).exists():  # it ended before anything was begun
+            shutil.rmtree(self.work)
+            if not any(self.out.iterdir()):
+                self.out.rmdir()
         if self._lock is not None:
             os.close(self._lock)
 
     def load(self) -> None:
         """Find out what is done: shards first, then batches that are in no shard yet."""
-        for leftover in (*self.work.glob("*.tmp"), *self.out.glob("*/*.tmp")):
+        for leftover in (*self.out.glob("*.tmp"), *self.out.glob("*/*.tmp")):
             leftover.unlink()
         for split in SPLITS:
             for shard in self.shards(split):

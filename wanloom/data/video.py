@@ -106,10 +106,10 @@ def scan_packets(path: Path) -> tuple[Fraction, int]:
         default = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
         for packet in container.demux(stream):
             stamp = packet.pts if packet.pts is not None else packet.dts
-            if stamp is None or packet.size == 0:
+            if packet.size == 0:
                 continue
             number += 1
-            begin = stamp * Fraction(stream.time_base)
+            begin = last if stamp is None else stamp * Fraction(stream.time_base)  # raw streams have no clock
             length = packet.duration * Fraction(stream.time_base) if packet.duration else default
             first = begin if first is None else min(first, begin)
             last = max(last, begin + length)

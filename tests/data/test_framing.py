@@ -1,0 +1,92 @@
+"""Sizes and crops: legal, inside the picture, and never squashed by more than the rounding."""
+
+import math
+import random
+
+import pytest
+
+from wanloom.config import UserError, build_config
+from wanloom.data.framing import FramingConfig, aspect_change, choose_frame
+
+
+def draw_sizes(count: int) -> list[tuple[int, int]]:
+    draws = random.Random(5)
+    return [(draws.randint(40, 4000), draws.randint(40, 4000)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_one_size_for_all_covers_and_cuts(crop: str) -> None:
+    config = FramingConfig(height=480, width=832, crop=crop)
+    for width, height in draw_sizes(300):
+        frame = choose_frame(width, height, config, 0, f"{width}x{height}")
+        assert frame.size == (832, 480)
+        assert all(c >= 0 and c + s <= r for c, s, r in zip(frame.corner, frame.size, frame.resized, strict=True))
+        assert 832 in frame.resized[:1] or 480 in frame.resized[1:]  # nothing is cut that need not be
+        assert abs(aspect_change(width, height, frame)) <= 0.5 / min(frame.resized) + 1e-9  # half a pixel
+        if crop == "center":
+            assert all(abs(r - s - 2 * c) <= 1 for c, s, r in zip(frame.corner, frame.size, frame.resized, strict=True))
+
+
+def test_random_crops_differ_by_key_and_stay_by_seed() -> None:
+    config = FramingConfig(height=64, width=64, crop="random")
+    corners = [choose_frame(1000, 64, config, 0, f"k{i}").corner[0] for i in range(200)]
+    assert corners == [choose_frame(1000, 64, config, 0, f"k{i}").corner[0] for i in range(200)]
+    assert min(corners) < 60 and max(corners) > 870 and len(set(corners)) > 150
+    assert choose_frame(1000, 64, config, 1, "k0").corner[0] != corners[0]
+
+
+def test_none_fits_the_whole_picture_inside() -> None:
+    config = FramingConfig(height=480, width=832, crop="none")
+    for width, height in draw_sizes(300):
+        if min(832 / width, 480 / height) * min(width, height) < 16:
+            continue
+        frame = choose_frame(width, height, config, 0, "k")
+        scale = min(832 / width, 480 / height)
+        assert frame.resized == frame.size and frame.corner == (0, 0)
+        assert all(side % 16 == 0 for side in frame.size)
+        assert frame.size[0] <= 832 and frame.size[1] <= 480
+        assert abs(frame.size[0] - width * scale) <= 8 and abs(frame.size[1] - height * scale) <= 8
+    assert choose_frame(640, 272, config, 0, "k").size == (832, 352)
+    with pytest.raises(ValueError, match="too narrow"):
+        choose_frame(10000, 100, config, 0, "k")
+
+
+@pytest.mark.parametrize("crop", ["center", "none"])
+def test_by_area_every_file_keeps_its_aspect(crop: str) -> None:
+    config = FramingConfig(max_area=480 * 832, crop=crop)
+    for width, height in draw_sizes(300):
+        frame = choose_frame(width, height, config, 0, "k")
+        assert all(side % 16 == 0 and side >= 16 for side in frame.size)
+        assert frame.size[0] * frame.size[1] <= 480 * 832
+        assert frame.size[0] <= max(16, width) and frame.size[1] <= max(16, height)  # never enlarged
+        if crop == "none":
+            worst = 16 / min(frame.size)
+            assert abs(math.log(frame.size[0] / frame.size[1] * height / width)) < worst
+        else:
+            assert abs(aspect_change(width, height, frame)) <= 0.5 / min(frame.resized) + 1e-9
+    assert choose_frame(832, 480, config, 0, "k").size == (832, 480)
+    assert choose_frame(1920, 1080, config, 0, "k").size == (832, 464)
+    assert choose_frame(100, 50, config, 0, "k").size == (96, 48)
+
+
+def test_keep_aspect_uses_the_area_of_height_and_width() -> None:
+    config = FramingConfig(height=64, width=64, keep_aspect=True)
+    frame = choose_frame(1000, 250, config, 0, "k")
+    assert frame.size == (128, 32)
+    assert FramingConfig().area == 480 * 832
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"height": 481, "width": 832}, "--height 481 is not a multiple of 16: the nearest are 480 and 496"),
+        ({"height": 480, "width": 8}, "--width 8 is not a multiple of 16: the nearest are 16 and 32"),
+        ({"height": 480}, "belong together"),
+        ({"height": 480, "width": 832, "max_area": 1000}, "no effect"),
+        ({"height": 480, "width": 832, "max_area": 1000, "keep_aspect": True}, "not both"),
+        ({"max_area": 100}, "less than one token"),
+    ],
+)
+def test_sizes_that_cannot_be(values: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_config(FramingConfig, values)
