@@ -1,0 +1,43 @@
+"""The held-out loss against a plain loop over diffusers."""
+
+import pytest
+import torch
+
+from wanloom.data.mock import MockDataset
+from wanloom.evaluate.validation import MAX_SAMPLES, SIGMAS, build_validation
+from wanloom.model.weights import load_dit
+from wanloom.objective.noise import draw_noise
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("budget", [1, 60, 4000])
+def test_it_is_the_mean_error_over_samples_and_levels(tiny_pipeline, budget):
+    from diffusers import WanTransformer3DModel
+
+    source = MockDataset("5x64x64,1x64x32", text_dim=64, size=2, val_size=3)
+    validate = build_validation(load_dit(tiny_pipeline), [source], budget, CPU, bf16=False)
+    assert validate is not None
+    found = validate()
+    assert validate() == found
+
+    transformer = WanTransformer3DModel.from_pretrained(tiny_pipeline / "transformer")
+    total, count, index = 0.0, 0, source.rows("val")
+    for i in range(len(index)):
+        sample = source.read(index[i])
+        clean, text = sample.latents.float(), torch.zeros(1, 512, 64)
+        text[0, : len(sample.text)] = sample.text
+        for sigma in SIGMAS:
+            noise = draw_noise(tuple(clean.shape), 0, f"validation/{sample.key}/{sigma}", 0)
+            noisy = (1 - sigma) * clean + sigma * noise
+            with torch.no_grad():
+                velocity = transformer(noisy[None], torch.tensor([1000 * sigma]), text, return_dict=False)[0][0]
+            total += (velocity - (noise - clean)).square().sum().item()
+            count += clean.numel()
+    assert found == pytest.approx(total / count, rel=1e-5)
+
+
+def test_it_is_bounded_and_absent_without_a_val_split(tiny_pipeline):
+    model = load_dit(tiny_pipeline)
+    assert build_validation(model, [MockDataset("1x64x64", 64, val_size=0)], 100, CPU, bf16=False) is None
+    assert MAX_SAMPLES * len(SIGMAS) == 320

@@ -1,0 +1,94 @@
+"""Recipes: what wins over what, what is shipped, what may change when a run goes on."""
+
+import pytest
+import yaml
+
+from wanloom.config import UserError
+from wanloom.model.dit import CONFIGS
+from wanloom.objective.flow import PRESETS
+from wanloom.recipes.run import changed_keys, dump_run, load_run, model_config, recipe_names, use_mock
+
+
+def test_every_shipped_recipe_loads_both_ways():
+    assert recipe_names() == ["tiny", "wan2.1-t2v-1.3b", "wan2.1-t2v-14b"]
+    for name in recipe_names():
+        assert model_config(load_run(name, []).model) == CONFIGS[name]
+        for init, mode in (("random", "pretrain"), ("pretrained", "finetune")):
+            run = load_run(name, [f"init={init}"])
+            assert run.init == init
+            flow = run.flow.model_dump()
+            assert {key: flow[key] for key in PRESETS[mode]} == PRESETS[mode]
+    fine, scratch = (load_run("wan2.1-t2v-14b", [f"init={init}"]) for init in ("pretrained", "random"))
+    assert (fine.optimizer.lr, scratch.optimizer.lr) == (5e-6, 5e-5)
+    assert (fine.optimizer.betas, scratch.optimizer.betas) == ((0.9, 0.999), (0.9, 0.95))
+
+
+def test_a_training_mode_asked_for_wins_over_the_recipe_and_words_win_over_both(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "model: tiny\nbatch: {samples: 2, tokens_per_pack: 100}\ntrain: {steps: 5}\noptimizer: {lr: 1e-3}\n"
+        "flow: {shift: 7.0, sampler: mode}\n"
+        "modes: {finetune: {optimizer: {lr: 2e-4, eps: 1e-9}}}\n"
+    )
+    plain = load_run(str(recipe), [])
+    assert (plain.flow.shift, plain.flow.sampler, plain.optimizer.lr) == (7.0, "mode", 1e-3)
+    assert plain.flow.mix_uniform_ratio == 0.2  # of the pretrain preset, where the recipe says nothing
+    asked = load_run(str(recipe), [], "pretrain")
+    assert (asked.flow.shift, asked.flow.sampler) == (2.5, "logit_normal")
+    tuned = load_run(str(recipe), ["flow.shift=9", "optimizer.eps=1e-7"], "finetune")
+    assert (tuned.flow.shift, tuned.flow.sampler) == (9, "uniform")
+    assert (tuned.optimizer.lr, tuned.optimizer.eps) == (2e-4, 1e-7)
+
+
+def test_a_dumped_run_is_a_recipe(tmp_path):
+    words = ["data.sources=[{path: a, weight: 1}, {path: b, weight: 2.5}]", "optimizer.lr=3e-5", "ema.decay=null"]
+    run = load_run("wan2.1-t2v-1.3b", [*words, "init=random"])
+    (tmp_path / "run.yaml").write_text(dump_run(run))
+    assert load_run(str(tmp_path / "run.yaml"), []) == run
+    assert run.data.sources[1].weight == 2.5 and run.ema.decay is None
+
+
+def test_mock_is_a_setting():
+    words = use_mock(["seed=1"], "17x64x64,1x64x64*2")
+    assert load_run("tiny", words).data.mock == "17x64x64,1x64x64*2"
+    assert use_mock(["seed=1"], None) == ["seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        (["optimizer.lr=1", "seed=7", "flow.shift=4"], ["flow.shift", "optimizer.lr", "seed"]),
+        (["train.steps=9", "checkpoint.every=3", "log.every=2", "run_dir=x", "batch.tokens_per_pack=5000"], []),
+        (["data.path=elsewhere", "data.prefetch=9"], []),
+        (
+            ["ema.decay=null", "batch.samples=33", "train.precision=bf16"],
+            ["batch.samples", "ema.decay", "train.precision"],
+        ),
+    ],
+)
+def test_what_may_change_when_a_run_goes_on(words, changed):
+    old, new = (yaml.safe_load(dump_run(load_run("tiny", w))) for w in ([], words))
+    assert changed_keys(old, new) == changed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not valid YAML"),
+        ("- 1", "holds no settings"),
+        ("model: tiny", "The setting 'batch' is required"),
+        ("{model: tiny, btach: 1}", "Did you mean 'batch'"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_is_said(tmp_path, text, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_run(str(path), [])
+
+
+def test_an_unknown_recipe_or_model_is_said():
+    with pytest.raises(UserError, match=r"no recipe 'wan2\.1-t2v-1b'.* Did you mean 'wan2"):
+        load_run("wan2.1-t2v-1b", [])
+    with pytest.raises(UserError, match="There is no model 'nothing'"):
+        model_config("nothing")
