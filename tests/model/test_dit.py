@@ -202,8 +202,12 @@ def test_what_runs_in_which_dtype(mode):
                     {name: (out[0] if isinstance(out, tuple) else out).dtype}
                 )
             )
+    streams: list[torch.dtype] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0].dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
         model(samples.pack, samples.sigma)
+    assert streams == [torch.float32] * 4
     assert dtypes == {name: torch.float32 if keeps_fp32(name) else torch.bfloat16 for name in watched}
     assert {"blocks.3.cross_attn.attend", "blocks.0.modulation", "head.head", "patch_embedding"} <= watched
 
