@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -61,7 +62,7 @@ def test_the_same_frames_are_the_same_bytes(tmp_path):
     assert len({path.read_bytes() for path in tmp_path.glob("*.mp4")}) == 1
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(b"old")
     with pytest.raises(ValueError, match="48x79 pixels"):
         write_mp4(tmp_path / "a.mp4", clip()[:, :, :79], 16)
@@ -69,6 +70,13 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         write_mp4(tmp_path / "a.mp4", clip().float(), 16)
     with pytest.raises(OSError):
         write_png(tmp_path / "missing" / "a.png", clip()[0])
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wanloom.sample.media.av.VideoFrame", SimpleNamespace(from_ndarray=full))
+    with pytest.raises(OSError, match="No space"):
+        write_mp4(tmp_path / "a.mp4", clip(), 16)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"old"
 
 

@@ -22,9 +22,9 @@ HELP = """Write a trained model as a pipeline folder. OUT must not be there yet;
 the other parts (VAE, text encoder, tokenizer, scheduler) copied from the model that the run names.
 
 --layout original writes what a folder of the original repository holds and is no pickle: the transformer under the
-original names (diffusion_pytorch_model*.safetensors, config.json) and the tokenizer (google/umt5-xxl). Its Wan2.1_VAE.pth
-and models_t5_umt5-xxl-enc-bf16.pth are pickles, which wanloom neither reads nor writes; training does not change
-them: put the published files beside the others.
+original names (diffusion_pytorch_model*.safetensors, config.json) and the tokenizer (google/umt5-xxl). The original's
+Wan2.1_VAE.pth and models_t5_umt5-xxl-enc-bf16.pth are pickles, which wanloom neither reads nor writes; training does
+not change them: put the published files beside the others.
 
 Both have a wanloom.json that tells the checkpoint. WanPipeline's noise levels differ a little from Wan's own, which
 `wanloom generate` uses; pipe.scheduler = wanloom.sample.solvers.build_scheduler("unipc", shift=5.0) makes them equal.
