@@ -208,15 +208,15 @@ def test_death_at_every_change_of_the_disk(
     for owner, name in ((Path, "replace"), (Path, "unlink"), (shutil, "rmtree"), (Spool, "drop")):
         monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
     log, out, deaths = tmp_path / "log", tmp_path / "out", 0
-    for start in range(200):
-        left[0] = 1 + start % (3 + start // 8)  # further and further
+    for start in range(100):
+        left[0] = 1 + start % (4 + start // 3)  # further and further
         try:
             run(mixed, out, build_encoders(log), **ALL)
             break
         except Killed:
             deaths += 1
     left[0] = 0
-    assert deaths > 20
+    assert deaths > 15, deaths
     assert contents(out) == expected
     counts = Counter(log.read_text().split())
     samples = json.loads(expected["report.json"])["samples"]["total"]

@@ -179,24 +179,27 @@ def run(arguments: argparse.Namespace) -> int:
     check_folders(arguments.input, arguments.out)  # before a large model is loaded
     device = choose_device(arguments.device)
     console = Console()
-    signal.signal(signal.SIGTERM, _stop)
     started = time.monotonic()
     bar = Bar(console)
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         with bar:
             done = prepare(
                 arguments.input, arguments.out, config, lambda: load_encoders(arguments.model, device), bar.show
             )
     except KeyboardInterrupt:
-        console.print(f"Stopped. Run the same command again to go on: what is encoded is kept in {arguments.out}.")
+        message = f"Stopped. Run the same command again to go on: what is encoded is kept in {arguments.out}."
+        console.print(message, soft_wrap=True)
         return 130
     except torch.OutOfMemoryError as error:
         raise UserError(
             "The GPU has too little memory for a batch: lower --batch-size or the size of the clips in a new folder."
         ) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print_report(done.report, console)
     if done.was_complete:
-        console.print(f"{arguments.out} was complete already, nothing was done.")
+        console.print(f"{arguments.out} was complete already, nothing was done.", soft_wrap=True)
     else:
         console.print(
             f"{arguments.out} is ready after {time.monotonic() - started:.0f} s; all file names are in "

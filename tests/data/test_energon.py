@@ -1,0 +1,86 @@
+"""A prepared folder is an Energon dataset: Energon itself reads every sample, and would write the same metadata."""
+
+import json
+import shutil
+from pathlib import Path
+
+import megatron.energon as energon
+import pytest
+import torch
+from fake_encoders import build_encoders
+from safetensors.torch import load
+from test_prepare import config, put_image, put_video, small_shards
+
+from wanloom.data import prepare as prepare_module
+from wanloom.data.prepare import prepare
+from wanloom.data.shards import Dataset
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("energon")
+    for i in range(12):
+        put_image(root / "in", f"i{i:02d}.png", f"image {i}", 10 * i, (48, 32) if i % 2 else (32, 32))
+    for i in range(6):
+        put_video(root / "in", f"v{i}.mp4", f"video {i}", first=i, count=12)
+    settings = config(
+        timing={"clips": "all"}, framing={"height": None, "width": None, "max_area": 1536}, val_fraction=0.25
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "Spool", small_shards)
+        prepare(root / "in", root / "out", settings, build_encoders)
+    return root / "out"
+
+
+@energon.stateless
+def cook(sample: dict) -> dict:
+    tensors = load(sample["safetensors"])
+    return {**energon.basic_sample_keys(sample), **tensors, "caption": sample["json"]["caption"]}
+
+
+class TaskEncoder(energon.DefaultTaskEncoder):
+    """As a user would write it: one cooker, samples of any size one by one."""
+
+    cookers = (energon.Cooker(cook),)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_energon_reads_every_sample(folder: Path, split: str) -> None:
+    dataset = Dataset.open(folder)
+    rows = dataset.rows(split)
+    assert len(rows) > 3 and len({row["shard"] for row in rows.table.to_pylist()}) >= 1
+    keywords = {"worker_config": energon.WorkerConfig(rank=0, world_size=1, num_workers=0), "batch_size": None}
+    if split == "train":
+        # one pass: the train set of Energon repeats for ever unless told otherwise
+        loader = energon.get_train_dataset(
+            folder, split_part="train", shuffle_buffer_size=None, max_samples_per_sequence=None,
+            task_encoder=TaskEncoder(), repeat=False, **keywords,
+        )  # fmt: skip
+    else:
+        loader = energon.get_val_dataset(folder, split_part="val", task_encoder=TaskEncoder(), **keywords)
+    got = {sample["__key__"].split("/")[-1]: sample for sample in energon.get_loader(loader)}
+    assert sorted(got) == sorted(rows.keys)
+    for i, key in enumerate(rows.keys):
+        mine = dataset.read(rows[i])
+        assert torch.equal(got[key]["latents"], mine.latents)
+        assert torch.equal(got[key]["text"], mine.text)
+        assert got[key]["caption"] == mine.caption
+
+
+def test_energons_own_preparation_finds_the_same(folder: Path, tmp_path: Path) -> None:
+    from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    shards = sorted(str(path.relative_to(copy)) for path in copy.glob("*/*.tar"))
+    for path in copy.glob("*/*.idx"):
+        path.unlink()
+    shutil.rmtree(copy / ".nv-meta")
+    WebdatasetPreparator.prepare_dataset(
+        copy, shards, split_parts_patterns=[("train", "train/.*"), ("val", "val/.*")], workers=1
+    )
+    for shard in shards:
+        assert (copy / f"{shard}.idx").read_bytes() == (folder / f"{shard}.idx").read_bytes()
+    counts = [json.loads((f / ".nv-meta/.info.json").read_text())["shard_counts"] for f in (copy, folder)]
+    assert counts[0] == counts[1]
