@@ -7,14 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from wanloom.cli import main
+from wanloom.data.mock import MockDataset
+from wanloom.data.order import Order
+from wanloom.model.dit import WanDiT
+from wanloom.model.weights import state_dict_as
+from wanloom.objective.noise import draw_noise, draw_uniform
 from wanloom.train.checkpoint import find_checkpoint, list_checkpoints, load_weights, read_state
 from wanloom.train.metrics import read_metrics
 
@@ -80,6 +87,63 @@ def test_losses_do_not_depend_on_the_packing(tmp_path, capsys):
             assert other["loss"] == pytest.approx(a["loss"], rel=1e-5)
             assert other["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
     assert len({losses(tmp_path / name)[0]["packing_efficiency"] for name in "abc"}) > 1
+
+
+def test_three_steps_equal_a_plain_loop_with_diffusers_and_torch(tiny_pipeline, tmp_path):
+    """Samples, noise, loss, clipping, warm-up, decay, AdamW and the average, all together."""
+    settings = [f"model={tiny_pipeline}", "init=pretrained", "train.steps=3", "caption_dropout=0", "ema.decay=0.5"]
+    settings += ["schedule={kind: linear, warmup_steps: 2, min_lr_ratio: 0.0}", "clip_norm=0.5", "flow.shift=2.0"]
+    # a large eps: with a small one the first updates are the signs of gradients, of rounding where those are near zero
+    settings += ["optimizer={lr: 1e-2, betas: [0.8, 0.9], eps: 1e-2, weight_decay: 0.1}", "log.every=1"]
+    assert main(words(tmp_path, *settings)) == 0
+    config, weights = load_weights(find_checkpoint(tmp_path), ema=False)
+    _, average = load_weights(find_checkpoint(tmp_path), ema=True)
+
+    transformer = WanTransformer3DModel.from_pretrained(tiny_pipeline / "transformer")
+    matrices = {name for name, p in WanDiT(config).named_parameters() if p.dim() == 2}
+    matrices = set(state_dict_as({name: weights[name] for name in matrices}, "diffusers"))
+    groups = [[p for n, p in transformer.named_parameters() if (n in matrices) == decays] for decays in (True, False)]
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}],
+        betas=(0.8, 0.9),
+        eps=1e-2,
+    )
+    expected = {name: p.detach().clone() for name, p in transformer.named_parameters()}
+    source = MockDataset("1x64x64,9x32x32,5x48x32", text_dim=64)
+    index, order = source.rows("train"), Order([1024], [Fraction(1)], seed=0)
+    for step, lr in enumerate((0.005, 0.01, 0.01)):
+        loss, count = torch.zeros(()), 0
+        for position in range(4 * step, 4 * step + 4):
+            row = index[order.at(position).index]
+            sample, name = source.read(row), f"0/{row.key}"
+            u = draw_uniform(0, "sigma", name, 0, 2)[0]
+            sigma = 2 * u / (1 + u)
+            clean = sample.latents.float()
+            noise = draw_noise(tuple(clean.shape), 0, name, 0)
+            text = torch.cat([sample.text, torch.zeros(512 - len(sample.text), 64)])
+            noisy = (1 - sigma) * clean + sigma * noise
+            velocity = transformer(noisy[None], torch.tensor([1000 * sigma]), text[None], return_dict=False)[0][0]
+            loss = loss + (1 + 2 * sigma) * (velocity - (noise - clean)).square().sum()
+            count += clean.numel()
+        (loss / count).backward()
+        norm = torch.nn.utils.clip_grad_norm_(transformer.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = {n: decay * expected[n] + (1 - decay) * p.detach() for n, p in transformer.named_parameters()}
+        record = read_metrics(tmp_path / "metrics.jsonl")[step]
+        assert record["weighted_loss"] == pytest.approx(loss.item() / count, rel=1e-4)
+        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.5
+        assert record["lr"] == pytest.approx(lr)
+    for found, wanted in (
+        (state_dict_as(weights, "diffusers"), dict(transformer.named_parameters())),
+        (state_dict_as(average, "diffusers"), expected),
+    ):
+        assert found.keys() == wanted.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, wanted[name].detach(), rtol=1e-4, atol=1e-5)
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
@@ -223,8 +287,8 @@ def test_a_prepared_folder_and_the_empty_caption_of_a_pipeline(tmp_path, prepare
     from wanloom.recipes.run import load_run
 
     run = load_run("tiny", [f"model={tiny_pipeline}", f"data.path={folder}"])
-    states = empty_text(run, tmp_path, 64)
+    states = empty_text(run, tmp_path, 64, torch.device("cpu"))
     expected = TextCodec.load(tiny_pipeline, "cpu").encode([""])[0]
     assert states is not None and torch.equal(states, expected) and states.shape == (1, 64)
-    assert torch.equal(empty_text(run, tmp_path, 64), states)
+    assert torch.equal(empty_text(run, tmp_path, 64, torch.device("cpu")), states)
     assert json.loads((find_checkpoint(tmp_path / "x") / "state.json").read_text())["model"]["dim"] == 128

@@ -1,6 +1,7 @@
 """`wanloom train`: put a run together and start it, or go on with it where its newest checkpoint is."""
 
 import argparse
+import json
 import shlex
 from functools import partial
 from pathlib import Path
@@ -90,7 +91,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
     write_synced(run_dir / "run.yaml", dump_run(run))
     parts = build_parts(run, config, device, newest, state, plan, sources, progress)
     objective = Objective(
-        run.flow, run.seed, run.batch.samples, run.caption_dropout, empty_text(run, run_dir, config.text_dim)
+        run.flow, run.seed, run.batch.samples, run.caption_dropout, empty_text(run, run_dir, config.text_dim, device)
     )
     settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log)
     assemble = partial(build_batch, objective=objective)
@@ -201,10 +202,10 @@ def build_model(run: "Run", config: "DiTConfig", device: "torch.device", fill: b
     return model
 
 
-def empty_text(run: "Run", run_dir: Path, text_dim: int) -> "torch.Tensor | None":
+def empty_text(run: "Run", run_dir: Path, text_dim: int, device: "torch.device") -> "torch.Tensor | None":
     """The states of the empty caption, which `caption_dropout` puts in and guidance contrasts with.
 
-    They come from the text encoder of the pipeline once and are kept in the run folder.
+    They come from the text encoder of the pipeline once, as prepare computes them, and are kept in the run folder.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -218,8 +219,23 @@ def empty_text(run: "Run", run_dir: Path, text_dim: int) -> "torch.Tensor | None
         from wanloom.assets import find_pipeline
         from wanloom.codecs.text import TextCodec  # seconds to import
 
-        codec = TextCodec.load(find_pipeline(run.model, ("text_encoder", "tokenizer")), "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        codec = TextCodec.load(find_pipeline(run.model, ("text_encoder", "tokenizer")), device, dtype)
+        check_encoder(run, codec.identity)
         partial = path.with_suffix(".partial")
         save_file({"text": codec.encode([""])[0].float().contiguous()}, partial)
         partial.replace(path)
     return load_file(path)["text"]
+
+
+def check_encoder(run: "Run", identity: str) -> None:
+    """Say when captions were encoded with other files than those of the model; they may be the same weights."""
+    for source in run.data.resolved():
+        settings = Path(source.path) / "prepare.json"
+        stored = json.loads(settings.read_text()).get("text-encoder", identity) if settings.is_file() else identity
+        if stored != identity:
+            print(
+                f"Note: {source.path} was prepared with other text encoder files than those of {run.model}. If "
+                "they are another encoder, this run learns captions that the model's own encoder does not speak.",
+                flush=True,
+            )

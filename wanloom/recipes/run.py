@@ -67,7 +67,7 @@ def load_run(recipe: str, overrides: list[str], training_mode: str | None = None
     """
     values = read_recipe(recipe)
     by_mode = values.pop("modes", {})
-    words = parse_overrides(overrides)
+    words = read_numbers(parse_overrides(overrides))
     init = words.get("init", values.get("init", "random"))
     mode = training_mode or ("finetune" if init == "pretrained" else "pretrain")
     preset = {"flow": PRESETS[mode]}
