@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import weakref
 from pathlib import Path
 
 import av
@@ -17,6 +18,7 @@ from wanloom.model.dit import WanDiT
 from wanloom.model.weights import load_dit, save_weights
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import GenerateConfig, Request, draw_request_noise, generate, latents_shape
+from wanloom.sample.media import read_mp4
 from wanloom.train.checkpoint import CheckpointConfig, Checkpointer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -43,11 +45,6 @@ def save_checkpoint(run_dir: Path, pipeline: Path, ema: bool) -> None:
     saver.save(30, tensors, state, f"model: {json.dumps(str(pipeline))}\n")
     saver.wait()
     saver.close()
-
-
-def read_video(path: Path) -> np.ndarray:
-    with av.open(path) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -134,7 +131,7 @@ def test_many_prompts_repeat_and_equal_each_alone(trained, tmp_path):
         out = tmp_path / f"alone{number}"
         assert main([*shlex.split(note["command"])[1:], "--out", str(out)]) == 0
         together, alone = tmp_path / "a" / note["files"][0], next(out.glob(f"*{Path(note['files'][0]).suffix}"))
-        read = read_picture if note["frames"] == 1 else read_video
+        read = read_picture if note["frames"] == 1 else read_mp4
         difference = np.abs(read(together).astype(int) - read(alone))
         assert difference.mean() < 0.1  # a pixel that rounds the other way can move its block in the encoder
 
@@ -161,6 +158,31 @@ def test_bf16_is_close_and_is_not_fp32(tiny_pipeline, tmp_path):
         assert main(["generate", *words, "--out", str(tmp_path / precision)]) == 0
         pictures.append(read_picture(tmp_path / precision / "000-x.png").astype(int))
     assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 3
+
+
+def test_each_text_is_encoded_once_and_the_encoder_is_gone_before_the_model(tiny_pipeline, tmp_path, monkeypatch):
+    encoders, encoded, alive = [], [], []
+    load, encode, load_weights = TextCodec.load, TextCodec.encode, load_dit
+
+    def watched_load(*words):
+        codec = load(*words)
+        encoders.append(weakref.ref(codec.encoder))
+        return codec
+
+    def watched_encode(self, texts, *words):
+        encoded.extend(texts)
+        return encode(self, texts, *words)
+
+    def watched_model(*words):
+        alive.extend(ref() for ref in encoders)
+        return load_weights(*words)
+
+    monkeypatch.setattr(TextCodec, "load", watched_load)
+    monkeypatch.setattr(TextCodec, "encode", watched_encode)
+    monkeypatch.setattr("wanloom.model.weights.load_dit", watched_model)
+    words = ["--prompt", "x", "--prompt", "y", "--prompt", "x", *SMALL, "--frames", "1", *out_at(tmp_path)]
+    assert main(["generate", "--model", str(tiny_pipeline), *words]) == 0
+    assert sorted(encoded) == ["", "x", "y"] and alive == [None]
 
 
 def test_existing_files_are_kept_unless_told_otherwise(tiny_pipeline, tmp_path, capsys):

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -13,16 +12,11 @@ import torch
 from PIL import Image
 
 from wanloom.data import shapes
-from wanloom.sample.media import write_mp4, write_png, write_sheet
+from wanloom.sample.media import read_mp4, write_mp4, write_png, write_sheet
 
 
 def clip(frames: int = 9, height: int = 48, width: int = 80) -> torch.Tensor:
     return torch.from_numpy(shapes.build_clip(3, 5, frames=max(frames, 2), height=height, width=width)[0][:frames])
-
-
-def read(path: Path) -> np.ndarray:
-    with av.open(path) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def test_a_video_plays_with_its_size_rate_and_colours(tmp_path):
@@ -36,7 +30,7 @@ def test_a_video_plays_with_its_size_rate_and_colours(tmp_path):
         assert stream.duration * stream.time_base == pytest.approx(9 / 12)
     raw = path.read_bytes()
     assert raw.index(b"moov") < raw.index(b"mdat")  # starts to play before all of it is there
-    difference = np.abs(read(path).astype(int) - frames.numpy().astype(int))
+    difference = np.abs(read_mp4(path).astype(int) - frames.numpy().astype(int))
     assert np.median(difference) <= 2 and difference.mean() < 5  # only colour edges blur
     assert list(tmp_path.iterdir()) == [path]
 
@@ -44,7 +38,7 @@ def test_a_video_plays_with_its_size_rate_and_colours(tmp_path):
 def test_plain_colours_come_back(tmp_path):
     for color in ((225, 45, 45), (45, 190, 65), (50, 85, 235), (255, 255, 255), (0, 0, 0)):
         write_mp4(tmp_path / "c.mp4", torch.tensor(color, dtype=torch.uint8).expand(2, 32, 32, 3), 16)
-        assert np.abs(read(tmp_path / "c.mp4")[1, 16, 16].astype(int) - color).max() <= 4
+        assert np.abs(read_mp4(tmp_path / "c.mp4")[1, 16, 16].astype(int) - color).max() <= 4
 
 
 def test_the_same_frames_are_the_same_bytes(tmp_path):

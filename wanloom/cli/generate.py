@@ -313,9 +313,10 @@ def make_all(
         )
         for job in plan.jobs
     ]
+    console = Console(stderr=True)
     done, writing, began = 0, 0.0, time.monotonic()
     try:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("denoising", total=len(requests) * plan.config.steps)
             for index, latents in generate(model, requests, plan.config, lambda n: progress.advance(task, n)):
                 start = time.monotonic()

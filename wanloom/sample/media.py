@@ -61,6 +61,12 @@ def write_mp4(path: Path, frames: "Tensor | np.ndarray", fps: int) -> None:
         container.mux(stream.encode(None))
 
 
+def read_mp4(path: Path) -> np.ndarray:
+    """Every frame of a file as it is stored: `(F, H, W, 3)` uint8 RGB."""
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
 def write_png(path: Path, picture: "Tensor | np.ndarray") -> None:
     """One picture `(H, W, 3)` uint8."""
     with written(path) as temporary:
