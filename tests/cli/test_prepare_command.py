@@ -15,7 +15,7 @@ from wanloom.cli import prepare as prepare_command
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError
-from wanloom.data.prepare import Encoders
+from wanloom.data.encode import Encoders
 from wanloom.data.shapes import build_clip
 from wanloom.data.shards import Dataset
 from wanloom.sample.media import write_mp4
@@ -74,7 +74,7 @@ def test_a_folder_becomes_latents_and_states(
         (["--val-fraction", "1.5"], "--val-fraction 1.5 is not between 0 and 1"),
         (["--workers", "0"], "--workers is at least 1"),
         (["--model", "/no/such/model"], "no model '/no/such/model'"),
-        (["--strict", *SIZE], "--strict: 1 files would be dropped"),
+        (["--strict", *SIZE], "--strict: broken.mp4 would be dropped: broken, cannot be decoded"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -94,6 +94,7 @@ def test_mistakes_are_one_sentence(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_says_how_to_go_on(
     clips: Path,
+    tiny_pipeline: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -107,8 +108,8 @@ def test_a_stop_says_how_to_go_on(
             file.write("x")
         return torch.ones(len(frames), 16, 3, 4, 4)
 
-    def load_encoders(model: str, device: str) -> Encoders:
-        return Encoders(encode, lambda caption, most: torch.ones(2, 8), lambda caption: 2, {"vae": "slow"})
+    def load_encoders(pipeline: Path, device: str) -> Encoders:
+        return Encoders(encode, lambda caption, most: torch.ones(2, 8), lambda caption: 2)
 
     def stop() -> None:
         while not list(out.glob(".work/batch-*.tar")):
@@ -119,7 +120,7 @@ def test_a_stop_says_how_to_go_on(
     handler = signal.getsignal(number)
     thread = threading.Thread(target=stop)
     thread.start()
-    command = ["prepare", str(clips), str(out), *SIZE]
+    command = ["prepare", str(clips), str(out), "--model", str(tiny_pipeline), *SIZE]
     assert main(command) == 130
     thread.join()
     assert signal.getsignal(number) == handler

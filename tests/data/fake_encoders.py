@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanloom.data.prepare import Encoders
+from wanloom.data.encode import Encoders
+
+IDENTITY = {"vae": "fake", "text-encoder": "fake", "device": "cpu"}
 
 
 def encode_frames(frames: Tensor) -> Tensor:
@@ -39,4 +41,4 @@ def build_encoders(log: Path | None = None, seconds: float = 0.0) -> Encoders:
                 file.writelines(f"{zlib.crc32(sample.numpy().tobytes())}\n" for sample in batch)
         return out
 
-    return Encoders(frames, encode_text, count_tokens, {"vae": "fake", "text-encoder": "fake", "device": "cpu"})
+    return Encoders(frames, encode_text, count_tokens)

@@ -7,7 +7,7 @@ from pathlib import Path
 import megatron.energon as energon
 import pytest
 import torch
-from fake_encoders import build_encoders
+from fake_encoders import IDENTITY, build_encoders
 from safetensors.torch import load
 from test_prepare import config, put_image, put_video, small_shards
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "Spool", small_shards)
-        prepare(root / "in", root / "out", settings, build_encoders)
+        prepare(root / "in", root / "out", settings, IDENTITY, build_encoders)
     return root / "out"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_encoders import build_encoders, encode_frames, encode_text
+from fake_encoders import IDENTITY, build_encoders, encode_frames, encode_text
 from media_files import numbered, write_numbers, write_video
 from PIL import Image
 from rich.console import Console
@@ -23,8 +23,9 @@ from wanloom.config import UserError
 from wanloom.data import prepare as prepare_module
 from wanloom.data import spool as spool_module
 from wanloom.data import tar as tar_module
+from wanloom.data.encode import PrepareConfig, sample_key
 from wanloom.data.framing import FramingConfig
-from wanloom.data.prepare import Finished, PrepareConfig, prepare, sample_key
+from wanloom.data.prepare import Finished, prepare
 from wanloom.data.report import print_report
 from wanloom.data.shards import Dataset
 from wanloom.data.spool import Spool
@@ -49,8 +50,8 @@ def put_image(root: Path, name: str, caption: str, level: int, size: tuple[int, 
     (root / name).with_suffix(".txt").write_text(caption)
 
 
-def run(source: Path, out: Path, encoders=None, **values) -> Finished:
-    return prepare(source, out, config(**values), lambda: encoders or build_encoders())
+def run(source: Path, out: Path, encoders=None, identity=IDENTITY, **values) -> Finished:
+    return prepare(source, out, config(**values), identity, lambda: encoders or build_encoders())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -228,7 +229,7 @@ def child(source: Path, out: Path, log: Path, started: Path) -> None:
     started.touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "Spool", small_shards)
-        prepare(source, out, config(**ALL, workers=2), lambda: build_encoders(log, seconds=0.02))
+        prepare(source, out, config(**ALL, workers=2), IDENTITY, lambda: build_encoders(log, seconds=0.02))
 
 
 def test_sigkill_at_random_moments(mixed: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
@@ -278,9 +279,8 @@ def test_changed_options_and_models_ask_for_a_new_folder(tmp_path: Path) -> None
     ):
         with pytest.raises(UserError, match=message):
             run(source, out, **values)
-    other = build_encoders()._replace(identity={"vae": "other", "text-encoder": "fake", "device": "cpu"})
     with pytest.raises(UserError, match="vae was fake, now other"):
-        run(source, out, other)
+        run(source, out, identity={**IDENTITY, "vae": "other"})
 
 
 def test_a_changed_input_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +315,7 @@ def test_strict_names_the_files(mixed: Path, tmp_path: Path) -> None:
         run(mixed, tmp_path / "out", strict=True)
     source = tmp_path / "in"
     put_video(source, "short.mp4", "too short", count=3)
-    with pytest.raises(UserError, match=r"short.mp4: too short, has"):
+    with pytest.raises(UserError, match=r"--strict: short.mp4 would be dropped: too short, has"):
         run(source, tmp_path / "out2", strict=True)
 
 

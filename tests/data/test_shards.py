@@ -146,7 +146,7 @@ def test_scanning_refuses_what_it_cannot_trust() -> None:
         scan(tar_member("c.safetensors", b"no tensors here") + END)
 
 
-def test_odd_sizes_and_equal_keys_are_errors() -> None:
+def test_odd_sizes_and_equal_keys_are_errors(tmp_path: Path) -> None:
     def rows(*shape: int) -> list:
         data = tar_pair("a", torch.zeros(shape), torch.zeros(2, 8), {}) + END
         return index_rows(scan_tar(io.BytesIO(data), "x.tar"), "x.tar", "train")
@@ -155,6 +155,8 @@ def test_odd_sizes_and_equal_keys_are_errors() -> None:
         rows(16, 1, 3, 4)
     with pytest.raises(UserError, match="is not latents"):
         rows(16, 3, 4)
-    with pytest.raises(UserError, match="'a' is in this folder more than once"):
-        build_table(rows(16, 1, 2, 2) * 2)
+    for name in ("x.tar", "y.tar"):
+        (tmp_path / name).write_bytes(tar_pair("a", torch.zeros(16, 1, 2, 2), torch.zeros(2, 8), {}) + END)
+    with pytest.raises(UserError, match=r"'a' is in .* 2 times"):
+        Dataset.open(tmp_path)
     assert build_table([]).schema.equals(SCHEMA)

@@ -10,9 +10,13 @@ from media_files import numbered, read_number, write_numbers, write_video
 from PIL import Image
 
 from wanloom.config import UserError, build_config
+from wanloom.data import player as player_module
 from wanloom.data.framing import Frame, FramingConfig, choose_frame
 from wanloom.data.picture import Clip, MediaError
 from wanloom.data.video import TimingConfig, kind_of, read_clips
+
+CORNERS = np.zeros((48, 80, 3), dtype=np.uint8)
+CORNERS[:24, :40], CORNERS[:24, 40:], CORNERS[24:, :40] = (230, 20, 20), (20, 230, 20), (20, 20, 230)
 
 
 def native(width: float, height: float, number: int) -> Frame:
@@ -84,6 +88,23 @@ def test_single_frames_are_from_the_middles_of_equal_parts(tmp_path: Path) -> No
     assert len(read(write_numbers(tmp_path / "b.mp4", 2), mode="frames", frames_per_video=5)) == 2
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
+def test_jumps_land_where_decoding_all_would(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute with key pictures far apart; jumping must not change a single value."""
+    pictures = [np.roll(CORNERS, (i % 48, i % 80), axis=(0, 1)) for i in range(60 * 8)]
+    codec = "mpeg4" if suffix == "avi" else "libx264"
+    path = write_video(tmp_path / f"a.{suffix}", pictures, fps=8, codec=codec, options={"g": "60"})
+    timings = ({"frames": 5, "clips": "uniform"}, {"mode": "frames", "frames_per_video": 3})
+    jumped = [read(path, **timing) for timing in timings]
+    with monkeypatch.context() as patch:
+        patch.setattr(player_module, "FAR", 10_000)
+        decoded = [read(path, **timing) for timing in timings]
+    for one, other in zip(jumped, decoded, strict=True):
+        assert [c.start for c in one] == [c.start for c in other]
+        assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(one, other, strict=True))
+    assert len(jumped[0]) == 4 and jumped[0][1].start > 15
+
+
 def test_too_short_says_what_it_has_and_needs(tmp_path: Path) -> None:
     path = write_numbers(tmp_path / "a.mp4", 20)
     for clips in ("first", "all", "uniform"):
@@ -91,10 +112,6 @@ def test_too_short_says_what_it_has_and_needs(tmp_path: Path) -> None:
             read(path, frames=33, clips=clips)
         assert caught.value.kind == "too short"
     assert len(read(path, frames=17)) == 1
-
-
-CORNERS = np.zeros((48, 80, 3), dtype=np.uint8)
-CORNERS[:24, :40], CORNERS[:24, 40:], CORNERS[24:, :40] = (230, 20, 20), (20, 230, 20), (20, 20, 230)
 
 
 @pytest.mark.parametrize("hflip", [False, True])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from wanloom.config import UserError, build_config
 
 if TYPE_CHECKING:
-    from wanloom.data.prepare import Encoders, PrepareConfig, Progress
+    from wanloom.data.encode import Encoders, PrepareConfig, Progress
 
 HELP = """Turn a folder of videos and images with captions into a folder to train on.
 
@@ -126,8 +126,8 @@ OTHER = ("caption_key", "max_text_length", "val_fraction", "shard_size", "batch_
 
 def read_config(arguments: argparse.Namespace) -> "PrepareConfig":
     """The settings of the command line; what was not given keeps its default."""
+    from wanloom.data.encode import PrepareConfig
     from wanloom.data.framing import FramingConfig
-    from wanloom.data.prepare import PrepareConfig
     from wanloom.data.video import TimingConfig
 
     def given(names: tuple[str, ...]) -> dict[str, Any]:
@@ -140,22 +140,31 @@ def read_config(arguments: argparse.Namespace) -> "PrepareConfig":
     return build_config(PrepareConfig, values)
 
 
-def load_encoders(model: str, device: str) -> "Encoders":
+PARTS = ("vae", "text_encoder", "tokenizer")
+
+
+def identify(pipeline: Path, device: str) -> dict[str, str]:
+    """Which weights encode, and where: by rounding a GPU encodes otherwise than a CPU."""
+    from wanloom.codecs.identity import folder_identity
+
+    for part in PARTS:
+        if not (pipeline / part).is_dir():
+            raise UserError(f"'{pipeline}' is no pipeline in diffusers layout: it has no folder '{part}'.")
+    vae, encoder, tokenizer = (folder_identity(pipeline / part) for part in PARTS)
+    return {"vae": vae, "text-encoder": f"{encoder}-{tokenizer}", "device": device}
+
+
+def load_encoders(pipeline: Path, device: str) -> "Encoders":
     """The VAE (fp32) and the text encoder (bf16 on a GPU, else fp32) of a pipeline."""
     import torch
 
-    from wanloom.assets import find_pipeline
     from wanloom.codecs.text import TextCodec
     from wanloom.codecs.vae import VaeCodec
-    from wanloom.data.prepare import Encoders
+    from wanloom.data.encode import Encoders
 
-    pipeline = find_pipeline(model, ("vae", "text_encoder", "tokenizer"))
     vae = VaeCodec.load(pipeline, device)
     text = TextCodec.load(pipeline, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    identity = {"vae": vae.identity, "text-encoder": text.identity, "device": device}
-    return Encoders(
-        vae.encode_batch, lambda caption, most: text.encode([caption], most)[0], text.count_tokens, identity
-    )
+    return Encoders(vae.encode_batch, lambda caption, most: text.encode([caption], most)[0], text.count_tokens)
 
 
 def choose_device(wanted: str | None) -> str:
@@ -173,11 +182,14 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
+    from wanloom.assets import find_pipeline
     from wanloom.data.prepare import REPORT, check_folders, prepare
     from wanloom.data.report import print_report
 
-    check_folders(arguments.input, arguments.out)  # before a large model is loaded
+    check_folders(arguments.input, arguments.out)  # before a large model is fetched
     device = choose_device(arguments.device)
+    pipeline = find_pipeline(arguments.model, PARTS)
+    identity = identify(pipeline, device)
     console = Console()
     started = time.monotonic()
     bar = Bar(console)
@@ -185,7 +197,12 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with bar:
             done = prepare(
-                arguments.input, arguments.out, config, lambda: load_encoders(arguments.model, device), bar.show
+                arguments.input,
+                arguments.out,
+                config,
+                identity,
+                lambda: load_encoders(pipeline, device),
+                bar.show,
             )
     except KeyboardInterrupt:
         message = f"Stopped. Run the same command again to go on: what is encoded is kept in {arguments.out}."
@@ -228,7 +245,7 @@ class Bar:
         )
         self.console = console
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.progress.add_task("loading the encoders", total=None, samples="")
+        self.task = self.progress.add_task("reading", total=None, samples="")
         self.stage = ""
         self.first = (0.0, 0, 0)  # time, files and samples when the stage began
         self.said = time.monotonic()

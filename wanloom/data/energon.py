@@ -14,20 +14,18 @@ from pathlib import Path
 
 import yaml
 
-from wanloom.data.tar import Pair, write_atomic
+from wanloom.data.tar import write_atomic
 
 META = ".nv-meta"
 
 
-def write_energon(out: Path, shards: Mapping[str, Sequence[Pair]]) -> None:
-    """Write the metadata of `shards`, a mapping of paths like "train/shard-000000.tar" to their samples."""
+def write_energon(out: Path, shards: Mapping[str, Sequence[int]]) -> None:
+    """Write the metadata of `shards`: of each (such as "train/shard-000000.tar") where its samples start and end."""
     splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    for name, pairs in shards.items():
+    for name, offsets in shards.items():
         splits[name.split("/")[0]].append(name)
-        # where each sample starts, then where the last one ends
-        offsets = [pair.start for pair in pairs] + [pairs[-1].stop]
         write_atomic(out / f"{name}.idx", struct.pack(f"<{len(offsets)}Q", *offsets))
-    info = {"energon_version": None, "shard_counts": {name: len(pairs) for name, pairs in shards.items()}}
+    info = {"energon_version": None, "shard_counts": {name: len(starts) - 1 for name, starts in shards.items()}}
     dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
     write_atomic(out / META / ".info.json", (json.dumps(info, indent=2) + "\n").encode())
     write_atomic(out / META / "dataset.yaml", yaml.safe_dump(dataset, sort_keys=False).encode())

@@ -93,7 +93,6 @@ class Screen:
     def __init__(self, stream: Any, choose: ChooseFrame) -> None:
         self.stream = stream
         self.choose = choose
-        self.end = Fraction(0)  # seconds of the last picture's end so far
         self.stored: tuple[int, int] | None = None
         self.display: tuple[float, float] = (0.0, 0.0)
         self.turn = np.eye(2, dtype=int)
@@ -105,6 +104,8 @@ class Screen:
         """`(H, W, 3)` of a decoded picture for clip `number`."""
         if self.latest and self.latest[0] is picture and self.latest[1] == number:
             return self.latest[2]
+        if picture.is_corrupt:
+            raise MediaError("broken", f"a picture in clip {number} is damaged")
         if self.stored is None:
             self._look(picture)
         elif self.stored != (picture.width, picture.height):

@@ -6,7 +6,7 @@ after any number of kills and restarts. Every media file is in it: as samples or
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -18,46 +18,53 @@ from wanloom.data.plan import Plan
 NAMES = 5  # file names shown for one line of the table; report.json has all
 
 
-def build_report(plan: Plan, late: list[dict[str, Any]], records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The report of a prepared folder. `late` are the drops found while decoding."""
-    early = [{"file": e.source, "kind": e.drop, "reason": e.reason, "samples": 0} for e in plan.entries if e.drop]
-    late = [drop | {"samples": sum(r["source"] == drop["file"] for r in records)} for drop in late]
-    dropped = sorted(early + late, key=lambda drop: drop["file"])
-    kinds = Counter(entry.kind for entry in plan.entries)
-    splits = Counter(record["split"] for record in records)
-    return {
-        "files": {"found": len(plan.entries), "videos": kinds["video"], "images": kinds["image"]},
-        "samples": {"total": len(records), "train": splits["train"], "val": splits["val"]},
-        "sizes": _count(f"{r['frames']} frames {r['size'][0]}x{r['size'][1]}" for r in records),
-        "dropped": dropped,
-        "dropped_by_kind": _count(drop["kind"] for drop in dropped),
-        "captions_truncated": _files(
-            records,
-            lambda r: (
-                f"{r['caption_tokens']} tokens, {r['text_len']} kept" if r["caption_tokens"] > r["text_len"] else ""
-            ),
-        ),
-        "captions_in_conflict": dict(sorted(plan.conflicts.items())),
-        "captions_without_file": plan.missing,
-        "resampled_in_time": _files(records, _rate),
-        "cropped": _files(records, _cut),
-        "enlarged": _files(records, _growth),
-        "bent_by_rounding": _files(records, lambda r: f"{r['aspect_change']:+.1%}" if _is_bent(r) else ""),
-        "notes": {
-            note: sorted({r["source"] for r in records if note in r["notes"]})
-            for note in sorted({note for r in records for note in r["notes"]})
-        },
-        "ignored": plan.ignored,
-    }
+class Report:
+    """Collects the report of a prepared folder, one sample's record after the other."""
+
+    def __init__(self, plan: Plan, late: list[dict[str, str]]) -> None:
+        self.plan = plan
+        self.late = late  # the drops found while decoding
+        self.samples: Counter[str] = Counter()  # by file
+        self.splits: Counter[str] = Counter()
+        self.sizes: Counter[str] = Counter()
+        self.facts: dict[str, dict[str, str]] = {name: {} for name in FACTS}  # what -> file -> how
+        self.notes: dict[str, set[str]] = {}
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Count one sample."""
+        file = record["source"]
+        self.samples[file] += 1
+        self.splits[record["split"]] += 1
+        self.sizes[f"{record['frames']} frames {record['size'][0]}x{record['size'][1]}"] += 1
+        for name, tell in FACTS.items():
+            if text := tell(record):
+                self.facts[name][file] = text
+        for note in record["notes"]:
+            self.notes.setdefault(note, set()).add(file)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to report.json."""
+        entries = self.plan.entries
+        early = [{"file": entry.source, "kind": entry.drop, "reason": entry.reason} for entry in entries if entry.drop]
+        dropped = [{**drop, "samples": self.samples[drop["file"]]} for drop in early + self.late]
+        kinds = Counter(entry.kind for entry in entries)
+        return {
+            "files": {"found": len(entries), "videos": kinds["video"], "images": kinds["image"]},
+            "samples": {"total": self.splits.total(), "train": self.splits["train"], "val": self.splits["val"]},
+            "sizes": self.sizes,
+            "dropped": sorted(dropped, key=lambda drop: drop["file"]),
+            "dropped_by_kind": Counter(drop["kind"] for drop in dropped),
+            "captions_in_conflict": self.plan.conflicts,
+            "captions_without_file": self.plan.missing,
+            **self.facts,
+            "notes": {note: sorted(files) for note, files in self.notes.items()},
+            "ignored": self.plan.ignored,
+        }
 
 
-def _count(words: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(words).items()))
-
-
-def _files(records: list[dict[str, Any]], tell: Any) -> dict[str, str]:
-    """File -> what happened, for those for which `tell(record)` is not empty."""
-    return dict(sorted({r["source"]: text for r in records if (text := tell(r))}.items()))
+def _truncation(record: dict[str, Any]) -> str:
+    tokens, kept = record["caption_tokens"], record["text_len"]
+    return f"{tokens} tokens, {kept} kept" if tokens > kept else ""
 
 
 def _rate(record: dict[str, Any]) -> str:
@@ -76,9 +83,18 @@ def _growth(record: dict[str, Any]) -> str:
     return f"{factor:.2f} times" if factor > 1.005 else ""
 
 
-def _is_bent(record: dict[str, Any]) -> bool:
+def _bend(record: dict[str, Any]) -> str:
     # resizing to whole pixels alone bends by up to half a pixel of the shorter side
-    return abs(record["aspect_change"]) > 1 / min(record["resized"])
+    return f"{record['aspect_change']:+.1%}" if abs(record["aspect_change"]) > 1 / min(record["resized"]) else ""
+
+
+FACTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "captions_truncated": _truncation,
+    "resampled_in_time": _rate,
+    "cropped": _cut,
+    "enlarged": _growth,
+    "bent_by_rounding": _bend,
+}
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
@@ -90,9 +106,9 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_column(overflow="fold")
     table.add_row("files in", str(files["found"]), f"{files['videos']} videos, {files['images']} images")
     table.add_row("samples out", str(samples["total"]), f"{samples['train']} train, {samples['val']} val")
-    for size, number in report["sizes"].items():
+    for size, number in sorted(report["sizes"].items()):
         table.add_row("", str(number), size)
-    for kind, number in report["dropped_by_kind"].items():
+    for kind, number in sorted(report["dropped_by_kind"].items()):
         drops = [drop for drop in report["dropped"] if drop["kind"] == kind]
         lines = [f"{d['file']}: {d['reason']}{_partly(d)}" for d in drops]
         table.add_row(f"[red]dropped, {kind}[/red]", str(number), _shorten(lines))
@@ -105,12 +121,12 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         ("enlarged", "enlarged"),
     ):
         if report[name]:
-            lines = [f"{file}: {what}" for file, what in report[name].items()]
+            lines = [f"{file}: {what}" for file, what in sorted(report[name].items())]
             table.add_row(title, str(len(lines)), _shorten(lines))
     for name, title in (("captions_without_file", "captions without file"), ("ignored", "other files, ignored")):
         if report[name]:
             table.add_row(title, str(len(report[name])), _shorten(report[name]))
-    for note, names in report["notes"].items():
+    for note, names in sorted(report["notes"].items()):
         table.add_row(note, str(len(names)), _shorten(names))
     console.print(table)
 

@@ -228,11 +228,8 @@ def index_rows(pairs: Iterable[Pair], shard: str, split: str) -> list[Row]:
 
 
 def build_table(rows: list[Row]) -> pa.Table:
-    """Rows as an arrow table; the keys of one dataset are unique."""
+    """Rows as an arrow table."""
     table = pa.table([list(column) for column in zip(*rows, strict=True)] or [[] for _ in SCHEMA], schema=SCHEMA)
-    most = Counter(row.key for row in rows).most_common(1)
-    if most and most[0][1] > 1:
-        raise UserError(f"The key '{most[0][0]}' is in this folder more than once: every sample needs its own.")
     return table
 
 
@@ -252,13 +249,17 @@ def scan_folder(fs: fsspec.AbstractFileSystem, root: str, path: str) -> pa.Table
     if not tars:
         raise UserError(f"'{path}' holds no prepared data: make it with `wanloom prepare INPUT {path}`.")
     log.info("%s has no index: reading the headers of %d shards", path, len(tars))
-    rows = []
+    tables = []
     for tar in tars:
         shard = tar[len(root) :].lstrip("/")
         split = "val" if shard.split("/")[0] in ("val", "valid", "validation") else "train"
         with fs.open(tar, "rb") as file:
-            rows += index_rows(scan_tar(cast(BinaryIO, file), f"{path}/{shard}"), shard, split)
-    return build_table(rows)
+            tables.append(build_table(index_rows(scan_tar(cast(BinaryIO, file), f"{path}/{shard}"), shard, split)))
+    table = pa.concat_tables(tables)
+    key, number = Counter(table["key"].to_pylist()).most_common(1)[0] if len(table) else ("", 0)
+    if number > 1:
+        raise UserError(f"The key '{key}' is in '{path}' {number} times: every sample needs its own.")
+    return table
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

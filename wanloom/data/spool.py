@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from wanloom.config import UserError
 from wanloom.data.shards import DONE, WORK
@@ -40,7 +40,7 @@ class Spool:
         self.work = out / WORK
         self.shard_bytes = shard_bytes
         self.done: dict[str, str] = {}  # key -> source of every encoded sample
-        self.drops: dict[str, dict[str, Any]] = {}  # source -> what is in the report
+        self.drops: dict[str, dict[str, str]] = {}  # source -> what is in the report
         self._queues: dict[str, list[Piece]] = {split: [] for split in SPLITS}
         self._shards = {split: 0 for split in SPLITS}
         self._batches = 0
@@ -96,9 +96,9 @@ class Spool:
         for split in SPLITS:
             self._write_full(split)
 
-    def drop(self, file: str, kind: str, reason: str, samples: int) -> None:
+    def drop(self, file: str, kind: str, reason: str) -> None:
         """Remember why a file gave no, or no more, samples."""
-        self.drops[file] = {"file": file, "kind": kind, "reason": reason, "samples": samples}
+        self.drops[file] = {"file": file, "kind": kind, "reason": reason}
         with (self.work / "drops.jsonl").open("a") as log:
             log.write("\n" + json.dumps(self.drops[file]))  # a line that was cut off before ends here
 

@@ -2,7 +2,7 @@
 
 In: a file. Out: clips `(F, H, W, 3)` uint8 RGB. The one decision: time is sampled by timestamps. A clip's frame k is
 the picture that a player shows at start + k / fps, so variable frame rates, other rates and odd containers keep the
-speed of the action. The file is decoded once, from its start, and a picture is converted only when it is used.
+speed of the action. The file is decoded once, and a picture is converted only when it is used.
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from pydantic import model_validator
 
 from wanloom.config import Config
 from wanloom.data.picture import ChooseFrame, Clip, MediaError, Screen, read_image
+from wanloom.data.player import Player, frame_interval
 
-TICK = Fraction(1, 1000)  # containers with millisecond clocks (Matroska) round by up to half of this
 VIDEO_SUFFIXES = frozenset(
     f".{name}"
     for name in (
@@ -101,16 +101,15 @@ def plan_times(timing: TimingConfig, duration: Fraction, pictures: int) -> Itera
 def scan_packets(path: Path) -> tuple[Fraction, int]:
     """Duration in seconds and number of pictures, from the packets alone: exact, and nothing is decoded."""
     first, last, number = None, Fraction(0), 0
-    with av.open(str(path)) as container:
+    with _open(path) as container:
         stream = _video_stream(container)
-        default = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
         for packet in container.demux(stream):
             stamp = packet.pts if packet.pts is not None else packet.dts
             if packet.size == 0:
                 continue
             number += 1
             begin = last if stamp is None else stamp * Fraction(stream.time_base)  # raw streams have no clock
-            length = packet.duration * Fraction(stream.time_base) if packet.duration else default
+            length = packet.duration * Fraction(stream.time_base) if packet.duration else frame_interval(stream)
             first = begin if first is None else min(first, begin)
             last = max(last, begin + length)
     if first is None:
@@ -118,69 +117,46 @@ def scan_packets(path: Path) -> tuple[Fraction, int]:
     return last - first, number
 
 
-def _video_stream(container: Any) -> Any:
-    if not container.streams.video:
-        raise MediaError("broken", "has no video in it")
-    return container.streams.video[0]
-
-
 def _read_video(path: Path, timing: TimingConfig, choose: ChooseFrame, threads: int) -> Iterator[Clip]:
     spread = timing.mode == "frames" or timing.clips == "uniform"
     duration, pictures = scan_packets(path) if spread else (Fraction(0), 0)
-    plan = plan_times(timing, duration, pictures)
-    with av.open(str(path)) as container:
+    with _open(path) as container:
         stream = _video_stream(container)
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
-        screen = Screen(stream, choose)
-        shown = _shown(container, stream, screen)
-        interval = next(shown, None)
-        for number, moments in enumerate(plan):
+        player, screen = Player(container, stream), Screen(stream, choose)
+        for number, moments in enumerate(plan_times(timing, duration, pictures)):
             pixels = None
             for k, moment in enumerate(moments):
-                while interval is not None and moment + TICK >= interval[1]:
-                    interval = next(shown, None)
-                if interval is None:
-                    _check_enough(number, timing, moments, screen)
+                picture = player.at(moment)
+                if picture is None:
+                    _check_enough(number, timing, moments, player)
                     return
-                picture = screen.convert(interval[2], number)
+                shown = screen.convert(picture, number)
                 if pixels is None:
-                    pixels = np.empty((len(moments), *picture.shape), dtype=np.uint8)
-                pixels[k] = picture
+                    pixels = np.empty((len(moments), *shown.shape), dtype=np.uint8)
+                pixels[k] = shown
             assert pixels is not None
             yield screen.clip(number, pixels, moments)
 
 
-def _check_enough(number: int, timing: TimingConfig, moments: list[Fraction], screen: Screen) -> None:
+def _check_enough(number: int, timing: TimingConfig, moments: list[Fraction], player: Player) -> None:
     """The video ended inside clip `number`: fine for the rest that `all` leaves, else a MediaError."""
-    has, needs = float(screen.end), float(moments[-1] - moments[0])
+    has, needs = float(player.end), float(moments[-1] - moments[0])
     if has <= needs:
-        raise MediaError(
-            "too short", f"has {has:.3g} s, needs {needs:.3g} s ({timing.frames} frames at {timing.fps:g})"
-        )
-    if timing.mode == "frames" or timing.clips != "all" or number == 0:
-        raise MediaError("broken", f"ends at {has:.3g} s, earlier than its own index says")
+        reason = f"has {has:.3g} s, needs {needs:.3g} s ({timing.frames} frames at {timing.fps:g})"
+        raise MediaError("too short", reason)
+    spread = timing.mode == "frames" or timing.clips == "uniform"
+    stated = float(player.stream.duration * player.base) if player.stream.duration else has
+    if spread or stated > 1.1 * has + 1:
+        raise MediaError("broken", f"ends at {has:.3g} s" + ("" if spread else f", its header says {stated:.3g} s"))
 
 
-def _shown(container: Any, stream: Any, screen: "Screen") -> Iterator[tuple[Fraction, Fraction, Any]]:
-    """(from, until, picture) for every picture, in seconds from the first one."""
-    base = Fraction(stream.time_base)
-    default = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
-    origin = previous = None
-    begin = Fraction(0)
-    for picture in container.decode(stream):
-        if picture.is_corrupt:
-            raise MediaError("broken", f"is damaged at {float(begin):.3g} s")
-        stamp = picture.pts if picture.pts is not None else picture.dts
-        if origin is None:
-            origin = stamp * base if stamp is not None else Fraction(0)
-        at = stamp * base - origin if stamp is not None else begin + default * (previous is not None)
-        if previous is not None and at > begin:  # a picture with an older stamp replaces the one before it
-            screen.end = at
-            yield begin, at, previous
-        previous, begin = picture, max(at, begin)
-    if previous is None:
-        raise MediaError("broken", "has no pictures")
-    last = previous.duration * base if previous.duration else default
-    screen.end = begin + last
-    yield begin, screen.end, previous
+def _open(path: Path) -> Any:
+    return av.open(str(path), metadata_errors="replace")  # tags in odd encodings are none of our business
+
+
+def _video_stream(container: Any) -> Any:
+    if not container.streams.video:
+        raise MediaError("broken", "has no video in it")
+    return container.streams.video[0]
