@@ -161,7 +161,7 @@ def wait_for(what, process: subprocess.Popen) -> None:
 
 def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, capfd):
     """SIGKILL while a checkpoint is written, SIGKILL between, SIGTERM; then to the end."""
-    settings = ["train.steps=24", "checkpoint.every=2", "log.every=3"]
+    settings = ["train.steps=20", "checkpoint.every=4", "log.every=3"]
     assert main(words(tmp_path / "whole", *settings)) == 0
     run_dir = tmp_path / "killed"
     metrics = run_dir / "metrics.jsonl"
@@ -173,12 +173,12 @@ def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, capfd):
     left = list(run_dir.glob("checkpoints/*.partial"))
 
     process = start(words(run_dir, *settings))
-    wait_for(lambda: list_checkpoints(run_dir) and list_checkpoints(run_dir)[-1].name >= "step_0000006", process)
+    wait_for(lambda: list_checkpoints(run_dir) and list_checkpoints(run_dir)[-1].name >= "step_0000008", process)
     time.sleep(0.037)
     process.kill()
     process.communicate()
     assert not set(left) & set(run_dir.glob("checkpoints/*.partial"))
-    assert 6 <= read_state(find_checkpoint(run_dir))["step"] < 24
+    assert 8 <= read_state(find_checkpoint(run_dir))["step"] < 20
 
     process = start(words(run_dir, *settings))
     lines = metrics.read_text().count("\n")

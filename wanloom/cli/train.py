@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import shlex
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,11 @@ def start(run: "Run", run_dir: Path) -> int | None:
     if state.step >= run.train.steps:
         progress.say(f"{run_dir} is complete at step {state.step}; a higher train.steps goes on from there.")
         return None
+    show_log(progress)
+    progress.say(
+        f"{run.model} from {run.init} weights on {device.type} in {run.train.precision}: "
+        f"{sum(len(index) for index in plan.indices):,} samples, {run.batch.samples} of them a step."
+    )
     write_synced(run_dir / "run.yaml", dump_run(run))
     parts = build_parts(run, config, device, newest, state, plan, sources, progress)
     objective = Objective(
@@ -104,6 +110,15 @@ def start(run: "Run", run_dir: Path) -> int | None:
             f"wanloom generate --model {run.model} --checkpoint {run_dir} --prompt ..."
         )
     return stopped
+
+
+def show_log(progress: "ProgressLine") -> None:
+    """What the parts have to say, such as the attention kernel that was chosen, goes above the progress line."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=progress.console, show_time=False, show_level=False, show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("wanloom").setLevel(logging.INFO)
 
 
 def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
