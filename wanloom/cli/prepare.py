@@ -190,12 +190,10 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     pipeline = find_pipeline(arguments.model, PARTS)
     identity = identify(pipeline, device)
-    console = Console()
+    console = Console(highlight=False)
     started = time.monotonic()
-    bar = Bar(console)
-    before = signal.signal(signal.SIGTERM, _stop)
     try:
-        with bar:
+        with Stop() as stop, Bar(console, stop) as bar:
             done = prepare(
                 arguments.input,
                 arguments.out,
@@ -212,8 +210,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             "The GPU has too little memory for a batch: lower --batch-size or the size of the clips in a new folder."
         ) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
     print_report(done.report, console)
     if done.was_complete:
         console.print(f"{arguments.out} was complete already, nothing was done.", soft_wrap=True)
@@ -226,49 +222,74 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class Stop:
+    """Ctrl-C and SIGTERM. While samples are encoded the one under way is finished first; the second time at once."""
+
+    def __init__(self) -> None:
+        self.is_patient = False
+        self.asked = False
+
+    def __enter__(self) -> "Stop":
+        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked or not self.is_patient:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def check(self, state: "Progress") -> None:
+        """Called between samples."""
+        self.is_patient = state.stage == "encoding"
+        if self.asked:
+            raise KeyboardInterrupt
 
 
 class Bar:
     """Shows `Progress` as a bar with rate and time left; in a log file as a line every half minute."""
 
-    def __init__(self, console: Any) -> None:
+    def __init__(self, console: Any, stop: Stop) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("files, {task.fields[samples]}"),
+            TextColumn("files{task.fields[samples]}"),
             TimeRemainingColumn(),
         )
         self.console = console
+        self.stop = stop
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.progress.add_task("reading", total=None, samples="")
         self.stage = ""
         self.first = (0.0, 0, 0)  # time, files and samples when the stage began
         self.said = time.monotonic()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "Bar":
         self.progress.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
     def show(self, state: "Progress") -> None:
         """Called after every file and sample."""
+        self.stop.check(state)
         now = time.monotonic()
         if state.stage != self.stage:
             self.stage, self.first = state.stage, (now, state.done, state.samples)
             self.progress.reset(self.task, total=state.total, completed=state.done, description=state.stage)
         seconds = max(now - self.first[0], 1e-3)
         rate = (state.samples - self.first[2]) / seconds
-        text = f"{state.samples} samples, {rate:.2f} per second" if state.samples else ""
+        text = f", {state.samples} samples, {rate:.2g} per second" if state.samples else ""
         self.progress.update(self.task, completed=state.done, total=state.total, samples=text)
         if not self.console.is_terminal and now - self.said > 30:
             self.said = now
-            left = seconds / max(state.done - self.first[1], 1) * (state.total - state.done)
-            self.console.print(
-                f"{state.stage}: {state.done} of {state.total} files, {text}, about {left / 60:.0f} min left"
-            )
+            made = state.done - self.first[1]
+            left = f", about {seconds / made * (state.total - state.done) / 60:.0f} min left" if made else ""
+            self.console.print(f"{state.stage}: {state.done} of {state.total} files{text}{left}")

@@ -105,6 +105,7 @@ def encode_all(
         yield None
 
     finished, block = total - len(jobs), -1
+    on_progress(Progress("encoding", finished, total, len(spool.done)))
     clips = read_ahead(jobs, read, config.workers)
     try:
         for (i, entry), result in clips:
