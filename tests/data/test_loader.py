@@ -2,6 +2,7 @@
 
 import threading
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -114,7 +115,7 @@ def test_reading_stays_ahead_but_not_far():
     assert len(made) <= 5
 
 
-def test_the_fingerprint_knows_samples_lengths_and_weights():
+def test_the_fingerprint_knows_samples_lengths_contents_and_weights():
     def fingerprint(*args, **kwargs):
         return build_plan(*args, **kwargs).fingerprint()
 
@@ -122,6 +123,12 @@ def test_the_fingerprint_knows_samples_lengths_and_weights():
     assert fingerprint(budget=999, samples=3, seed=4) == base
     assert fingerprint([MockDataset(MIX, 8, size=21)]) != base
     assert fingerprint([MockDataset("9x64x64", 8, size=20)]) != base
+    changed = MockDataset(MIX, 8, size=20)
+    table = changed.rows("train").table
+    column = table.schema.names.index("sha256")
+    contents = pa.array(["0" * 64] * 20)
+    changed.rows("train").table = table.set_column(column, "sha256", contents)
+    assert fingerprint([changed]) != base
     two = [MockDataset(MIX, 8), MockDataset(MIX, 8)]
     weights = [[SourceConfig(path="a", weight=1), SourceConfig(path="b", weight=w)] for w in (1, 2, 1.0)]
     found = [fingerprint(two, mix) for mix in weights]

@@ -143,13 +143,13 @@ class Plan:
         return [float(weight / sum(self._weights)) for weight in self._weights]
 
     def fingerprint(self) -> str:
-        """A hash of every key and length and of the weights: a run is not resumed on data that changed."""
+        """A hash of every key, length and content and of the weights: a run is not resumed on data that changed."""
         digest = hashlib.blake2b(digest_size=16)
         for weight, index in zip(self._weights, self.indices, strict=True):
             digest.update(f"{weight / sum(self._weights)}".encode())
-            for key, tokens in zip(index.keys, index.tokens, strict=True):
-                digest.update(f"{key}\x1f{int(tokens)}\x1e".encode())
-            digest.update(b"\x1d")
+            digest.update("\x1e".join(index.keys).encode())
+            digest.update(index.tokens.astype("<i8").tobytes())
+            digest.update("".join(index.table["sha256"].to_pylist()).encode())
         return digest.hexdigest()
 
 
