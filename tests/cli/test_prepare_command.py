@@ -120,7 +120,7 @@ def test_a_stop_says_how_to_go_on(
     handler = signal.getsignal(number)
     thread = threading.Thread(target=stop)
     thread.start()
-    command = ["prepare", str(clips), str(out), "--model", str(tiny_pipeline), *SIZE]
+    command = ["prepare", str(clips), str(out), "--model", str(tiny_pipeline), *SIZE, "--batch-size", "1"]
     assert main(command) == 130
     thread.join()
     assert signal.getsignal(number) == handler

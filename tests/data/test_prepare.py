@@ -23,7 +23,7 @@ from wanloom.config import UserError
 from wanloom.data import prepare as prepare_module
 from wanloom.data import spool as spool_module
 from wanloom.data import tar as tar_module
-from wanloom.data.encode import PrepareConfig, sample_key
+from wanloom.data.encode import PrepareConfig, default_batch, sample_key
 from wanloom.data.framing import FramingConfig
 from wanloom.data.prepare import Finished, prepare
 from wanloom.data.report import print_report
@@ -454,3 +454,19 @@ def test_a_file_that_breaks_late_keeps_its_clips_and_says_so(tmp_path: Path) -> 
     done = run(source, tmp_path / "out", timing={"clips": "all"})
     (drop,) = done.report["dropped"]
     assert drop["kind"] == "broken" and drop["samples"] == done.report["samples"]["total"] > 0
+
+
+def test_small_clips_are_encoded_together_and_large_ones_alone(tmp_path: Path) -> None:
+    assert default_batch(np.empty((81, 480, 832, 3), dtype=np.uint8)) == 1
+    assert default_batch(np.empty((1, 480, 832, 3), dtype=np.uint8)) == 10
+    sizes = []
+    encoders = build_encoders()
+
+    def encode(frames: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(frames))
+        return encoders.frames(frames)
+
+    for i in range(20):
+        put_image(tmp_path / "in", f"{i:02d}.png", "x", 10 * i)
+    run(tmp_path / "in", tmp_path / "out", encoders._replace(frames=encode))
+    assert sizes == [16, 4]

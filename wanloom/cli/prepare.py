@@ -114,7 +114,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "type": int,
             "metavar": "N",
             "help": "clips of equal size encoded together; changes latents by rounding, so it is fixed for a folder "
-            "(1)",
+            "(as many as have 4 million pixels together, at most 16)",
         },
         "--device": {"choices": ("cpu", "cuda"), "help": "where the encoders run (cuda if there is one)"},
     },

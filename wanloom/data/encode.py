@@ -26,6 +26,7 @@ from wanloom.data.tar import tar_pair
 from wanloom.data.video import TimingConfig, read_clips
 
 BLOCK = 64  # files; a batch never crosses a block
+MOST_CLIPS, MOST_PIXELS = 16, 4_000_000  # of a batch; one clip of 81 frames 480x832 has 32 million pixels
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -38,7 +39,7 @@ class PrepareConfig(Config):
     max_text_length: int = 512
     val_fraction: float = 0.05
     shard_size: int = 512  # MiB
-    batch_size: int = 1
+    batch_size: int | None = None  # None: by `default_batch`
     dtype: str = "bf16"
     seed: int = 0
     workers: int = 2
@@ -49,7 +50,8 @@ class PrepareConfig(Config):
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction:g} is not between 0 and 1")
         for name in ("max_text_length", "shard_size", "batch_size", "workers"):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is at least 1")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
@@ -128,6 +130,11 @@ def encode_all(
         clips.close()
 
 
+def default_batch(pixels: np.ndarray) -> int:
+    """Clips of this shape to encode together: many small ones, one large one."""
+    return max(1, min(MOST_CLIPS, MOST_PIXELS // (pixels.size // 3)))
+
+
 class Writer:
     """Collects clips of one shape and encodes them together."""
 
@@ -144,7 +151,7 @@ class Writer:
         if self.clips and self.clips[0][2].pixels.shape != clip.pixels.shape:
             self.flush()
         self.clips.append((key, entry, clip))
-        if len(self.clips) == self.config.batch_size:
+        if len(self.clips) >= (self.config.batch_size or default_batch(clip.pixels)):
             self.flush()
 
     def flush(self) -> None:
