@@ -5,6 +5,7 @@ wanloom is a `UserError`: one sentence that the command line prints without a tr
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 T = TypeVar("T", bound="Config")
+EXPONENT_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class UserError(Exception):
@@ -47,7 +49,7 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         if not separator or not path:
             raise UserError(f"'{pair}' is not of the form key.path=value.")
         try:
-            value: Any = parse_scalar(text)
+            value: Any = load_yaml(text)
         except yaml.YAMLError as error:
             raise UserError(f"The value of '{path}' cannot be read: {text!r} is not valid YAML.") from error
         for key in reversed(path.split(".")):
@@ -56,15 +58,17 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def parse_scalar(text: str) -> Any:
-    """A YAML value; `1e-4` is a number here, which YAML 1.1 reads as a string."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value) if value == text.strip() else value
-        except ValueError:
-            return value
-    return value
+def load_yaml(text: str) -> Any:
+    """YAML as its users expect it: `1e-4` is a number, which YAML 1.1 reads as a string. Raises yaml.YAMLError."""
+    return _read_numbers(yaml.safe_load(text))
+
+
+def _read_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _read_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_read_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and EXPONENT_NUMBER.fullmatch(value) else value
 
 
 def build_config(cls: type[T], values: dict[str, Any]) -> T:

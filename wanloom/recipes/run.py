@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field
 
 from wanloom.assets import find_pipeline
-from wanloom.config import Config, UserError, build_config, merge, nearest, parse_overrides
+from wanloom.config import Config, UserError, build_config, load_yaml, merge, nearest, parse_overrides
 from wanloom.data.loader import DataConfig
 from wanloom.data.packing import BatchConfig
 from wanloom.model.dit import CONFIGS, DiTConfig
@@ -67,7 +67,7 @@ def load_run(recipe: str, overrides: list[str], training_mode: str | None = None
     """
     values = read_recipe(recipe)
     by_mode = values.pop("modes", {})
-    words = read_numbers(parse_overrides(overrides))
+    words = parse_overrides(overrides)
     init = words.get("init", values.get("init", "random"))
     mode = training_mode or ("finetune" if init == "pretrained" else "pretrain")
     preset = {"flow": PRESETS[mode]}
@@ -93,26 +93,12 @@ def read_recipe(recipe: str) -> dict[str, Any]:
             f"There is no recipe '{recipe}'.{nearest(recipe, names)} Give a YAML file or one of: {', '.join(names)}."
         )
     try:
-        values = yaml.safe_load(text)
+        values = load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{recipe} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{recipe} holds no settings: a recipe is a YAML mapping.")
-    return read_numbers(values)
-
-
-def read_numbers(value: Any) -> Any:
-    """`1e-4` is a number, which YAML 1.1 reads as a string."""
-    if isinstance(value, dict):
-        return {key: read_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [read_numbers(item) for item in value]
-    if isinstance(value, str) and value[:1].isdigit():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return values
 
 
 def model_config(model: str) -> DiTConfig:
