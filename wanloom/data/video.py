@@ -61,13 +61,13 @@ def kind_of(name: str) -> str | None:
     return "video" if suffix in VIDEO_SUFFIXES else "image" if suffix in IMAGE_SUFFIXES else None
 
 
-def read_clips(path: Path, kind: str, timing: TimingConfig, choose: ChooseFrame, threads: int = 1) -> Iterator[Clip]:
+def read_clips(path: Path, kind: str, timing: TimingConfig, choose: ChooseFrame) -> Iterator[Clip]:
     """The samples of one file, in order of time. Raises MediaError where it can give no more."""
     if kind == "image":
         yield read_image(path, choose)
         return
     try:
-        yield from _read_video(path, timing, choose, threads)
+        yield from _read_video(path, timing, choose)
     except av.error.FFmpegError as error:
         raise MediaError("broken", f"cannot be decoded: {error.strerror or error}") from error
     except OSError as error:
@@ -117,13 +117,12 @@ def scan_packets(path: Path) -> tuple[Fraction, int]:
     return last - first, number
 
 
-def _read_video(path: Path, timing: TimingConfig, choose: ChooseFrame, threads: int) -> Iterator[Clip]:
+def _read_video(path: Path, timing: TimingConfig, choose: ChooseFrame) -> Iterator[Clip]:
     spread = timing.mode == "frames" or timing.clips == "uniform"
     duration, pictures = scan_packets(path) if spread else (Fraction(0), 0)
     with _open(path) as container:
         stream = _video_stream(container)
-        stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = threads
+        stream.codec_context.thread_count = 1  # files are decoded side by side; what a damaged one gives must not vary
         player, screen = Player(container, stream), Screen(stream, choose)
         for number, moments in enumerate(plan_times(timing, duration, pictures)):
             pixels = None
