@@ -62,7 +62,7 @@ def test_mock_is_a_setting():
         (["train.steps=9", "checkpoint.every=3", "log.every=2", "run_dir=x", "batch.tokens_per_pack=5000"], []),
         (["data.path=elsewhere", "data.prefetch=9"], []),
         (
-            ["ema.decay=null", "batch.samples=33", "train.precision=bf16"],
+            ["ema.decay=null", "batch.samples=33", "train.precision=fp32"],
             ["batch.samples", "ema.decay", "train.precision"],
         ),
     ],
