@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 T = TypeVar("T", bound="Config")
-EXPONENT_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+EXPONENT_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+\Z")
 
 
 class UserError(Exception):
@@ -60,15 +60,28 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
 
 def load_yaml(text: str) -> Any:
     """YAML as its users expect it: `1e-4` is a number, which YAML 1.1 reads as a string. Raises yaml.YAMLError."""
-    return _read_numbers(yaml.safe_load(text))
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
-def _read_numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _read_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_read_numbers(item) for item in value]
-    return float(value) if isinstance(value, str) and EXPONENT_NUMBER.fullmatch(value) else value
+def dump_yaml(values: dict[str, Any]) -> str:
+    """YAML that `load_yaml` reads back: a string that looks like a number is quoted."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+for _kind in (_Loader, _Dumper):  # resolvers see plain scalars only, so "1e3" in quotes stays a string
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT_NUMBER, list("-+0123456789"))
 
 
 def build_config(cls: type[T], values: dict[str, Any]) -> T:
