@@ -28,7 +28,7 @@ def test_a_training_mode_asked_for_wins_over_the_recipe_and_words_win_over_both(
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         "model: tiny\nbatch: {samples: 2, tokens_per_pack: 100}\ntrain: {steps: 5}\noptimizer: {lr: 1e-3}\n"
-        "flow: {shift: 7.0, sampler: mode}\n"
+        "flow: {shift: 7.0, sampler: mode, stratified: true}\n"
         "modes: {finetune: {optimizer: {lr: 2e-4, eps: 1e-9}}}\n"
     )
     plain = load_run(str(recipe), [])
@@ -36,6 +36,7 @@ def test_a_training_mode_asked_for_wins_over_the_recipe_and_words_win_over_both(
     assert plain.flow.mix_uniform_ratio == 0.2  # of the pretrain preset, where the recipe says nothing
     asked = load_run(str(recipe), [], "pretrain")
     assert (asked.flow.shift, asked.flow.sampler) == (2.5, "logit_normal")
+    assert asked.flow.stratified  # the preset says nothing of it
     tuned = load_run(str(recipe), ["flow.shift=9", "optimizer.eps=1e-7"], "finetune")
     assert (tuned.flow.shift, tuned.flow.sampler) == (9, "uniform")
     assert (tuned.optimizer.lr, tuned.optimizer.eps) == (2e-4, 1e-7)
@@ -43,10 +44,10 @@ def test_a_training_mode_asked_for_wins_over_the_recipe_and_words_win_over_both(
 
 def test_a_dumped_run_is_a_recipe(tmp_path):
     words = ["data.sources=[{path: a, weight: 1}, {path: b, weight: 2.5}]", "optimizer.lr=3e-5", "ema.decay=null"]
-    run = load_run("wan2.1-t2v-1.3b", [*words, "init=random"])
+    run = load_run("wan2.1-t2v-1.3b", [*words, "init=random", "run_dir='1e3'"])
     (tmp_path / "run.yaml").write_text(dump_run(run))
     assert load_run(str(tmp_path / "run.yaml"), []) == run
-    assert run.data.sources[1].weight == 2.5 and run.ema.decay is None
+    assert run.data.sources[1].weight == 2.5 and run.ema.decay is None and run.run_dir == "1e3"
 
 
 def test_mock_is_a_setting():
@@ -79,6 +80,9 @@ def test_what_may_change_when_a_run_goes_on(words, changed):
         ("- 1", "holds no settings"),
         ("model: tiny", "The setting 'batch' is required"),
         ("{model: tiny, btach: 1}", "Did you mean 'batch'"),
+        ("{model: tiny, modes: 3}", "`modes` in .* is 3: it holds settings for each mode, pretrain and finetune"),
+        ("{model: tiny, modes: {finetune: 3}}", "it holds settings for each mode"),
+        ("{model: tiny, modes: {finetun: {}}}", "names 'finetun': the training modes are pretrain and finetune"),
     ],
 )
 def test_what_is_wrong_with_a_recipe_is_said(tmp_path, text, message):
@@ -88,8 +92,22 @@ def test_what_is_wrong_with_a_recipe_is_said(tmp_path, text, message):
         load_run(str(path), [])
 
 
+def test_a_recipe_that_is_no_text_is_said(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"model: \xff\xfe")
+    with pytest.raises(UserError, match="it is not text in UTF-8"):
+        load_run(str(tmp_path / "r.yaml"), [])
+
+
+@pytest.mark.parametrize("betas", ["[0.9, 1.5]", "[-0.1, 0.9]", "[0.9]"])
+def test_betas_have_bounds(betas):
+    with pytest.raises(UserError, match=r"optimizer\.betas"):
+        load_run("tiny", [f"optimizer.betas={betas}"])
+
+
 def test_an_unknown_recipe_or_model_is_said():
     with pytest.raises(UserError, match=r"no recipe 'wan2\.1-t2v-1b'.* Did you mean 'wan2"):
         load_run("wan2.1-t2v-1b", [])
     with pytest.raises(UserError, match="There is no model 'nothing'"):
         model_config("nothing")
+    with pytest.raises(UserError, match="'my models/tiny' is no folder here"):
+        model_config("my models/tiny")

@@ -23,11 +23,17 @@ def find_pipeline(name: str, parts: tuple[str, ...] = ()) -> Path:
             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or 'tiny'."
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = ["model_index.json", *(f"{part}/*" for part in parts)] if parts else None
+    expected = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+    except expected as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"The model '{name}' is no folder here and could not be fetched: {reason}") from error

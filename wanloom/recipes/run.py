@@ -1,8 +1,8 @@
 """The whole of a run as one config: composition only; every part is defined beside the code that reads it.
 
 In: a recipe's name or a YAML file, `key.path=value` words, a training mode. Out: a `Run`. The one decision: values
-are laid over one another in a fixed order, later ones win: the recipe, its values for the mode, the words of the
-command line. A training mode that is asked for by name also replaces what the recipe says of `flow`.
+are laid over one another key by key in a fixed order, later ones win: the mode's preset of `flow`, the recipe, its
+values for the mode, the words of the command line. The preset of a mode that is asked for by name wins over the recipe.
 """
 
 from importlib.resources import files
@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field
 
 from wanloom.assets import find_pipeline
-from wanloom.config import Config, UserError, build_config, load_yaml, merge, nearest, parse_overrides
+from wanloom.config import Config, UserError, build_config, dump_yaml, load_yaml, merge, nearest, parse_overrides
 from wanloom.data.loader import DataConfig
 from wanloom.data.packing import BatchConfig
 from wanloom.model.dit import CONFIGS, DiTConfig
@@ -66,7 +66,7 @@ def load_run(recipe: str, overrides: list[str], training_mode: str | None = None
     Without `training_mode` it is `pretrain` for `init=random` and `finetune` for `init=pretrained`.
     """
     values = read_recipe(recipe)
-    by_mode = values.pop("modes", {})
+    by_mode = read_modes(recipe, values.pop("modes", {}))
     words = parse_overrides(overrides)
     init = words.get("init", values.get("init", "random"))
     mode = training_mode or ("finetune" if init == "pretrained" else "pretrain")
@@ -85,9 +85,12 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     names = recipe_names()
     path = Path(recipe)
     if recipe in names:
-        text = (RECIPES / f"{recipe}.yaml").read_text()
+        text = (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")
     elif path.is_file():
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{recipe} is no YAML file: it is not text in UTF-8.") from error
     else:
         raise UserError(
             f"There is no recipe '{recipe}'.{nearest(recipe, names)} Give a YAML file or one of: {', '.join(names)}."
@@ -101,6 +104,16 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     return values
 
 
+def read_modes(recipe: str, modes: Any) -> dict[str, dict[str, Any]]:
+    """What a recipe says of each training mode. Raises UserError when it is not settings by the name of a mode."""
+    if not isinstance(modes, dict) or not all(isinstance(values, dict) for values in modes.values()):
+        raise UserError(f"`modes` in {recipe} is {modes!r}: it holds settings for each mode, {' and '.join(PRESETS)}.")
+    unknown = [str(name) for name in modes if name not in PRESETS]
+    if unknown:
+        raise UserError(f"`modes` in {recipe} names '{unknown[0]}': the training modes are {' and '.join(PRESETS)}.")
+    return modes
+
+
 def model_config(model: str) -> DiTConfig:
     """The shape of a model by name, without its weights where it is a known one."""
     known = PUBLISHED.get(model, model)
@@ -111,7 +124,7 @@ def model_config(model: str) -> DiTConfig:
 
 def dump_run(run: Run) -> str:
     """The run as YAML that `load_run` reads back."""
-    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(run.model_dump(mode="json"))
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

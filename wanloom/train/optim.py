@@ -7,7 +7,7 @@ offsets with no reason to be small. AdamW: Loshchilov and Hutter 2019.
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wanloom.config import Config
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -22,7 +23,7 @@ class OptimizerConfig(Config):
     """AdamW; the moments are fp32."""
 
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)  # of matrices only
 
