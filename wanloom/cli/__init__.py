@@ -1,7 +1,7 @@
 """The `wanloom` command: each is a file of this folder with HELP, add_arguments(parser) and run(arguments) -> int.
 
-Only the command that was asked for is imported, so that `wanloom --help` answers at once. A UserError is printed as
-one sentence and ends with exit code 2; a command that was stopped by Ctrl-C ends with 130.
+Only the command that was asked for is imported, so that `wanloom --help` answers at once. A UserError or an
+OSError is printed as one sentence and ends with exit code 2; a command that was stopped by Ctrl-C ends with 130.
 """
 
 import argparse
@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command.run(parser.parse_intermixed_args(words[1:]))
     except UserError as error:
         return _fail(str(error))
+    except OSError as error:  # commands that know more say it themselves
+        name = "" if error.filename is None else f"'{error.filename}' cannot be used: "
+        return _fail(f"{name}{error.strerror or error}.")
     except KeyboardInterrupt:
         return _fail("Stopped.", 130)
 
