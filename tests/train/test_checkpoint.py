@@ -118,6 +118,17 @@ def test_damage_is_named_and_the_last_whole_one_is_offered(tmp_path, damage):
         load_tensors(newest, build_tensors())
 
 
+def test_the_one_before_is_so_by_its_number(tmp_path):
+    save_steps(tmp_path, [9_999_999, 10_000_000, 10_000_001])
+    folder = tmp_path / "checkpoints"
+    damage_truncate(folder / "step_10000000")
+    with pytest.raises(UserError, match=r"step_9999999, is whole"):
+        load_tensors(folder / "step_10000000", build_tensors())
+    damage_truncate(folder / "step_9999999")
+    with pytest.raises(UserError, match="no older whole checkpoint"):
+        load_tensors(folder / "step_9999999", build_tensors())
+
+
 def test_a_checkpoint_of_another_model_is_named(tmp_path):
     save_steps(tmp_path, [1])
     other = build_tensors() | {"model.b": torch.zeros(8), "model.c": torch.zeros(1)}

@@ -15,6 +15,7 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,9 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def _damaged(checkpoint: Path, damage: str) -> UserError:
-    older = [p for p in list_checkpoints(checkpoint.parent.parent) if p.name < checkpoint.name]
-    whole = next((p for p in reversed(older) if find_damage(p) is None), None)
+    found = list_checkpoints(checkpoint.parent.parent)
+    older = takewhile(lambda p: p.name != checkpoint.name, found)
+    whole = next((p for p in reversed(list(older)) if find_damage(p) is None), None)
     advice = (
         f"The one before it, {whole}, is whole: to go on from there, delete {checkpoint} and start again."
         if whole
@@ -166,7 +168,7 @@ class Checkpointer:
             shutil.rmtree(leftover)
 
     def last(self) -> Path | None:
-        """The newest whole checkpoint."""
+        """The newest checkpoint; it was whole when it got its name, `load_tensors` checks whether it still is."""
         found = list_checkpoints(self.run_dir)
         return found[-1] if found else None
 
