@@ -103,8 +103,9 @@ def _prepare(
         spool.remove()
         return Finished(json.loads((out / REPORT).read_text()), True)
     if not saved.exists():
-        write_atomic(saved, plan.to_json())
+        # the plan last: where it is, the folder is known to be begun, and with what
         write_atomic(spool.work / DONE, _dump({"settings": settings, "input": plan.fingerprint}))
+        write_atomic(saved, plan.to_json())
     spool.load()
     encode_all(source, plan, config, Writer(spool, config, load_encoders(), identity), on_progress)
     spool.finish()
