@@ -303,6 +303,14 @@ def test_what_counts_as_media() -> None:
         ({"frames": 0}, "the nearest are 1 and 5"),
         ({"fps": 0.0}, "--fps 0 is not a frame rate"),
         ({"clips_per_video": 0}, "at least 1"),
+        ({"clips_per_video": 4}, "--clips-per-video only counts with --clips uniform"),
+        ({"clips_per_video": 4, "clips": "all"}, "--clips-per-video only counts with --clips uniform"),
+        ({"frames_per_video": 1}, "--frames-per-video only counts with --mode frames"),
+        ({"frames_per_video": 2, "mode": "image"}, "--frames-per-video only counts with --mode frames"),
+        ({"mode": "frames", "clips": "first"}, "--clips has no effect with --mode frames"),
+        ({"mode": "image", "clips": "all"}, "--clips has no effect with --mode image"),
+        ({"mode": "frames", "frames": 5}, "--frames has no effect with --mode frames"),
+        ({"mode": "image", "fps": 8.0}, "--fps has no effect with --mode image"),
     ],
 )
 def test_timings_that_cannot_be(values: dict, message: str) -> None:

@@ -40,7 +40,9 @@ class FramingConfig(Config):
                 raise ValueError(f"--max-area {self.max_area} is less than one token of {GRID}x{GRID} pixels")
             if self.height is not None and not self.keep_aspect:
                 raise ValueError("--max-area has no effect beside --height and --width: leave one out")
-        if self.keep_aspect and self.height is not None and self.max_area is not None:
+        if self.keep_aspect and self.height is None:
+            raise ValueError("--keep-aspect has no effect without --height and --width, it is so then: leave it out")
+        if self.keep_aspect and self.max_area is not None:
             raise ValueError("with --keep-aspect give --max-area or --height and --width (their area counts), not both")
         return self
 

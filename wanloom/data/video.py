@@ -52,7 +52,18 @@ class TimingConfig(Config):
             raise ValueError(f"--fps {self.fps:g} is not a frame rate")
         if self.clips_per_video < 1 or self.frames_per_video < 1:
             raise ValueError("--clips-per-video and --frames-per-video are at least 1")
+        self._check_use()
         return self
+
+    def _check_use(self) -> None:
+        """Raise ValueError for a setting that was given and would change nothing."""
+        for name in ("frames", "fps", "clips"):
+            if self.mode != "video" and name in self.model_fields_set:
+                raise ValueError(f"--{name} has no effect with --mode {self.mode}: leave it out")
+        if "clips_per_video" in self.model_fields_set and (self.mode, self.clips) != ("video", "uniform"):
+            raise ValueError("--clips-per-video only counts with --clips uniform: leave it out or give that too")
+        if "frames_per_video" in self.model_fields_set and self.mode != "frames":
+            raise ValueError("--frames-per-video only counts with --mode frames: leave it out or give that too")
 
 
 def kind_of(name: str) -> str | None:
