@@ -96,7 +96,7 @@ def test_a_stop_says_how_to_go_on(
     clips: Path,
     tiny_pipeline: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
 ) -> None:
@@ -121,10 +121,12 @@ def test_a_stop_says_how_to_go_on(
     thread = threading.Thread(target=stop)
     thread.start()
     command = ["prepare", str(clips), str(out), "--model", str(tiny_pipeline), *SIZE, "--batch-size", "1"]
-    assert main(command) == 130
+    assert main(command) == 128 + number
     thread.join()
     assert signal.getsignal(number) == handler
-    assert "Run the same command again to go on" in capsys.readouterr().out
+    printed = capfd.readouterr()
+    assert f"{number.name}: finishing the samples under way; once more stops at once." in printed.err
+    assert "Run the same command again to go on" in printed.out
     with pytest.raises(UserError, match="is not finished"):
         Dataset.open(out)
     assert len(log.read_text()) < 12

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "wanloom"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
-    {"", "config", "dist", "assets"},
+    {"", "config", "dist", "assets", "files", "signals"},
     {"model", "codecs", "objective", "data"},
     {"parallel", "adapt"},
     {"train", "sample", "evaluate"},
@@ -26,6 +26,7 @@ FLOORS = (
 SIDEWAYS = {
     ("assets", "config"),
     ("dist", "config"),
+    ("files", "config"),
     ("data", "model"),
     ("objective", "model"),
     ("cli", "recipes"),

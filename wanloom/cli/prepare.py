@@ -5,10 +5,10 @@ import os
 import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from wanloom.config import UserError, build_config
+from wanloom.signals import StopSignal
 
 if TYPE_CHECKING:
     from wanloom.data.encode import Encoders, PrepareConfig, Progress
@@ -177,7 +177,7 @@ def choose_device(wanted: str | None) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prepare, with a progress bar and the report; 130 when it was stopped."""
+    """Prepare, with a progress bar and the report; 128 and the number of the signal when it was stopped."""
     config = read_config(arguments)
     import torch
     from rich.console import Console
@@ -192,8 +192,9 @@ def run(arguments: argparse.Namespace) -> int:
     identity = identify(pipeline, device)
     console = Console(highlight=False)
     started = time.monotonic()
+    stop = StopSignal("the samples under way")
     try:
-        with Stop() as stop, Bar(console, stop) as bar:
+        with stop, Bar(console, stop) as bar:
             done = prepare(
                 arguments.input,
                 arguments.out,
@@ -205,7 +206,7 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         message = f"Stopped. Run the same command again to go on: what is encoded is kept in {arguments.out}."
         console.print(message, soft_wrap=True)
-        return 130
+        return 128 + (stop.received or signal.SIGINT)
     except torch.OutOfMemoryError as error:
         raise UserError(
             "The GPU has too little memory for a batch: lower --batch-size or the size of the clips in a new folder."
@@ -222,37 +223,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-class Stop:
-    """Ctrl-C and SIGTERM. While samples are encoded the one under way is finished first; the second time at once."""
-
-    def __init__(self) -> None:
-        self.is_patient = False
-        self.asked = False
-
-    def __enter__(self) -> "Stop":
-        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or not self.is_patient:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def check(self, state: "Progress") -> None:
-        """Called between samples."""
-        self.is_patient = state.stage == "encoding"
-        if self.asked:
-            raise KeyboardInterrupt
-
-
 class Bar:
     """Shows `Progress` as a bar with rate and time left; in a log file as a line every half minute."""
 
-    def __init__(self, console: Any, stop: Stop) -> None:
+    def __init__(self, console: Any, stop: StopSignal) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
@@ -279,7 +253,9 @@ class Bar:
 
     def show(self, state: "Progress") -> None:
         """Called after every file and sample."""
-        self.stop.check(state)
+        self.stop.is_patient = state.stage == "encoding"
+        if self.stop.received:
+            raise KeyboardInterrupt
         now = time.monotonic()
         if state.stage != self.stage:
             self.stage, self.first = state.stage, (now, state.done, state.samples)

@@ -6,12 +6,10 @@ the checkpoint; nothing else is remembered, so a resumed run is the same run. SI
 finish, save and leave.
 """
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from wanloom.config import Config, UserError
 from wanloom.objective.flow import FlowConfig
+from wanloom.signals import StopSignal
 from wanloom.train.checkpoint import Checkpointer
 from wanloom.train.ema import Ema
 from wanloom.train.metrics import LogConfig, Metrics, ProgressLine, peak_memory_gib
@@ -79,30 +78,6 @@ class Settings:
     log: LogConfig
 
 
-class StopSignal:
-    """Remembers the first SIGTERM or SIGINT; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        # not print: a signal may come in the middle of one
-        os.write(2, f"\n{self.received.name}: finishing this step and saving; once more stops at once.\n".encode())
-
-
 @dataclass
 class Trainer:
     """One run, from its state to its last step."""
@@ -122,7 +97,7 @@ class Trainer:
         in each case the save in the background is finished first.
         """
         try:
-            with self.progress, StopSignal() as stop:
+            with self.progress, StopSignal("this step and saving") as stop:
                 self._tick = time.monotonic()
                 for batch in self.batches:
                     result = self._update(batch)
