@@ -40,9 +40,8 @@ class VaeCodec:
         if not (folder / "config.json").is_file():
             raise UserError(f"There is no VAE in '{pipeline_folder}': {folder / 'config.json'} is missing.")
         try:
-            # the other way of loading needs accelerate, and says so at every start
             loaded: Any = AutoencoderKLWan.from_pretrained(
-                folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True, low_cpu_mem_usage=False
+                folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
             )
         except (OSError, ValueError) as error:
             raise UserError(f"The VAE in {folder} cannot be loaded: {error}") from error

@@ -28,6 +28,7 @@ TEMPLATES = (
     "Something {color} in the form of a {shape} is going {phrase}.",
     "A {shape} painted {color} glides slowly {phrase}.",
 )
+EDGE = 2.0  # pixels over which a shape fades into the background, about what a lens does
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,9 @@ SEEN = tuple(scene for scene in SCENES if scene not in HELD_OUT)
 
 
 def coverage(shape: str, rows: np.ndarray, cols: np.ndarray, radius: float) -> np.ndarray:
-    """Antialiased mask in [0, 1] of a shape centred on 0, at pixel offsets `rows`, `cols` `(H, W)`.
+    """Soft-edged mask in [0, 1] of a shape centred on 0, at pixel offsets `rows`, `cols` `(H, W)`.
 
-    The square and the triangle are as wide as the circle (2 * radius), so the filled part of the bounding box is
-    1, pi/4 and 1/2: that is what tells the shapes apart, whatever their size.
+    The square and the triangle are as wide as the circle: 2 * radius.
     """
     if shape == "circle":
         distance = np.hypot(rows, cols) - radius
@@ -73,23 +73,23 @@ def coverage(shape: str, rows: np.ndarray, cols: np.ndarray, radius: float) -> n
     else:  # a triangle that points up: apex at -radius, base at +radius
         slope = (2 * np.abs(cols) - (rows + radius)) / np.sqrt(5)
         distance = np.maximum(slope, rows - radius)
-    return np.clip(0.5 - distance, 0, 1)
+    return np.clip(0.5 - distance / EDGE, 0, 1)
 
 
 def render(scene: Scene, rng: np.random.Generator, frames: int = 17, height: int = 64, width: int = 64) -> np.ndarray:
     """Frames `(F, H, W, 3)` uint8 of one shape that crosses a dark background at constant speed."""
     side = min(height, width)
-    radius = rng.uniform(0.15, 0.2) * side
+    radius = rng.uniform(0.17, 0.2) * side
     step = np.array(DIRECTIONS[scene.direction], dtype=np.float64)
     extent = np.array([height, width], dtype=np.float64)
     room = extent - 2 * radius - 2  # where the centre may be, so that the shape never leaves the picture
-    travel = rng.uniform(0.3, 1.0 * (side - 2 * radius - 2) / side) * side
+    travel = rng.uniform(0.32 * side, side - 2 * radius - 2)
     low, high = radius + 1, radius + 1 + room
     start = rng.uniform(low, high)
     axis = int(np.argmax(np.abs(step)))
     slack = rng.uniform(0, room[axis] - travel)
     start[axis] = low + slack if step[axis] > 0 else high[axis] - slack
-    background = rng.uniform(15, 50)
+    background = rng.uniform(20, 40)
     grid = np.mgrid[0:height, 0:width] + 0.5
     color = np.array(COLORS[scene.color], dtype=np.float64)
     out = np.empty((frames, height, width, 3), dtype=np.uint8)

@@ -1,0 +1,75 @@
+"""The shipped pipeline is what it says: it loads in diffusers and reconstructs clips that it was not trained on."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from wanloom.assets import TINY, find_pipeline
+from wanloom.codecs.text import TextCodec
+from wanloom.codecs.vae import VaeCodec
+from wanloom.config import UserError
+from wanloom.data import shapes
+from wanloom.model.dit import CONFIGS
+from wanloom.model.weights import load_dit, read_config
+
+SEED = 4711  # neither of the seeds of tools/build_tiny.py
+
+
+def clips(count: int, frames: int) -> torch.Tensor:
+    """Demo clips of scenes spread over all combinations."""
+    picked = [shapes.build_clip(SEED, (i * 7) % 72, shapes.SCENES, frames)[0] for i in range(count)]
+    return torch.from_numpy(np.stack(picked))
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    error = (a.double() - b.double()).div(255).square().mean()
+    return float(-10 * torch.log10(error))
+
+
+@pytest.fixture(scope="module")
+def vae() -> VaeCodec:
+    return VaeCodec.load(TINY, "cpu")
+
+
+def test_diffusers_loads_it_whole():
+    pipeline = WanPipeline.from_pretrained(TINY)
+    assert pipeline.vae.config.z_dim == 16
+    assert pipeline.vae_scale_factor_temporal == 4 and pipeline.vae_scale_factor_spatial == 8
+    assert pipeline.transformer.config.num_layers == CONFIGS["tiny"].num_layers
+
+
+def test_our_config_is_its_config():
+    assert read_config(find_pipeline("tiny")) == CONFIGS["tiny"]
+    model = load_dit(find_pipeline("tiny"))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("frames", "least"), [(17, 30.0), (1, 30.0), (33, 29.0)])
+def test_held_out_clips_come_back(vae, frames, least):
+    """The mean over clips of the PSNR of the posterior mean's reconstruction, in dB."""
+    values = [psnr(clip, vae.decode(vae.encode(clip))) for clip in clips(12, frames)]
+    assert np.mean(values) >= least, values
+
+
+def test_latents_are_normalised_by_their_own_statistics(vae):
+    latents = torch.stack([vae.encode(clip) for clip in clips(24, 17)])
+    assert latents.mean((0, 2, 3, 4)).abs().max() < 0.25
+    assert (latents.std((0, 2, 3, 4)) - 1).abs().max() < 0.25
+
+
+def test_text_states_differ_by_every_word():
+    codec = TextCodec.load(TINY, "cpu")
+    captions = [scene.caption(0) for scene in shapes.SCENES]
+    states = codec.encode(captions)
+    pooled = torch.stack([state.mean(0) for state in states])
+    distances = torch.cdist(pooled, pooled) + torch.eye(len(captions)) * 9
+    assert distances.min() > 0.05
+    assert codec.encode(["kein Wort davon \u20ac"])[0].isfinite().all()
+
+
+def test_unknown_models_are_one_sentence():
+    with pytest.raises(UserError, match="There is no model 'tyni'"):
+        find_pipeline("tyni")
+    with pytest.raises(UserError, match="There is no model"):
+        find_pipeline("./not/here")

@@ -1,0 +1,217 @@
+"""`wanloom demo`: the whole job on small made-up clips, through the same commands that a user types.
+
+It makes captioned mp4 files of moving shapes, then runs prepare, train and generate, measures from the pixels whether
+the generated clips show what their prompts say, and writes report.html. Ends non-zero when a target is missed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import wanloom
+from wanloom.cli import main
+from wanloom.config import UserError
+
+HELP = (
+    "Make small clips, prepare them, train on them from random weights, generate from prompts, and write report.html."
+)
+NUM_CLIPS, NUM_PROMPTS, SEED, SIZE, FRAMES, FPS = 360, 64, 1, 64, 17, 16
+SAMPLING = "--steps 20 --guidance 2"
+PROMPT_SEED = 1_000_000  # generated clips draw other noise and other sentences than training
+TARGETS = {"colour": 0.95, "direction of motion": 0.85, "shape": 0.80}
+MARKER = "this folder was made by wanloom demo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder to write; an earlier demo in it is replaced"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo; 0 when every target is reached, 1 when not."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    out: Path = arguments.out
+    clear(out)
+    commands, began = [], time.monotonic()
+    clips = write_clips(out / "clips")
+    commands.append((f"(made {len(clips)} captioned clips in {out / 'clips'})", time.monotonic() - began))
+    prompts = write_prompts(out / "prompts.jsonl")
+    for words in job(out):
+        text = shlex.join(["wanloom", *words])
+        console.print(f"\n[bold]$ {text}[/bold]", soft_wrap=True)
+        began = time.monotonic()
+        code = main(words)  # in this process: the same code as from the shell, without loading the libraries again
+        if code:
+            console.print(f"The demo stopped: `{text}` ended with exit code {code}.", soft_wrap=True)
+            return code
+        commands.append((text, time.monotonic() - began))
+    began = time.monotonic()
+    rows = judge(out / "generated", prompts)
+    commands.append(("(measured the generated clips)", time.monotonic() - began))
+    report = build_report(out, rows, commands, clips)
+    page = out / "report.html"
+    from wanloom.report.page import build_page
+
+    page.write_text(build_page(report), encoding="utf-8")
+    print_scores(console, report, commands)
+    print(page.resolve())
+    return 0 if all(score.reached for score in report.scores) else 1
+
+
+def job(out: Path) -> list[list[str]]:
+    """The commands of the demo, as a user would type them: bf16 where the machine computes in it, else it is slow."""
+    import torch
+
+    quick = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    precision = "bf16" if quick else "fp32"
+    size = f"--height {SIZE} --width {SIZE} --frames {FRAMES}"
+    lines = (
+        f"prepare {{0}}/clips {{0}}/data --model tiny {size}",
+        f"train tiny data.path={{0}}/data run_dir={{0}}/run train.precision={precision} log.validate_every=400",
+        f"generate --checkpoint {{0}}/run --ema --prompts {{0}}/prompts.jsonl --out {{0}}/generated {size} {SAMPLING}",
+    )
+    return [shlex.split(line.format(shlex.quote(str(out)))) for line in lines]
+
+
+def clear(out: Path) -> None:
+    """Remove an earlier demo. Raises UserError when the folder holds anything else."""
+    if out.exists() and any(out.iterdir()):
+        marker = out / "README.txt"
+        if not marker.is_file() or MARKER not in marker.read_text(encoding="utf-8"):
+            raise UserError(f"'{out}' is not empty and was not made by wanloom demo: give another folder with --out.")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "README.txt").write_text(f"{MARKER}; it is replaced when the demo runs again.\n", encoding="utf-8")
+
+
+def write_clips(folder: Path) -> dict[Any, Path]:
+    """The training clips as mp4 files with a caption in a text file beside each; a path of a clip for every scene."""
+    from wanloom.data import shapes
+    from wanloom.sample.media import write_mp4
+
+    folder.mkdir()
+    paths = {}
+    for index in range(NUM_CLIPS):
+        frames, scene, caption = shapes.build_clip(SEED, index, shapes.SEEN, FRAMES, SIZE, SIZE)
+        path = folder / f"clip-{index:04d}.mp4"
+        write_mp4(path, frames, FPS)
+        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+        paths[scene] = path
+    return paths
+
+
+def write_prompts(path: Path) -> list[tuple[Any, str]]:
+    """The prompts as JSON lines: all held-out scenes, then seen ones spread evenly; returns (scene, prompt)."""
+    from wanloom.data import shapes
+
+    spread = [shapes.SEEN[(i * 7) % len(shapes.SEEN)] for i in range(NUM_PROMPTS - len(shapes.HELD_OUT))]
+    scenes = [*shapes.HELD_OUT, *spread]
+    rows = [(scene, scene.caption(index)) for index, scene in enumerate(scenes)]
+    lines = [json.dumps({"prompt": text, "seed": PROMPT_SEED + i}) for i, (_, text) in enumerate(rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return rows
+
+
+def judge(folder: Path, prompts: list[tuple[Any, str]]) -> list[tuple[Any, str, Path, Any]]:
+    """(scene, prompt, clip, what is seen in it) for every prompt, found by the json that generate wrote beside it."""
+    from wanloom.evaluate.shapes import measure
+    from wanloom.sample.media import read_mp4
+
+    made = {}
+    for path in folder.glob("*.json"):
+        made[json.loads(path.read_text(encoding="utf-8"))["seed"]] = path.with_suffix(".mp4")
+    rows = []
+    for index, (scene, prompt) in enumerate(prompts):
+        clip = made[PROMPT_SEED + index]
+        rows.append((scene, prompt, clip, measure(read_mp4(clip))))
+    return rows
+
+
+def build_report(out: Path, rows: list[Any], commands: list[tuple[str, float]], clips: dict[Any, Path]) -> Any:
+    """Everything report.html shows."""
+    from wanloom.data import shapes
+    from wanloom.report.page import Command, Pair, Report, Score
+
+    held_out = [row for row in rows if row[0] in shapes.HELD_OUT]
+    seen = [row for row in rows if row[0] not in shapes.HELD_OUT]
+
+    def right(part: list[Any], attribute: int) -> tuple[int, int]:
+        return sum(found.agrees(scene)[attribute] for scene, _, _, found in part), len(part)
+
+    order = {"colour": 0, "shape": 1, "direction of motion": 2}
+    scores = [
+        Score(name, right(rows, order[name]), right(seen, order[name]), right(held_out, order[name]), target)
+        for name, target in TARGETS.items()
+    ]
+
+    def pairs(part: list[Any]) -> list[Pair]:
+        return [
+            Pair(prompt, clip, clips.get(scene), _words(found), all(found.agrees(scene)))
+            for scene, prompt, clip, found in part
+        ]
+
+    return Report(
+        title="wanloom demo: from a folder of clips to generated clips",
+        machine=machine(),
+        commands=[Command(*command) for command in commands],
+        curves=read_curves(out / "run" / "metrics.jsonl"),
+        scores=scores,
+        seen=pairs(seen),
+        held_out=pairs(held_out),
+        settings={
+            "training clips": f"{NUM_CLIPS} of {len(shapes.SEEN)} combinations, {FRAMES} frames of {SIZE}x{SIZE}",
+            "generated clips": f"{len(rows)}, of them {len(held_out)} of {len(shapes.HELD_OUT)} held-out combinations",
+            "run": str(out / "run"),
+        },
+    )
+
+
+def _words(found: Any) -> str:
+    return f"{found.color or 'no colour'}, {found.shape or 'no shape'}, {found.direction or 'no motion'}"
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU cores, {platform.machine()}"
+    return f"{device}, Python {platform.python_version()}, torch {torch.__version__}, wanloom {wanloom.__version__}"
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """The logged losses by step, plain and smoothed; the held-out loss where it was measured."""
+    raw, smooth, held_out, average = [], [], [], None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        average = row["loss"] if average is None else 0.7 * average + 0.3 * row["loss"]
+        raw.append((row["step"], row["loss"]))
+        smooth.append((row["step"], average))
+        if "val_loss" in row:
+            held_out.append((row["step"], row["val_loss"]))
+    return {"training loss (unweighted)": raw, "the same, smoothed": smooth, "validation loss": held_out}
+
+
+def print_scores(console: Any, report: Any, commands: list[tuple[str, float]]) -> None:
+    """The table of results, and the time it took, in the terminal."""
+    from rich.table import Table
+
+    table = Table(title="generated clips that show what the prompt says, measured from pixels")
+    for column in ("attribute", "all", "seen combinations", "held-out combinations", "target", ""):
+        table.add_column(column, justify="left" if column in ("attribute", "") else "right")
+    for score in report.scores:
+        cells = [f"{100 * n / of:.0f}% ({n}/{of})" for n, of in (score.all, score.seen, score.held_out)]
+        verdict = "reached" if score.reached else "[bold red]missed[/bold red]"
+        table.add_row(score.name, *cells, f"{100 * score.target:.0f}%", verdict)
+    console.print(table)
+    console.print(f"The demo took {sum(seconds for _, seconds in commands):.0f} s.")
