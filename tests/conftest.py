@@ -104,7 +104,8 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A prepared folder of random latents (clips and images of three sizes, text_dim 8), and the latents by key."""
-    from wanloom.data.tar import END, tar_pair, write_atomic
+    from wanloom.data.tar import END, tar_pair
+    from wanloom.files import write_atomic
 
     folder = tmp_path_factory.mktemp("prepared")
     generator = torch.Generator().manual_seed(SEED)

@@ -21,7 +21,6 @@ from rich.console import Console
 
 from wanloom.config import UserError
 from wanloom.data import prepare as prepare_module
-from wanloom.data import tar as tar_module
 from wanloom.data.encode import PrepareConfig, default_batch, sample_key
 from wanloom.data.framing import FramingConfig
 from wanloom.data.prepare import Finished, prepare
@@ -445,7 +444,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
         real(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tar_module.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match=r"No space left on device; free some space .* nothing is lost"):
             run(mixed, tmp_path / "out", **ALL)
     run(mixed, tmp_path / "out", **ALL)

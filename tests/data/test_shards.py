@@ -13,7 +13,8 @@ from safetensors.torch import save
 
 from wanloom.config import UserError
 from wanloom.data.shards import INDEX, SCHEMA, Dataset, build_table, encode_index, index_rows
-from wanloom.data.tar import END, scan_tar, tar_member, tar_pair, write_atomic
+from wanloom.data.tar import END, scan_tar, tar_member, tar_pair
+from wanloom.files import write_atomic
 
 SHAPES = [(16, 3, 4, 6), (16, 1, 8, 8), (16, 2, 2, 4), (16, 5, 4, 4)]
 

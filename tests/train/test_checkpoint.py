@@ -17,7 +17,6 @@ from wanloom.train.checkpoint import (
     load_tensors,
     load_weights,
 )
-from wanloom.train.lock import lock_folder
 
 CONFIG = DiTConfig(dim=8, ffn_dim=8, num_heads=1, num_layers=1)
 
@@ -165,15 +164,6 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
     load_tensors(find_checkpoint(tmp_path), loaded := build_tensors(7))
     assert torch.equal(loaded["model.b"], build_tensors(1)["model.b"])
-
-
-def test_two_runs_on_one_folder(tmp_path):
-    with lock_folder(tmp_path / "run"), pytest.raises(UserError, match="Another run is training in"):
-        lock_folder(tmp_path / "run")
-    lock_folder(tmp_path / "run").close()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        lock_folder(tmp_path / "file" / "run")
 
 
 def test_state_lists_the_files(tmp_path):

@@ -336,7 +336,8 @@ def make_all(
 
 def write_result(plan: Plan, job: "Job", frames: "Tensor", facts: dict[str, Any]) -> None:
     """The files of one job, the json last: where it is, the others are whole."""
-    from wanloom.sample.media import write_mp4, write_png, write_sheet, written
+    from wanloom.files import write_atomic
+    from wanloom.sample.media import write_mp4, write_png, write_sheet
 
     *media, note = outputs_of(plan, job)
     try:
@@ -347,8 +348,7 @@ def write_result(plan: Plan, job: "Job", frames: "Tensor", facts: dict[str, Any]
             write_sheet(media[1], frames)
         own = {key: value for key, value in vars(job).items() if key != "name"}
         content = {**own, **facts, "files": [path.name for path in media], "command": command_of(job, facts)}
-        with written(note) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_atomic(note, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise UserError(f"'{note.with_suffix('')}' cannot be written: {error.strerror or error}.") from error
 

@@ -47,14 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from wanloom.config import UserError
+    from wanloom.files import lock_folder
     from wanloom.recipes.run import load_run, use_mock
-    from wanloom.train.lock import lock_folder
 
     config = load_run(arguments.recipe, use_mock(arguments.settings, arguments.mock), arguments.training_mode)
     if config.run_dir is None:
         raise UserError("Say where checkpoints and metrics go: run_dir=FOLDER.")
     run_dir = Path(config.run_dir)
-    with lock_folder(run_dir):
+    taken = f"Another run is training in {run_dir}: wait for it or stop it, or choose another run_dir."
+    with lock_folder(run_dir, taken):
         try:
             stopped = start(config, run_dir)
         except OSError as error:
@@ -72,9 +73,10 @@ def start(run: "Run", run_dir: Path) -> int | None:
     """Train to the end, or to a signal, whose number is returned."""
     from wanloom.data.loader import Loader, Plan, open_sources
     from wanloom.dist import pick_device
+    from wanloom.files import write_atomic
     from wanloom.model.flops import train_flops
     from wanloom.recipes.run import dump_run, model_config
-    from wanloom.train.checkpoint import Checkpointer, write_synced
+    from wanloom.train.checkpoint import Checkpointer
     from wanloom.train.loop import Settings, Trainer
     from wanloom.train.metrics import Metrics, ProgressLine
     from wanloom.train.step import Objective, build_batch
@@ -94,7 +96,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
         f"{run.model} from {run.init} weights on {device.type} in {run.train.precision}: "
         f"{sum(len(index) for index in plan.indices):,} samples, {run.batch.samples} of them a step."
     )
-    write_synced(run_dir / "run.yaml", dump_run(run))
+    write_atomic(run_dir / "run.yaml", dump_run(run).encode())
     parts = build_parts(run, config, device, newest, state, plan, sources, progress)
     objective = Objective(
         run.flow, run.seed, run.batch.samples, run.caption_dropout, empty_text(run, run_dir, config.text_dim, device)
@@ -223,7 +225,9 @@ def empty_text(run: "Run", run_dir: Path, text_dim: int, device: "torch.device")
     They come from the text encoder of the pipeline once, as prepare computes them, and are kept in the run folder.
     """
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
+
+    from wanloom.files import write_atomic
 
     path = run_dir / EMPTY_TEXT
     if run.caption_dropout == 0:
@@ -237,9 +241,7 @@ def empty_text(run: "Run", run_dir: Path, text_dim: int, device: "torch.device")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         codec = TextCodec.load(find_pipeline(run.model, ("text_encoder", "tokenizer")), device, dtype)
         check_encoder(run, codec.identity)
-        partial = path.with_suffix(".partial")
-        save_file({"text": codec.encode([""])[0].float().contiguous()}, partial)
-        partial.replace(path)
+        write_atomic(path, save({"text": codec.encode([""])[0].float().contiguous()}))
     return load_file(path)["text"]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from wanloom.data.tar import write_atomic
+from wanloom.files import write_atomic
 
 META = ".nv-meta"
 

@@ -23,7 +23,8 @@ from wanloom.data.plan import Plan, build_plan, read_entries
 from wanloom.data.report import Report
 from wanloom.data.shards import DONE, INDEX, WORK, build_table, encode_index, index_rows
 from wanloom.data.spool import SPLITS, Spool
-from wanloom.data.tar import scan_tar, write_atomic
+from wanloom.data.tar import scan_tar
+from wanloom.files import write_atomic
 
 FREE = {"workers", "strict"}  # settings that change no byte of the result
 REPORT = "report.json"

@@ -27,7 +27,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from wanloom.config import UserError
-from wanloom.data.tar import Pair, scan_tar, write_atomic
+from wanloom.data.tar import Pair, scan_tar
+from wanloom.files import write_atomic
 from wanloom.model.sequence import grid_of
 
 log = logging.getLogger(__name__)

@@ -7,17 +7,15 @@ depends on their order and sizes alone. One process at a time holds the folder.
 """
 
 import errno
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
-from wanloom.config import UserError
 from wanloom.data.shards import DONE, WORK
-from wanloom.data.tar import END, scan_tar, write_atomic
+from wanloom.data.tar import END, scan_tar
+from wanloom.files import lock_folder, write_atomic
 
 SPLITS: tuple[str, ...] = ("train", "val")
 COPY_BYTES = 1 << 24
@@ -45,16 +43,11 @@ class Spool:
         self._shards = {split: 0 for split in SPLITS}
         self._batches = 0
         self._waiting: dict[Path, int] = {}  # batch file -> its samples that are not in a shard yet
-        self._lock: int | None = None
+        self._lock: TextIO | None = None
 
     def __enter__(self) -> "Spool":
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise UserError(f"Another `wanloom prepare` is writing to '{self.out}': wait for it or stop it.") from error
+        taken = f"Another `wanloom prepare` is writing to '{self.out}': wait for it or stop it."
+        self._lock = lock_folder(self.work, taken)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,7 +56,7 @@ class Spool:
             if not any(self.out.iterdir()):
                 self.out.rmdir()
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
 
     def load(self) -> None:
         """Find out what is done: shards first, then batches that are in no shard yet."""

@@ -9,11 +9,9 @@ can run code: latents are safetensors, and a pickled member is refused. Format: 
 import hashlib
 import io
 import json
-import os
 import struct
 import tarfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from safetensors.torch import save
@@ -35,18 +33,6 @@ class Pair(NamedTuple):
     size: int
     shapes: dict[str, tuple[int, ...]]  # of the tensors in the safetensors member
     record: dict[str, Any]  # the json member
-
-
-def write_atomic(path: Path, chunks: bytes | Iterable[bytes]) -> None:
-    """Write a file under a temporary name in the same folder, flush it to the disk and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def tar_member(name: str, data: bytes) -> bytes:

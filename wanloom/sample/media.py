@@ -6,9 +6,6 @@ index in front; a fixed number of encoder threads, since x264's bytes depend on 
 """
 
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +13,8 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange
 from PIL import Image
+
+from wanloom.files import written
 
 if TYPE_CHECKING:  # arrays are written without torch
     from torch import Tensor
@@ -31,24 +30,14 @@ SHEET_WIDTHS = (128, 320)  # pixels of one picture: smaller ones are enlarged, l
 SHEET_GAP = 4
 
 
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A temporary name of the same suffix beside `path`, which replaces it when the block ends well."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_mp4(path: Path, frames: "Tensor | np.ndarray", fps: int) -> None:
     """Raises ValueError for an odd height or width, which 4:2:0 colour cannot hold."""
     pictures = _to_array(frames)
     _, height, width, _ = pictures.shape
     if height % 2 or width % 2:
         raise ValueError(f"{height}x{width} pixels: H.264 with 4:2:0 colour needs even sizes")
-    with written(path) as temporary, av.open(temporary, "w", options={"movflags": "+faststart"}) as container:
+    options = {"movflags": "+faststart"}
+    with written(path) as temporary, av.open(temporary, "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=fps, options=ENCODER)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.thread_count = ENCODER_THREADS
@@ -70,7 +59,7 @@ def read_mp4(path: Path) -> np.ndarray:
 def write_png(path: Path, picture: "Tensor | np.ndarray") -> None:
     """One picture `(H, W, 3)` uint8."""
     with written(path) as temporary:
-        Image.fromarray(_to_array(picture)).save(temporary)
+        Image.fromarray(_to_array(picture)).save(temporary, format="PNG")
 
 
 def write_sheet(path: Path, frames: "Tensor | np.ndarray") -> None:
@@ -86,7 +75,7 @@ def write_sheet(path: Path, frames: "Tensor | np.ndarray") -> None:
     for i, cell in enumerate(cells):
         sheet.paste(cell, (i % columns * (width + SHEET_GAP), i // columns * (height + SHEET_GAP)))
     with written(path) as temporary:
-        sheet.save(temporary)
+        sheet.save(temporary, format="PNG")
 
 
 def _fit(picture: Image.Image) -> Image.Image:

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from wanloom.config import Config, UserError, build_config
+from wanloom.files import write_atomic
 from wanloom.model.dit import DiTConfig
 
 FOLDER = "checkpoints"
@@ -221,8 +222,8 @@ class Checkpointer:
         save(dict(self._staged), storage_writer=writer, no_dist=True)
         files = sorted(partial.glob("*.safetensors"))
         state["files"] = {p.name: {"bytes": p.stat().st_size, "crc32": _checksum(p)} for p in files}
-        write_synced(partial / "run.yaml", recipe)
-        write_synced(partial / "state.json", json.dumps(state, indent=1))
+        write_atomic(partial / "run.yaml", recipe.encode())
+        write_atomic(partial / "state.json", json.dumps(state, indent=1).encode())
         sync_folder(partial)
         partial.rename(partial.with_suffix(""))
         sync_folder(partial.parent)
@@ -242,14 +243,6 @@ def split_files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
         out[name] = file
         size += tensor.nbytes
     return out
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:

@@ -25,6 +25,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from wanloom.config import Config, UserError
+from wanloom.files import write_atomic
 
 FILE = "metrics.jsonl"
 Record = Mapping[str, float]
@@ -49,9 +50,7 @@ class Metrics:
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self._path = run_dir / FILE
         kept = [record for record in read_metrics(self._path) if record["step"] <= start_step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(self._path)
+        write_atomic(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         # unbuffered: what could not be written must not be tried again when the file is closed
         self._jsonl = self._path.open("ab", buffering=0)
         self._events = EventFile(run_dir / "tensorboard", start_step)

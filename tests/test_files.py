@@ -1,0 +1,53 @@
+"""Files are whole or as they were; a folder has one owner."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from wanloom.config import UserError
+from wanloom.data.spool import Spool
+from wanloom.files import lock_folder, write_atomic, written
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events, sync, replace = [], os.fsync, Path.replace
+    path = tmp_path / "new" / "a.txt"
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("sync", os.fstat(fd).st_size)), sync(fd)))
+    monkeypatch.setattr(Path, "replace", lambda a, b: (events.append(("name", b)), replace(a, b)))
+    write_atomic(path, (part for part in (b"one", b" and two")))
+    assert events == [("sync", 11), ("name", path)]
+    assert path.read_bytes() == b"one and two" and os.listdir(path.parent) == ["a.txt"]
+
+
+def test_what_fails_half_way_changes_nothing(tmp_path):
+    def chunks():
+        yield b"half"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "a.txt"
+    write_atomic(path, b"old")
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, chunks())
+    with pytest.raises(KeyboardInterrupt), written(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["a.txt"] and path.read_bytes() == b"old"
+
+
+def test_a_folder_has_one_owner(tmp_path, monkeypatch):
+    with lock_folder(tmp_path / "run", "It is taken."), pytest.raises(UserError, match=r"It is taken\."):
+        lock_folder(tmp_path / "run", "It is taken.")
+    lock_folder(tmp_path / "run", "It is taken.").close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        lock_folder(tmp_path / "file" / "run", "")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="disk without file locks"), Spool(tmp_path / "out", 1000):
+        pass

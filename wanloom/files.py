@@ -1,0 +1,54 @@
+"""Files that are whole or not there, and folders that one process has at a time.
+
+In: bytes, or a block that writes a file by itself. Out: the file under its name. The one decision: a file is written
+under a temporary name in the same folder, waited for until it is on the disk, then renamed; so neither a kill nor a
+power loss leaves half of one under its name. A lock is the system's: it ends with the process, however that ends.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from wanloom.config import UserError
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; what is written there replaces `path` when the block ends well."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def write_atomic(path: Path, chunks: bytes | Iterable[bytes]) -> None:
+    """Write a file in one piece; its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written(path) as temporary, temporary.open("wb") as file:
+        file.writelines([chunks] if isinstance(chunks, bytes) else chunks)
+
+
+def lock_folder(folder: Path, taken: str) -> TextIO:
+    """Make the folder and lock it until the returned file is closed. Raises UserError, `taken` when another has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be written: {error.strerror}.") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(taken) from error
+    except OSError as error:
+        file.close()
+        raise UserError(f"The folder {folder} is on a disk without file locks: choose another.") from error
+    return file
