@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     clear(out)
     commands, began = [], time.monotonic()
     clips = write_clips(out / "clips")
-    commands.append((f"(made {len(clips)} captioned clips in {out / 'clips'})", time.monotonic() - began))
+    commands.append((f"(made {NUM_CLIPS} captioned clips in {out / 'clips'})", time.monotonic() - began))
     prompts = write_prompts(out / "prompts.jsonl")
     for words in job(out):
         text = shlex.join(["wanloom", *words])
