@@ -73,11 +73,11 @@ def job(out: Path) -> list[list[str]]:
     import torch
 
     quick = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    precision = "bf16" if quick else "fp32"
+    speed = "train.precision=bf16" if quick else "train.precision=fp32 train.steps=2600"
     size = f"--height {SIZE} --width {SIZE} --frames {FRAMES}"
     lines = (
         f"prepare {{0}}/clips {{0}}/data --model tiny {size}",
-        f"train tiny data.path={{0}}/data run_dir={{0}}/run train.precision={precision} log.validate_every=400",
+        f"train tiny data.path={{0}}/data run_dir={{0}}/run {speed} log.validate_every=400",
         f"generate --checkpoint {{0}}/run --ema --prompts {{0}}/prompts.jsonl --out {{0}}/generated {size} {SAMPLING}",
     )
     return [shlex.split(line.format(shlex.quote(str(out)))) for line in lines]
