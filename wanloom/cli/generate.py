@@ -148,7 +148,7 @@ def build_plan(arguments: argparse.Namespace) -> Plan:
         latents_shape(model_config.in_channels, job.frames, job.height, job.width)
     build_solver(arguments.solver, arguments.steps, sizes.shift)
     settings = {"solver": arguments.solver, "steps": arguments.steps, "shift": sizes.shift}
-    device = parse_device(arguments.device) if arguments.device else pick_device()
+    device = pick_device(arguments.device)
     return Plan(
         pipeline=pipeline,
         model_name=str(Path(name).resolve()) if name != "tiny" and Path(name).exists() else name,
@@ -192,17 +192,6 @@ def fill_sizes(arguments: argparse.Namespace, model_config: "DiTConfig", name: s
         frames if arguments.frames is None else arguments.frames,
         shift if arguments.shift is None else arguments.shift,
     )
-
-
-def parse_device(word: str) -> "torch.device":
-    import torch
-
-    try:
-        device = torch.device(word)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise UserError(f"The device '{word}' cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def check_outputs(plan: Plan, overwrite: bool) -> None:

@@ -167,15 +167,6 @@ def load_encoders(pipeline: Path, device: str) -> "Encoders":
     return Encoders(vae.encode_batch, lambda caption, most: text.encode([caption], most)[0], text.count_tokens)
 
 
-def choose_device(wanted: str | None) -> str:
-    """ "cuda" or "cpu"; raises UserError when a GPU is asked for and there is none."""
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("There is no GPU that torch can use: leave out --device cuda.")
-    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Prepare, with a progress bar and the report; 128 and the number of the signal when it was stopped."""
     config = read_config(arguments)
@@ -185,9 +176,10 @@ def run(arguments: argparse.Namespace) -> int:
     from wanloom.assets import find_pipeline
     from wanloom.data.prepare import REPORT, check_folders, prepare
     from wanloom.data.report import print_report
+    from wanloom.dist import pick_device
 
     check_folders(arguments.input, arguments.out)  # before a large model is fetched
-    device = choose_device(arguments.device)
+    device = pick_device(arguments.device).type
     pipeline = find_pipeline(arguments.model, PARTS)
     identity = identify(pipeline, device)
     console = Console(highlight=False)
