@@ -161,3 +161,22 @@ def test_odd_sizes_and_equal_keys_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'a' is in .* 2 times"):
         Dataset.open(tmp_path)
     assert build_table([]).schema.equals(SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("foo://bar", None, r"'foo://bar' cannot be opened: Protocol not known: foo\."),
+        ("s3://bar", ImportError("Install s3fs to access S3"), r"'s3://bar' cannot be opened: Install s3fs to access"),
+    ],
+)
+def test_an_address_that_cannot_be_opened_is_a_sentence(
+    path: str, error: Exception | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(protocol: str) -> None:
+        raise error or AssertionError
+
+    if error:
+        monkeypatch.setattr("fsspec.core.get_filesystem_class", fail)
+    with pytest.raises(UserError, match=message):
+        Dataset.open(path)

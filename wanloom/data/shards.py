@@ -122,7 +122,10 @@ class Dataset:
     def open(cls, path: str | Path) -> "Dataset":
         """Read the index, or build it from the tars. Raises UserError when this is no finished prepared folder."""
         path = str(path)
-        fs, root = url_to_fs(path)
+        try:
+            fs, root = url_to_fs(path)
+        except (ValueError, ImportError) as error:  # a protocol that is unknown, or whose package is not installed
+            raise UserError(f"'{path}' cannot be opened: {str(error).rstrip('.')}.") from error
         try:
             if fs.exists(f"{root}/{WORK}") and not fs.exists(f"{root}/{DONE}"):
                 raise UserError(
