@@ -1,7 +1,7 @@
 """Attention over packed samples: every sample attends to its own keys and to nothing else.
 
 In: queries, keys and values of all samples one after the other, with their lengths. Out: the attended values in the
-order of the queries. The one decision: a kernel is a name, `auto` becomes one of the names and says in the log which,
+order of the queries. The one decision: a kernel is a name, `auto` becomes one of the names, which the commands print,
 and a kernel that cannot run where it is asked for is an error; nothing falls back on another kernel quietly.
 
 `sdpa`   scaled_dot_product_attention with the backend that PyTorch picks; runs everywhere.
@@ -17,9 +17,9 @@ than the work in it. Everything else is one call per sample.
 """
 
 import functools
-import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wanloom.config import UserError, nearest
 from wanloom.model.sequence import runs
 
-KERNELS = ("auto", "sdpa", "cudnn")
+Kernel = Literal["auto", "sdpa", "cudnn"]
+KERNELS = get_args(Kernel)
 BATCH_BELOW = 512  # queries per sample
-
-log = logging.getLogger(__name__)
 
 
 @functools.cache
 def resolve_kernel(name: str, device: str, dtype: torch.dtype) -> str:
-    """The kernel that `name` stands for on this device type; `auto` logs its choice once.
+    """The kernel that `name` stands for on this device type.
 
     Raises UserError for an unknown name and for a kernel that cannot run here.
     """
@@ -49,7 +48,6 @@ def resolve_kernel(name: str, device: str, dtype: torch.dtype) -> str:
     able = device == "cuda" and half and torch.cuda.get_device_capability() >= (9, 0)
     if name == "auto":
         name = "cudnn" if able else "sdpa"
-        log.info("attention kernel: %s (%s, %s)", name, device, str(dtype).removeprefix("torch."))
     elif name == "cudnn" and not (device == "cuda" and half):
         raise UserError(
             f"The attention kernel 'cudnn' needs a CUDA device and bf16, not {device} and "

@@ -99,7 +99,9 @@ def state_dict_as(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]
     return {rename(name, layout): x.reshape(shape_in_file(name, tuple(x.shape))) for name, x in state.items()}
 
 
-def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> WanDiT:
+def load_dit(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", kernel: str = "auto"
+) -> WanDiT:
     """A WanDiT with the weights at `path`; Linears in `dtype`, the parts that stay fp32 in fp32.
 
     Raises UserError when there is no readable model, it is a variant that a WanDiT is not, or any tensor is missing,
@@ -110,7 +112,7 @@ def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
     stored = read_headers(files)
     check_variant(stored, path)
     with torch.device("meta"):
-        model = WanDiT(config_of(files, stored))
+        model = WanDiT(config_of(files, stored), kernel)
     cast_weights(model, dtype)
     places = match_names(model, stored, path)
     model.to_empty(device=device)

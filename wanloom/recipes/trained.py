@@ -31,10 +31,10 @@ class Trained:
         """The weights by parameter name, or their average. Raises UserError when there is none, or for damage."""
         return load_weights(self.path, ema)[1]
 
-    def load_model(self, ema: bool, dtype: torch.dtype, device: torch.device) -> WanDiT:
+    def load_model(self, ema: bool, dtype: torch.dtype, device: torch.device, kernel: str = "auto") -> WanDiT:
         """The model, its Linears in `dtype`."""
         with torch.device("meta"):
-            model = WanDiT(self.config)
+            model = WanDiT(self.config, kernel)
         model.load_state_dict(self.load_weights(ema), assign=True)
         cast_weights(model, dtype)
         return model.to(device)

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wanloom.config import Config, UserError
+from wanloom.model.attention import Kernel
 from wanloom.objective.flow import FlowConfig
 from wanloom.signals import StopSignal
 from wanloom.train.checkpoint import Checkpointer
@@ -33,6 +34,7 @@ class TrainConfig(Config):
 
     steps: int = Field(gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 is torch.autocast
+    kernel: Kernel = "auto"  # of attention
 
 
 @dataclass
