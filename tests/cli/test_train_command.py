@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from wanloom.cli import main
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order
+from wanloom.data.tar import END, tar_pair
 from wanloom.model.dit import WanDiT
 from wanloom.model.weights import state_dict_as
 from wanloom.objective.noise import draw_noise, draw_uniform
@@ -33,6 +34,7 @@ SMALL = [
     "batch.tokens_per_pack=40",
     "ema.decay=0.9",
     "log.every=2",
+    "train.precision=fp32",
 ]
 
 
@@ -59,6 +61,7 @@ def test_two_runs_are_bit_equal_and_write_what_they_promise(tmp_path, capsys):
     assert main(words(tmp_path / "a", *settings)) == 0
     assert main(words(tmp_path / "b", *settings)) == 0
     out = capsys.readouterr().out
+    assert "tiny from random weights on cpu in fp32, attention by sdpa: " in out
     assert "step 2/5  loss" in out and "Done:" in out and "wanloom generate --model tiny --checkpoint" in out
     assert_same_bits(tmp_path / "a", tmp_path / "b")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
@@ -93,6 +96,7 @@ def test_three_steps_equal_a_plain_loop_with_diffusers_and_torch(tiny_pipeline, 
     """Samples, noise, loss, clipping, warm-up, decay, AdamW and the average, all together."""
     settings = [f"model={tiny_pipeline}", "init=pretrained", "train.steps=3", "caption_dropout=0", "ema.decay=0.5"]
     settings += ["schedule={kind: linear, warmup_steps: 2, min_lr_ratio: 0.0}", "clip_norm=0.5", "flow.shift=2.0"]
+    settings += ["flow.sampler=uniform", "flow.mix_uniform_ratio=0", "flow.stratified=true"]
     # a large eps: with a small one the first updates are the signs of gradients, of rounding where those are near zero
     settings += ["optimizer={lr: 1e-2, betas: [0.8, 0.9], eps: 1e-2, weight_decay: 0.1}", "log.every=1"]
     assert main(words(tmp_path, *settings)) == 0
@@ -116,7 +120,7 @@ def test_three_steps_equal_a_plain_loop_with_diffusers_and_torch(tiny_pipeline, 
         for position in range(4 * step, 4 * step + 4):
             row = index[order.at(position).index]
             sample, name = source.read(row), f"0/{row.key}"
-            u = draw_uniform(0, "sigma", name, 0, 2)[0]
+            u = (position % 4 + draw_uniform(0, "sigma", name, 0, 2)[0]) / 4
             sigma = 2 * u / (1 + u)
             clean = sample.latents.float()
             noise = draw_noise(tuple(clean.shape), 0, name, 0)
@@ -160,24 +164,18 @@ def wait_for(what, process: subprocess.Popen) -> None:
 
 
 def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, capfd):
-    """SIGKILL while a checkpoint is written, SIGKILL between, SIGTERM; then to the end."""
+    """SIGKILL while a checkpoint is written, with steps and records past the one before; SIGTERM; then to the end."""
     settings = ["train.steps=30", "checkpoint.every=4", "log.every=3"]
     assert main(words(tmp_path / "whole", *settings)) == 0
     run_dir = tmp_path / "killed"
 
     process = start(words(run_dir, *settings))
-    wait_for(lambda: any(run_dir.glob("checkpoints/*.partial/*.safetensors")), process)
+    wait_for(lambda: any(run_dir.glob("checkpoints/step_0000008.partial/*.safetensors")), process)
     process.kill()
     process.communicate()
     left = list(run_dir.glob("checkpoints/*.partial"))
-
-    process = start(words(run_dir, *settings))
-    wait_for(lambda: list_checkpoints(run_dir) and list_checkpoints(run_dir)[-1].name >= "step_0000008", process)
-    time.sleep(0.037)
-    process.kill()
-    process.communicate()
-    assert not set(left) & set(run_dir.glob("checkpoints/*.partial"))
-    assert 8 <= read_state(find_checkpoint(run_dir))["step"] < 30
+    killed_at = read_state(find_checkpoint(run_dir))["step"]
+    assert 4 <= killed_at < read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
 
     logs = set(run_dir.glob("tensorboard/*"))
     process = start(words(run_dir, *settings))
@@ -186,7 +184,10 @@ def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, capfd):
     process.send_signal(signal.SIGTERM)
     out = process.communicate()[0]
     assert process.returncode == 143
-    assert "Going on from" in out and "SIGTERM: finishing this step and saving" in out
+    assert not set(left) & set(run_dir.glob("checkpoints/*.partial"))
+    assert (
+        "Going on from" in out and f"step_{killed_at:07d}" in out and "SIGTERM: finishing this step and saving" in out
+    )
     assert "To go on: wanloom train tiny batch.samples=4" in out and "--mock" in out
 
     stopped = read_state(find_checkpoint(run_dir))["step"]
@@ -236,6 +237,24 @@ def test_what_may_change_and_what_may_not(tmp_path, capsys):
     assert "step 3/3" in capsys.readouterr().out
 
 
+def test_a_run_of_before_a_setting_was_added_goes_on(tmp_path, capsys):
+    """Old files lack the new names; what they say of all others must still be the same."""
+    assert main(words(tmp_path, "train.steps=2")) == 0
+    checkpoint = find_checkpoint(tmp_path)
+    recipe, state = yaml.safe_load((checkpoint / "run.yaml").read_text()), read_state(checkpoint)
+    del recipe["optimizer"]["eps"], recipe["flow"]["shift_tokens"], recipe["train"]["kernel"], state["window"]
+    (checkpoint / "run.yaml").write_text(yaml.safe_dump(recipe))
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert main(words(tmp_path, "train.steps=3", "optimizer.eps=1e-7")) == 2
+    error = capsys.readouterr().err
+    assert "started with other settings: optimizer.eps." in error and "checkpoint.*" in error
+    assert main(words(tmp_path, "train.steps=3")) == 0
+    with (find_checkpoint(tmp_path) / "run.yaml").open("a") as file:
+        file.write("old_name: 3\n")
+    assert main(words(tmp_path, "train.steps=4")) == 2
+    assert "run.yaml cannot be read: There is no setting 'old_name'" in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint_is_named_and_not_skipped(tmp_path, capsys):
     assert main(words(tmp_path, "train.steps=2", "checkpoint.every=1")) == 0
     file = next(find_checkpoint(tmp_path).glob("*.safetensors"))
@@ -243,6 +262,9 @@ def test_a_damaged_checkpoint_is_named_and_not_skipped(tmp_path, capsys):
     assert main(words(tmp_path, "train.steps=3")) == 2
     error = capsys.readouterr().err
     assert f"{file.name} has" in error and "step_0000001, is whole" in error
+
+
+SMALL_AT_X = ["train", *SMALL, "run_dir={tmp}/x", "train.steps=2"]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +279,8 @@ def test_a_damaged_checkpoint_is_named_and_not_skipped(tmp_path, capsys):
         (["train", "tyni", "run_dir={tmp}/x"], "Did you mean 'tiny'?"),
         (["train", "tiny", "run_dir={tmp}/x", "optimizer.learning_rate=1"], "There is no setting"),
         (["train", "tiny", "run_dir={tmp}/x", "batch.samples=0"], "batch.samples"),
+        ([*SMALL_AT_X, "train.kernel=flash"], "train.kernel"),
+        ([*SMALL_AT_X, "train.kernel=cudnn"], "The attention kernel 'cudnn' needs a CUDA device and bf16"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, message):
@@ -292,3 +316,29 @@ def test_a_prepared_folder_and_the_empty_caption_of_a_pipeline(tmp_path, prepare
     assert states is not None and torch.equal(states, expected) and states.shape == (1, 64)
     assert torch.equal(empty_text(run, tmp_path, 64, torch.device("cpu")), states)
     assert json.loads((find_checkpoint(tmp_path / "x") / "state.json").read_text())["model"]["dim"] == 128
+
+
+def test_prepared_data_is_compared_to_the_model_at_every_start(tmp_path, tiny_pipeline, capsys):
+    """Another VAE is an error, another text encoder a note; a held-out loss without held-out samples is an error."""
+    from wanloom.cli.prepare import identify
+
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    for number in range(4):
+        pair = tar_pair(f"{number}", torch.randn(16, 1, 4, 4).bfloat16(), torch.randn(3, 64), {"caption": "x"})
+        (tmp_path / "data" / "train" / f"shard-{number:06d}.tar").write_bytes(pair + END)
+    settings = [f"model={tiny_pipeline}", f"data.path={tmp_path}/data", f"run_dir={tmp_path}/run"]
+    command = ["train", *SMALL[:1], *SMALL[2:], *settings, "caption_dropout=0"]
+
+    def train(steps: int, *more: str, **changes: str) -> int:
+        (tmp_path / "data" / "prepare.json").write_text(
+            json.dumps({"settings": {**identify(tiny_pipeline, "cpu"), **changes}})
+        )
+        return main([*command, f"train.steps={steps}", *more])
+
+    assert train(1) == 0 and "Note:" not in capsys.readouterr().out
+    assert train(2, vae="0" * 16) == 2
+    assert f"{tmp_path}/data was prepared with another VAE than that of {tiny_pipeline}" in capsys.readouterr().err
+    assert train(2, **{"text-encoder": "0-0"}) == 0
+    assert "was prepared with other text encoder files" in capsys.readouterr().out
+    assert train(3, "log.validate_every=2") == 2
+    assert "log.validate_every=2 asks for a held-out loss, but the data has no val split" in capsys.readouterr().err

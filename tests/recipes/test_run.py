@@ -1,12 +1,14 @@
 """Recipes: what wins over what, what is shipped, what may change when a run goes on."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from wanloom.config import UserError
 from wanloom.model.dit import CONFIGS
 from wanloom.objective.flow import PRESETS
-from wanloom.recipes.run import changed_keys, dump_run, load_run, model_config, recipe_names, use_mock
+from wanloom.recipes.run import MAY_CHANGE, changed_keys, dump_run, load_run, model_config, recipe_names, use_mock
 
 
 def test_every_shipped_recipe_loads_both_ways():
@@ -61,9 +63,9 @@ def test_mock_is_a_setting():
     [
         (["optimizer.lr=1", "seed=7", "flow.shift=4"], ["flow.shift", "optimizer.lr", "seed"]),
         (["train.steps=9", "checkpoint.every=3", "log.every=2", "run_dir=x", "batch.tokens_per_pack=5000"], []),
-        (["data.path=elsewhere", "data.prefetch=9"], []),
+        (["data.path=elsewhere", "data.prefetch=9", "train.kernel=sdpa"], []),
         (
-            ["ema.decay=null", "batch.samples=33", "train.precision=fp32"],
+            ["ema.decay=null", "batch.samples=33", "train.precision=bf16"],
             ["batch.samples", "ema.decay", "train.precision"],
         ),
     ],
@@ -71,6 +73,11 @@ def test_mock_is_a_setting():
 def test_what_may_change_when_a_run_goes_on(words, changed):
     old, new = (yaml.safe_load(dump_run(load_run("tiny", w))) for w in ([], words))
     assert changed_keys(old, new) == changed
+
+
+def test_what_may_change_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
+    assert all(f"`{name}`" in page for name in MAY_CHANGE)
 
 
 @pytest.mark.parametrize(

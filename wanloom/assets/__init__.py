@@ -37,3 +37,17 @@ def find_pipeline(name: str, parts: tuple[str, ...] = ()) -> Path:
     except expected as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"The model '{name}' is no folder here and could not be fetched: {reason}") from error
+
+
+def find_local(name: str, parts: tuple[str, ...]) -> Path | None:
+    """The folder of a pipeline if these sub-folders of it are on this machine already; nothing is fetched."""
+    path = TINY if name == "tiny" else Path(name).expanduser()
+    if not path.exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            path = Path(snapshot_download(name, allow_patterns=[f"{part}/*" for part in parts], local_files_only=True))
+        except (HFValidationError, LocalEntryNotFoundError):
+            return None
+    return path if all((path / part).is_dir() for part in parts) else None

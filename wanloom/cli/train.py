@@ -1,7 +1,6 @@
 """`wanloom train`: put a run together and start it, or go on with it where its newest checkpoint is."""
 
 import argparse
-import json
 import logging
 import shlex
 from functools import partial
@@ -56,10 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     run_dir = Path(config.run_dir)
     taken = f"Another run is training in {run_dir}: wait for it or stop it, or choose another run_dir."
     with lock_folder(run_dir, taken):
-        try:
-            stopped = start(config, run_dir)
-        except OSError as error:
-            raise UserError(f"{error.filename or run_dir} could not be used: {error.strerror or error}.") from error
+        stopped = start(config, run_dir)
     if stopped is None:
         return 0
     words = ["wanloom", "train", arguments.recipe, *arguments.settings]
@@ -75,6 +71,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
     from wanloom.dist import pick_device
     from wanloom.files import write_atomic
     from wanloom.model.flops import train_flops
+    from wanloom.recipes.origin import check_origins
     from wanloom.recipes.run import dump_run, model_config
     from wanloom.train.checkpoint import Checkpointer
     from wanloom.train.loop import Settings, Trainer
@@ -84,6 +81,8 @@ def start(run: "Run", run_dir: Path) -> int | None:
     config, device = model_config(run.model), pick_device()
     sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
     plan = Plan(sources, run.data.resolved(), run.batch, run.seed, lambda tokens: train_flops(config, tokens))
+    check_validation(run, sources)
+    kernel = choose_kernel(run, device)
     checkpointer = Checkpointer(run_dir, run.checkpoint)
     newest = checkpointer.last()
     state = resume_state(run, newest, plan)
@@ -92,8 +91,9 @@ def start(run: "Run", run_dir: Path) -> int | None:
         progress.say(f"{run_dir} is complete at step {state.step}; a higher train.steps goes on from there.")
         return None
     show_log(progress)
+    check_origins(run, progress.say)
     progress.say(
-        f"{run.model} from {run.init} weights on {device.type} in {run.train.precision}: "
+        f"{run.model} from {run.init} weights on {device.type} in {run.train.precision}, attention by {kernel}: "
         f"{sum(len(index) for index in plan.indices):,} samples, {run.batch.samples} of them a step."
     )
     write_atomic(run_dir / "run.yaml", dump_run(run).encode())
@@ -115,7 +115,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
 
 
 def show_log(progress: "ProgressLine") -> None:
-    """What the parts have to say, such as the attention kernel that was chosen, goes above the progress line."""
+    """What the parts have to say, such as a folder that is scanned for its index, goes above the progress line."""
     from rich.logging import RichHandler
 
     handler = RichHandler(console=progress.console, show_time=False, show_level=False, show_path=False)
@@ -123,12 +123,34 @@ def show_log(progress: "ProgressLine") -> None:
     logging.getLogger("wanloom").setLevel(logging.INFO)
 
 
+def check_validation(run: "Run", sources: "list[Source]") -> None:
+    """Raises UserError when a held-out loss is asked for and nothing is held out."""
+    from wanloom.config import UserError
+
+    if run.log.validate_every and not any(len(source.rows("val")) for source in sources):
+        raise UserError(
+            f"log.validate_every={run.log.validate_every} asks for a held-out loss, but the data has no val split: "
+            "prepare it with a larger --val-fraction, or leave the setting out."
+        )
+
+
+def choose_kernel(run: "Run", device: "torch.device") -> str:
+    """The attention kernel that runs. Raises UserError when the one that is asked for cannot."""
+    import torch
+
+    from wanloom.model.attention import resolve_kernel
+
+    return resolve_kernel(
+        run.train.kernel, device.type, torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    )
+
+
 def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
     """Where to go on. Raises UserError when the recipe or the data are not those of the checkpoint."""
     import yaml
 
-    from wanloom.config import UserError
-    from wanloom.recipes.run import changed_keys
+    from wanloom.config import UserError, build_config, load_yaml
+    from wanloom.recipes.run import MAY_CHANGE, Run, changed_keys
     from wanloom.train.checkpoint import read_state
     from wanloom.train.loop import RunState
 
@@ -136,22 +158,23 @@ def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
         return RunState()
     stored = read_state(newest)
     try:
-        before = yaml.safe_load((newest / "run.yaml").read_text())
-    except (OSError, yaml.YAMLError) as error:
+        # settings that are newer than the run take their defaults
+        before = build_config(Run, load_yaml((newest / "run.yaml").read_text()))
+    except (OSError, yaml.YAMLError, UserError) as error:
         raise UserError(f"{newest}/run.yaml cannot be read: {error}") from error
-    changed = changed_keys(before, run.model_dump(mode="json"))
+    changed = changed_keys(before.model_dump(mode="json"), run.model_dump(mode="json"))
     if changed:
         raise UserError(
             f"{run.run_dir} was started with other settings: {', '.join(changed)}. Give the same ones to go on, or "
-            "another run_dir to start anew. (What may change: train.steps, batch.tokens_per_pack, checkpoint.*, log.*, "
-            "and where the data lies.)"
+            f"another run_dir to start anew. (What may change: {', '.join(MAY_CHANGE)}, as long as the samples are the "
+            "same.)"
         )
     if stored["data"] != plan.fingerprint():
         raise UserError(
             f"The training data is not what {run.run_dir} was started with: other samples, lengths or weights. "
             "Restore it to go on, or give another run_dir to start anew."
         )
-    return RunState(**{key: stored[key] for key in RunState.__dataclass_fields__})
+    return RunState(**{key: stored[key] for key in RunState.__dataclass_fields__ if key in stored})
 
 
 def build_parts(
@@ -210,9 +233,9 @@ def build_model(run: "Run", config: "DiTConfig", device: "torch.device", fill: b
     from wanloom.model.weights import load_dit
 
     if fill and run.init == "pretrained":
-        return load_dit(find_pipeline(run.model, ("transformer",)), device=device)
+        return load_dit(find_pipeline(run.model, ("transformer",)), device=device, kernel=run.train.kernel)
     with torch.device("meta"):
-        model = WanDiT(config)
+        model = WanDiT(config, run.train.kernel)
     model.to_empty(device=device)
     if fill:
         init_weights(model, run.seed)
@@ -240,19 +263,5 @@ def empty_text(run: "Run", run_dir: Path, text_dim: int, device: "torch.device")
 
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         codec = TextCodec.load(find_pipeline(run.model, ("text_encoder", "tokenizer")), device, dtype)
-        check_encoder(run, codec.identity)
         write_atomic(path, save({"text": codec.encode([""])[0].float().contiguous()}))
     return load_file(path)["text"]
-
-
-def check_encoder(run: "Run", identity: str) -> None:
-    """Say when captions were encoded with other files than those of the model; they may be the same weights."""
-    for source in run.data.resolved():
-        settings = Path(source.path) / "prepare.json"
-        stored = json.loads(settings.read_text()).get("text-encoder", identity) if settings.is_file() else identity
-        if stored != identity:
-            print(
-                f"Note: {source.path} was prepared with other text encoder files than those of {run.model}. If "
-                "they are another encoder, this run learns captions that the model's own encoder does not speak.",
-                flush=True,
-            )

@@ -5,6 +5,7 @@ are laid over one another key by key in a fixed order, later ones win: the mode'
 values for the mode, the words of the command line. The preset of a mode that is asked for by name wins over the recipe.
 """
 
+from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +32,8 @@ PUBLISHED = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-t2v-14b",
 }
 # What a resumed run may change: it alters neither the samples nor the steps that are done. `train.steps` moves the end
-# of a linear or cosine schedule; the data itself is known by its fingerprint.
-MAY_CHANGE = ("run_dir", "train.steps", "checkpoint", "log", "data", "batch.tokens_per_pack")
+# of a linear or cosine schedule, a kernel or a pack changes the rounding; the data itself is known by its fingerprint.
+MAY_CHANGE = ("run_dir", "train.steps", "train.kernel", "batch.tokens_per_pack", "checkpoint.*", "log.*", "data.*")
 
 
 class Run(Config):
@@ -131,7 +132,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The settings that differ between two dumped runs and may not change when a run is resumed."""
     before, after = _flatten(old), _flatten(new)
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    return [key for key in changed if not any(key == may or key.startswith(f"{may}.") for may in MAY_CHANGE)]
+    return [key for key in changed if not any(fnmatch(key, may) for may in MAY_CHANGE)]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

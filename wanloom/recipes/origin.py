@@ -1,0 +1,63 @@
+"""Whether prepared data belongs to the model of a run: it was encoded by some VAE and some text encoder.
+
+In: a run and what prints a note. Out: nothing, notes, or a UserError. The one decision: latents of another VAE are an
+error, because nothing later would show it and the run's own VAE cannot decode what it learns; captions of another text
+encoder are a note, because a fine-tune may be meant so. What cannot be compared is said, never skipped quietly.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from wanloom.assets import find_local
+from wanloom.codecs.identity import folder_identity
+from wanloom.config import UserError
+from wanloom.data.shards import DONE
+from wanloom.recipes.run import Run
+
+# the key in prepare.json, how to call it, the folders of a pipeline that it is the identity of
+PARTS = (("vae", "VAE", ("vae",)), ("text-encoder", "text encoder", ("text_encoder", "tokenizer")))
+
+
+def check_origins(run: Run, say: Callable[[str], None]) -> None:
+    """Compare what every source was prepared with to the model's own. Raises UserError for another VAE."""
+    if run.data.mock:
+        return
+    own = {key: identify(run.model, folders) for key, _, folders in PARTS}
+    for source in run.data.resolved():
+        stored = read_settings(source.path)
+        for key, name, _ in PARTS:
+            if stored.get(key) is None or own[key] is None:
+                reason = "that is not on this machine" if own[key] is None else f"there is no {DONE} that says"
+                say(
+                    f"Note: whether {source.path} was prepared with the {name} of {run.model} is not checked: {reason}."
+                )
+            elif stored[key] != own[key] and key == "vae":
+                raise UserError(
+                    f"{source.path} was prepared with another VAE than that of {run.model}, which cannot decode what "
+                    f"this run would learn: prepare it with --model {run.model}, or train the model that it is for."
+                )
+            elif stored[key] != own[key]:
+                say(
+                    f"Note: {source.path} was prepared with other {name} files than those of {run.model}. If they are "
+                    "another encoder, this run learns captions that the model's own encoder does not speak."
+                )
+
+
+def identify(model: str, folders: tuple[str, ...]) -> str | None:
+    """The identity of a part of a pipeline, as prepare writes it; None when the part is not on this machine."""
+    pipeline = find_local(model, folders)
+    return pipeline and "-".join(folder_identity(pipeline / folder) for folder in folders)
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """What a folder was prepared with; empty for a folder that others made. Raises UserError when it is damaged."""
+    fs, root = url_to_fs(path)
+    try:
+        return json.loads(fs.cat_file(f"{root}/{DONE}"))["settings"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}/{DONE} is damaged ({error}): restore it, or delete it to train unchecked.") from error
