@@ -42,7 +42,7 @@ def test_every_sample_reads_back(tmp_path: Path) -> None:
     dataset = Dataset.open(write_folder(tmp_path))
     train, val = dataset.rows("train"), dataset.rows("val")
     assert (train.keys, val.keys) == ([f"clip{i}" for i in range(5)], ["clip5"])
-    assert train.captions[3] == "caption 3"
+    assert train[3].caption == "caption 3"
     for i, row in enumerate([*(train[i] for i in range(5)), val[0]]):
         sample = dataset.read(row)
         latents, text = draw(i)

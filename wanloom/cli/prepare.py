@@ -1,7 +1,6 @@
 """`wanloom prepare INPUT OUT`: media and captions in, a folder to train on out."""
 
 import argparse
-import os
 import signal
 import time
 from pathlib import Path
@@ -133,8 +132,7 @@ def read_config(arguments: argparse.Namespace) -> "PrepareConfig":
     def given(names: tuple[str, ...]) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
-    workers = min(8, max(1, (os.cpu_count() or 2) // 2))
-    values = {"workers": workers, **given(OTHER), "strict": arguments.strict}
+    values = {**given(OTHER), "strict": arguments.strict}
     values["timing"] = build_config(TimingConfig, given(TIMING))
     values["framing"] = build_config(FramingConfig, given(FRAMING))
     return build_config(PrepareConfig, values)
@@ -145,13 +143,12 @@ PARTS = ("vae", "text_encoder", "tokenizer")
 
 def identify(pipeline: Path, device: str) -> dict[str, str]:
     """Which weights encode, and where: by rounding a GPU encodes otherwise than a CPU."""
-    from wanloom.codecs.identity import folder_identity
+    from wanloom.codecs.identity import folder_identity, text_identity
 
     for part in PARTS:
         if not (pipeline / part).is_dir():
             raise UserError(f"'{pipeline}' is no pipeline in diffusers layout: it has no folder '{part}'.")
-    vae, encoder, tokenizer = (folder_identity(pipeline / part) for part in PARTS)
-    return {"vae": vae, "text-encoder": f"{encoder}-{tokenizer}", "device": device}
+    return {"vae": folder_identity(pipeline / "vae"), "text-encoder": text_identity(pipeline), "device": device}
 
 
 def load_encoders(pipeline: Path, device: str) -> "Encoders":

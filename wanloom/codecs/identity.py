@@ -24,3 +24,8 @@ def folder_identity(folder: Path) -> str:
                 file.seek(start)
                 digest.update(file.read(BLOCK))
     return digest.hexdigest()
+
+
+def text_identity(pipeline: Path) -> str:
+    """Fingerprint of a pipeline's text encoder and its tokenizer together."""
+    return f"{folder_identity(pipeline / 'text_encoder')}-{folder_identity(pipeline / 'tokenizer')}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from wanloom.codecs.identity import folder_identity
+from wanloom.codecs.identity import text_identity
 from wanloom.config import UserError
 
 
@@ -77,7 +77,7 @@ class TextCodec:
     @cached_property
     def identity(self) -> str:
         """Fingerprint of the encoder and the tokenizer."""
-        return folder_identity(self.folder / "text_encoder") + "-" + folder_identity(self.folder / "tokenizer")
+        return text_identity(self.folder)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a prompt before any cut, `</s>` included."""

@@ -6,6 +6,7 @@ them every bit of the result, do not depend on workers, kills or restarts, and b
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from wanloom.config import Config, UserError
@@ -42,7 +43,7 @@ class PrepareConfig(Config):
     batch_size: int | None = None  # None: by `default_batch`
     dtype: str = "bf16"
     seed: int = 0
-    workers: int = 2
+    workers: int = Field(default_factory=lambda: min(8, max(1, (os.cpu_count() or 2) // 2)))
     strict: bool = False
 
     @model_validator(mode="after")

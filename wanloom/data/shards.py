@@ -89,10 +89,6 @@ class Index:
         return self.table["key"].to_pylist()
 
     @cached_property
-    def captions(self) -> list[str]:
-        return self.table["caption"].to_pylist()
-
-    @cached_property
     def tokens(self) -> np.ndarray:
         """`(N,)` int64: tokens of each sample."""
         return self.table["tokens"].to_numpy()
