@@ -71,6 +71,7 @@ def test_prompts_become_videos_sheets_and_notes(tiny_pipeline, tmp_path, capsys)
     words = ["--prompt", "A red circle!", "--prompt", "\u4e00\u53ea\u732b", "--negative", "snow", "--seed", "40"]
     code = main(["generate", "--model", str(tiny_pipeline), *words, *SMALL, "--fps", "8", "--out", str(out)])
     printed = capsys.readouterr().out
+    assert f"{tiny_pipeline} on cpu in fp32, attention by sdpa: 2 to make with 2 steps of unipc" in printed
     assert code == 0 and "text: 3 prompts" in printed and "denoising" in printed and "decoding" in printed
     assert names(out) == [f"{stem}.{end}" for stem in ("000-a-red-circle", "001") for end in ("json", "mp4", "png")]
     facts = json.loads((out / "001.json").read_text(encoding="utf-8"))
@@ -252,6 +253,11 @@ def test_a_long_prompt_is_cut_and_said_so(tiny_pipeline, tmp_path, capsys):
         (["--guidance", "0.5"], "The setting 'guidance' is 0.5: input should be greater than or equal to 1."),
         (["--fps", "0"], "--fps is 0"),
         (["--ema"], "give the run with --checkpoint"),
+        (
+            ["--kernel", "spda"],
+            "There is no attention kernel 'spda'; known are auto, sdpa, cudnn. Did you mean 'sdpa'?",
+        ),
+        (["--kernel", "cudnn"], "The attention kernel 'cudnn' needs a CUDA device and bf16, not cpu and float32"),
         (["--guidance", "1", "--negative", "x"], "--negative has no effect with --guidance 1"),
         (["--model", "tinny"], "There is no model 'tinny'"),
         (["--checkpoint", "nowhere"], "There is no folder nowhere"),
@@ -281,6 +287,22 @@ def test_mistakes_in_prompt_files_name_the_line(tiny_pipeline, tmp_path, capsys,
     words = ["--model", str(tiny_pipeline), "--prompts", str(tmp_path / name), *SMALL, *out_at(tmp_path)]
     expect_mistake(capsys, words, message)
     expect_mistake(capsys, [*words[:2], "--prompts", str(tmp_path / "none.txt"), *SMALL], "cannot be read")
+
+
+def test_a_negative_prompt_that_nothing_reads_is_an_error_in_a_file_too(tiny_pipeline, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y", "negative": "z"}')
+    words = ["--model", str(tiny_pipeline), "--prompts", str(tmp_path / "a.jsonl"), *SMALL, *out_at(tmp_path)]
+    expect_mistake(capsys, [*words, "--guidance", "1"], "The `negative` of the prompt 'y' has no effect with")
+
+
+def test_the_defaults_in_the_help_are_those_of_the_config(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    config = GenerateConfig()
+    assert f"--steps STEPS default {config.steps}" in printed and f"default {config.solver}" in printed
+    assert f"--guidance GUIDANCE default {config.guidance:g};" in printed
+    assert f"default {config.shift:g}, for tiny 3" in printed
 
 
 def test_a_model_of_no_known_size_asks_for_one(tiny_pipeline, tmp_path, capsys):

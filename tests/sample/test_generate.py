@@ -13,6 +13,7 @@ from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError, build_config
 from wanloom.model.dit import WanDiT
 from wanloom.model.weights import load_dit
+from wanloom.sample import generate as sampling
 from wanloom.sample.generate import (
     GenerateConfig,
     Request,
@@ -102,27 +103,32 @@ def test_the_stock_grid_of_diffusers_is_not_ours(parts):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_requests_of_any_size_in_one_pack_equal_each_alone(parts, guidance):
+def test_requests_of_any_size_in_one_pack_equal_each_alone(parts, guidance, monkeypatch):
     sizes = [(9, 48, 80), (1, 64, 64), (9, 48, 80), (5, 32, 96)]
     prompts = [PROMPT, NEGATIVE, "", PROMPT]
     requests = [request(parts, size, i, prompt) for i, (size, prompt) in enumerate(zip(sizes, prompts, strict=True))]
     settings = {"steps": 4, "guidance": guidance}
-    together = make(parts, requests, tokens_per_pack=10_000, **settings)
+    together = make(parts, requests, **settings)
     for one, got in zip(requests, together, strict=True):
         want = make(parts, [one], **settings)[0]
         assert difference(got, want) < 1e-4
-    in_two = make(parts, requests, tokens_per_pack=130, **settings)
+    monkeypatch.setattr(sampling, "TOKENS_PER_PACK", 130)
+    in_two = make(parts, requests, **settings)
     assert max(difference(a, b) for a, b in zip(in_two, together, strict=True)) < 1e-4
 
 
-def test_packs_keep_order_and_budget(parts):
+def test_packs_keep_order_and_budget(parts, monkeypatch):
     requests = [request(parts, (9, 48, 80), i) for i in range(5)]  # 45 tokens each
-    assert plan_packs(requests, GenerateConfig(guidance=1.0, tokens_per_pack=100)) == [[0, 1], [2, 3], [4]]
-    assert plan_packs(requests, GenerateConfig(guidance=2.0, tokens_per_pack=180)) == [[0, 1], [2, 3], [4]]
-    assert plan_packs(requests, GenerateConfig(tokens_per_pack=1)) == [[0], [1], [2], [3], [4]]
+    for budget, guidance, packs in (
+        (100, 1.0, [[0, 1], [2, 3], [4]]),
+        (180, 2.0, [[0, 1], [2, 3], [4]]),
+        (1, 2.0, [[0], [1], [2], [3], [4]]),
+    ):
+        monkeypatch.setattr(sampling, "TOKENS_PER_PACK", budget)
+        assert plan_packs(requests, GenerateConfig(guidance=guidance)) == packs
+    monkeypatch.setattr(sampling, "TOKENS_PER_PACK", 200)
     steps: list[int] = []
-    config = GenerateConfig(steps=3, tokens_per_pack=200)
-    found = list(generate(parts.model, requests, config, steps.append))
+    found = list(generate(parts.model, requests, GenerateConfig(steps=3), steps.append))
     assert [i for i, _ in found] == [0, 1, 2, 3, 4] and steps == [2, 2, 2, 2, 2, 2, 1, 1, 1]
 
 
@@ -156,7 +162,7 @@ def test_sizes_that_do_not_divide_name_the_nearest(size, message):
 
 
 def test_the_config_is_strict():
-    for values in ({"steps": 2.5}, {"guidance": 0.5}, {"solver": "heun"}, {"tokens_per_pack": 0}):
+    for values in ({"steps": 2.5}, {"guidance": 0.5}, {"solver": "heun"}):
         with pytest.raises(UserError, match=next(iter(values))):
             build_config(GenerateConfig, values)
     assert json.loads(GenerateConfig().model_dump_json())["steps"] == 50

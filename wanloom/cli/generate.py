@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch is imported only when the command runs
     from wanloom.model.dit import DiTConfig, WanDiT
     from wanloom.recipes.trained import Trained
     from wanloom.sample.generate import GenerateConfig
-    from wanloom.sample.prompts import Job
+    from wanloom.sample.prompts import Job, PromptLine
 
 HELP = """Make videos, or images with --frames 1, from prompts.
 
@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
     height: int
     width: int
     frames: int
-    shift: float
+    shift: float | None  # None is left to GenerateConfig
 
 
 # by the name of the config in model/dit.py: tiny as the demo trains it, the others as Wan's own code has them
@@ -72,10 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, help="pixels, a multiple of 16")
     add("--frames", type=int, help="4n+1; 1 makes an image")
     add("--fps", type=int, default=16, help="frames a second of the file, default 16")
-    add("--steps", type=int, default=50, help="default 50")
-    add("--solver", choices=("unipc", "dpm++", "euler"), default="unipc", help="default unipc")
+    # without a default here: what is not given is left to GenerateConfig, or to the model
+    add("--steps", type=int, help="default 50")
+    add("--solver", choices=("unipc", "dpm++", "euler"), help="default unipc")
     add("--shift", type=float, help="more of the steps at high noise; default 5, for tiny 3")
-    add("--guidance", type=float, default=5.0, help="default 5; 1 leaves the negative prompt out and halves the work")
+    add("--guidance", type=float, help="default 5; 1 leaves the negative prompt out and halves the work")
     add("--negative", help="what not to show; default: the empty prompt (Wan's own code has a long Chinese one)")
     add("--seed", type=int, default=0, help="of the first prompt, each next one has one more; default 0")
     add(
@@ -83,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("fp32", "bf16"),
         help="of transformer and text encoder; default bf16 on a GPU, else fp32",
     )
+    add("--kernel", default="auto", help="of attention: sdpa, cudnn (GPU and bf16) or auto, the default")
     add("--device", help="such as cpu or cuda:1; default: the first GPU where there is one")
     add("--out", type=Path, default=Path("generated"), help="folder, default: generated")
     add("--overwrite", action="store_true", help="replace files of the same name")
@@ -101,6 +103,7 @@ class Plan(NamedTuple):
     fps: int
     device: "torch.device"
     precision: str
+    kernel: str
     out: Path
 
     @property
@@ -114,6 +117,11 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     plan = build_plan(arguments)
     check_outputs(plan, arguments.overwrite)
+    print(
+        f"{plan.model_name} on {plan.device} in {plan.precision}, attention by {plan.kernel}: "
+        f"{len(plan.jobs)} to make with {plan.config.steps} steps of {plan.config.solver}",
+        flush=True,
+    )
     text, text_identity = encode_texts(plan)
     print(f"text: {len(text)} prompts encoded, {time.monotonic() - began:.1f} s with loading", flush=True)
     model, vae = load_model(plan)
@@ -128,11 +136,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def build_plan(arguments: argparse.Namespace) -> Plan:
     """Read the prompts and fill in the defaults. Raises UserError for what can be seen to be wrong."""
+    import torch
+
     from wanloom.assets import find_pipeline
     from wanloom.dist import pick_device
+    from wanloom.model.attention import resolve_kernel
     from wanloom.model.weights import read_config
     from wanloom.recipes.trained import open_trained
-    from wanloom.sample.generate import GenerateConfig, latents_shape
+    from wanloom.sample.generate import latents_shape
     from wanloom.sample.prompts import PromptLine, build_jobs, read_prompts
     from wanloom.sample.solvers import build_solver
 
@@ -142,24 +153,27 @@ def build_plan(arguments: argparse.Namespace) -> Plan:
     pipeline = find_pipeline(name, PARTS if trained else (*PARTS, "transformer"))
     model_config = trained.config if trained else read_config(pipeline)
     sizes = fill_sizes(arguments, model_config, name)
+    config = read_config_of(arguments, sizes.shift)
     lines = read_prompts(arguments.prompts) if arguments.prompts else [PromptLine(prompt=p) for p in arguments.prompt]
+    check_negative(arguments, config, lines)
     jobs = build_jobs(lines, arguments.negative or "", arguments.seed, sizes.height, sizes.width, sizes.frames)
     for job in jobs:
         latents_shape(model_config.in_channels, job.frames, job.height, job.width)
-    build_solver(arguments.solver, arguments.steps, sizes.shift)
-    settings = {"solver": arguments.solver, "steps": arguments.steps, "shift": sizes.shift}
+    build_solver(config.solver, config.steps, config.shift)
     device = pick_device(arguments.device)
+    precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
     return Plan(
         pipeline=pipeline,
         model_name=str(Path(name).resolve()) if name != "tiny" and Path(name).exists() else name,
         trained=trained,
         ema=arguments.ema,
         model_config=model_config,
-        config=build_config(GenerateConfig, {**settings, "guidance": arguments.guidance}),
+        config=config,
         jobs=jobs,
         fps=arguments.fps,
         device=device,
-        precision=arguments.precision or ("bf16" if device.type == "cuda" else "fp32"),
+        precision=precision,
+        kernel=resolve_kernel(arguments.kernel, device.type, torch.bfloat16 if precision == "bf16" else torch.float32),
         out=arguments.out,
     )
 
@@ -167,10 +181,29 @@ def build_plan(arguments: argparse.Namespace) -> Plan:
 def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.ema and not arguments.checkpoint:
         raise UserError("--ema asks for the averaged weights of a run: give the run with --checkpoint.")
-    if arguments.negative is not None and arguments.guidance == 1:
-        raise UserError("--negative has no effect with --guidance 1: leave one of them out.")
     if arguments.fps < 1:
         raise UserError(f"--fps is {arguments.fps}, it must be at least 1.")
+
+
+def read_config_of(arguments: argparse.Namespace, shift: float | None) -> "GenerateConfig":
+    """How to sample; what was not given keeps the default of the config."""
+    from wanloom.sample.generate import GenerateConfig
+
+    asked = {name: getattr(arguments, name) for name in ("solver", "steps", "guidance")} | {"shift": shift}
+    return build_config(GenerateConfig, {name: value for name, value in asked.items() if value is not None})
+
+
+def check_negative(arguments: argparse.Namespace, config: "GenerateConfig", lines: "list[PromptLine]") -> None:
+    """Raises UserError when there is a negative prompt that nothing would read."""
+    if config.guidance != 1:
+        return
+    if arguments.negative is not None:
+        raise UserError("--negative has no effect with --guidance 1: leave one of them out.")
+    given = [line.prompt for line in lines if line.negative is not None]
+    if given:
+        raise UserError(
+            f"The `negative` of the prompt '{given[0][:60]}' has no effect with --guidance 1: leave one of them out."
+        )
 
 
 def fill_sizes(arguments: argparse.Namespace, model_config: "DiTConfig", name: str) -> Sizes:
@@ -183,7 +216,7 @@ def fill_sizes(arguments: argparse.Namespace, model_config: "DiTConfig", name: s
         raise UserError(
             f"'{name}' is of no known size, so nothing can be assumed: give --height, --width and --frames."
         )
-    height, width, frames, shift = known or Sizes(*asked, 5.0)
+    height, width, frames, shift = known or Sizes(*asked, None)
     if (arguments.height is None) != (arguments.width is None):
         raise UserError("--height and --width belong together: give both or neither.")
     return Sizes(
@@ -244,9 +277,9 @@ def load_model(plan: Plan) -> "tuple[WanDiT, VaeCodec]":
     from wanloom.model.weights import load_dit
 
     if plan.trained:
-        model = plan.trained.load_model(plan.ema, plan.dtype, plan.device)
+        model = plan.trained.load_model(plan.ema, plan.dtype, plan.device, plan.kernel)
     else:
-        model = load_dit(plan.pipeline, plan.dtype, plan.device)
+        model = load_dit(plan.pipeline, plan.dtype, plan.device, plan.kernel)
         if not model.head.head.weight.any():
             print(f"note: the transformer of '{plan.model_name}' is untrained, it will give noise", file=sys.stderr)
     vae = VaeCodec.load(plan.pipeline, plan.device)
@@ -274,6 +307,7 @@ def describe(plan: Plan, text_identity: str, vae_identity: str) -> dict[str, Any
         "ema": plan.ema,
         "identity": {"transformer": transformer, "text_encoder": text_identity, "vae": vae_identity},
         "precision": plan.precision,
+        "kernel": plan.kernel,
         "device": str(plan.device),
         "versions": {
             "wanloom": wanloom.__version__,
@@ -352,6 +386,6 @@ def command_of(job: "Job", facts: dict[str, Any]) -> str:
         words.append(f"--negative={job.negative}")
     for key in ("seed", "height", "width", "frames"):
         words += [f"--{key}", str(getattr(job, key))]
-    for key in ("fps", "solver", "steps", "shift", "guidance", "precision", "device"):
+    for key in ("fps", "solver", "steps", "shift", "guidance", "precision", "kernel", "device"):
         words += [f"--{key}", str(facts[key])]
     return shlex.join(words)

@@ -22,6 +22,7 @@ from wanloom.sample.solvers import Solver, SolverName, build_solver
 SPATIAL_STEP = 16  # pixels of one token, rows and columns: 8 in the VAE times 2 in the patch
 TEMPORAL_STEP = 4  # frames of one latent frame, after the first
 PIXELS_PER_LATENT = 8
+TOKENS_PER_PACK = 16_384  # of both branches; past it, a call of the model gains nothing
 
 
 class GenerateConfig(Config):
@@ -31,7 +32,6 @@ class GenerateConfig(Config):
     steps: int = 50
     shift: float = 5.0
     guidance: float = Field(5.0, ge=1)  # 1 leaves the negative prompt out
-    tokens_per_pack: int = Field(16_384, ge=1)  # of both branches; past it, a call of the model gains nothing
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def plan_packs(requests: Sequence[Request], config: GenerateConfig) -> list[list
         tokens = branches * frames * rows * cols
         if not packs or tokens > room:
             packs.append([])
-            room = config.tokens_per_pack
+            room = TOKENS_PER_PACK
         packs[-1].append(i)
         room -= tokens
     return packs
