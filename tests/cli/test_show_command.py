@@ -13,7 +13,7 @@ def test_a_recipe_is_printed_as_a_recipe(tmp_path, capsys):
     assert load_run(str(tmp_path / "shown.yaml"), []) == load_run("tiny", ["seed=3", 'data.mock="17x64x64,1x64x64"'])
     assert "# parameters: 1,782,208" in out
     assert "1,024 samples to train on, 16 held out" in out
-    assert "# step: 32 samples, " in out and "model TFLOP" in out
+    assert "# step: 16 samples, " in out and "model TFLOP" in out
 
 
 def test_the_published_models_are_shown_without_their_weights(capsys):
