@@ -13,6 +13,33 @@ def test_every_scene_is_recognised():
         assert measure(frames).agrees(scene) == (True, True, True), (index, scene, measure(frames))
 
 
+def test_the_words_mean_what_the_pixels_show():
+    """By definitions written out here: drawing and measuring share their tables, so a swap in them would cancel."""
+    phrases = {"left": "to the left", "right": "to the right", "up": "upwards", "down": "downwards"}
+    for index in range(len(shapes.SCENES)):
+        frames, scene, caption = shapes.build_clip(10, index, shapes.SCENES)
+        assert scene.color in caption and scene.shape in caption and phrases[scene.direction] in caption
+        first, last = (np.argwhere(frame.max(-1) > 128) for frame in (frames[0], frames[-1]))
+        red, green, blue = np.median(frames[frames.max(-1) > 180], axis=0) > 128
+        names = {
+            (True, False, False): "red",
+            (False, True, False): "green",
+            (False, False, True): "blue",
+            (True, True, False): "yellow",
+            (True, False, True): "purple",
+            (True, True, True): "white",
+        }
+        assert names[red, green, blue] == scene.color
+        down, right = last.mean(0) - first.mean(0)
+        assert abs(down) < 1 or abs(right) < 1
+        assert {"left": -right, "right": right, "up": -down, "down": down}[scene.direction] > 15
+        widths = np.bincount(first[:, 0])[first[:, 0].min() :]
+        upper, lower = widths[: len(widths) // 2].sum(), widths[-(len(widths) // 2) :].sum()
+        narrow_above = "triangle" if lower > 2 * upper else "neither"
+        found = "square" if np.ptp(widths) == 0 else "circle" if upper > 0.8 * lower > 0.64 * upper else narrow_above
+        assert found == scene.shape
+
+
 @pytest.mark.parametrize("size", [(48, 80), (96, 64)])
 def test_other_sizes(size):
     for index in range(0, len(shapes.SCENES), 5):
