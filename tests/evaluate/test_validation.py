@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from wanloom.data.mock import MockDataset
-from wanloom.evaluate.validation import MAX_SAMPLES, SIGMAS, build_validation
+from wanloom.evaluate import validation
+from wanloom.evaluate.validation import SIGMAS, build_validation
 from wanloom.model.weights import load_dit
 from wanloom.objective.noise import draw_noise
 
@@ -37,7 +38,23 @@ def test_it_is_the_mean_error_over_samples_and_levels(tiny_pipeline, budget):
     assert found == pytest.approx(total / count, rel=1e-5)
 
 
-def test_it_is_bounded_and_absent_without_a_val_split(tiny_pipeline):
+def test_it_is_absent_without_a_val_split(tiny_pipeline):
     model = load_dit(tiny_pipeline)
     assert build_validation(model, [MockDataset("1x64x64", 64, val_size=0)], 100, CPU, bf16=False) is None
-    assert MAX_SAMPLES * len(SIGMAS) == 320
+
+
+def test_it_reads_a_bounded_number_of_samples_from_the_start_of_each_split(tiny_pipeline, monkeypatch):
+    read = []
+
+    class Watched(MockDataset):
+        def read(self, row):
+            read.append((self.path, row.key))
+            return super().read(row)
+
+    monkeypatch.setattr(validation, "MAX_SAMPLES", 2)
+    sources = [Watched("1x32x32", 64, size=2, val_size=5), Watched("1x32x48", 64, size=2, val_size=1)]
+    validate = build_validation(load_dit(tiny_pipeline), sources, 100, CPU, bf16=False)
+    assert validate is not None
+    validate()
+    first = [(source.path, key) for source in sources for key in source.rows("val").keys[:2]]
+    assert len(first) == 3 and sorted(read) == sorted(first * len(SIGMAS))

@@ -1,7 +1,7 @@
 """Flow matching: how noise levels are drawn, what the model is asked for, and the loss as sums.
 
 In: keyed uniforms, velocities and targets of a pack. Out: sigma per sample, the noisy latents and velocity target, the
-loss as (weighted sum, plain sum, element count). The one decision: a loss is a sum, divided once by the count of the
+loss as (weighted sum, plain sum). The one decision: a loss is a sum, divided once by the count of the
 whole step, so the packing and the number of ranks do not change it. Every sampler is the inverse of a distribution
 function applied to one uniform, so that stratifying that uniform over the step stratifies every sampler.
 Rectified flow: Liu et al. 2022; logit-normal, mode and shift: Esser et al. 2024 (SD3).
@@ -52,11 +52,10 @@ class FlowConfig(Config):
 
 @dataclass(frozen=True)
 class FlowLoss:
-    """Sums over the elements of a pack, fp32 scalars, and how many elements there were."""
+    """Sums over the elements of a pack, fp32 scalars."""
 
     weighted_sum: Tensor
     plain_sum: Tensor
-    count: int
 
 
 def sample_sigma(config: FlowConfig, uniforms: Sequence[float], num_tokens: int) -> float:
@@ -113,4 +112,4 @@ def flow_loss(velocity: Tensor, target: Tensor, sigma: Tensor, lens: Sequence[in
     error = (velocity.float() - target.float()).square().sum(dim=-1)
     # by host lengths: repeat_interleave with a device tensor of counts would wait for the device
     weight = torch.cat([w.expand(n) for w, n in zip(loss_weight(config, sigma.float()), lens, strict=True)])
-    return FlowLoss((error * weight).sum(), error.detach().sum(), target.numel())
+    return FlowLoss((error * weight).sum(), error.detach().sum())
