@@ -160,7 +160,7 @@ def wait_for(what, process: subprocess.Popen) -> None:
     """Until `what()`; fails when the process ends before."""
     while not what():
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.001)
+        time.sleep(0.004)
 
 
 def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, capfd):
