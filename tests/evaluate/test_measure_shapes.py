@@ -64,6 +64,10 @@ def test_what_is_not_there_is_not_seen():
     assert measure(np.full((5, 64, 64, 3), 30, np.uint8)) == Seen(None, None, None)
     still = shapes.build_clip(8, 0)[0][:1].repeat(9, 0)
     assert measure(still).direction is None
+    moving = shapes.build_clip(8, 0, frames=10)[0]
+    assert measure(np.concatenate([moving[:1].repeat(9, 0), moving[-1:].repeat(3, 0)])).direction is None  # a jump
+    gray = moving.min(-1, keepdims=True).repeat(3, -1) + moving.max(-1, keepdims=True) // 2
+    assert measure(gray).color is None and measure(gray).direction == shapes.SEEN[0].direction
     noise = rng.integers(0, 255, (5, 64, 64, 3), dtype=np.uint8)
     assert measure(noise).shape is None
 

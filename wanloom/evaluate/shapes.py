@@ -12,7 +12,9 @@ from wanloom.data.shapes import COLORS, DIRECTIONS, SHAPES, Scene, coverage
 
 MIN_CONTRAST = 40  # of 255, between blob and background; less is noise
 MAX_AREA = 0.5  # of the picture; more is texture, not a shape on a background
+MAX_COLOR_ERROR = 100.0  # distance in RGB to the nearest of the six; gray is further from each, they are 139 apart
 MIN_TRAVEL = 0.06  # of the picture's side; less is standing still
+MIN_HALF = 0.1  # of the travel, done in each half of the clip; less is a jump at its start or end
 MIN_OVERLAP = 0.6  # intersection over union with the best outline; less is no known shape
 
 
@@ -50,15 +52,21 @@ def measure(frames: np.ndarray) -> Seen:
     )
 
 
-def _color(pixels: np.ndarray) -> str:
+def _color(pixels: np.ndarray) -> str | None:
     mean = pixels.mean(axis=0)
-    return min(COLORS, key=lambda name: float(np.square(mean - COLORS[name]).sum()))
+    error = {name: float(np.linalg.norm(mean - color)) for name, color in COLORS.items()}
+    best = min(error, key=lambda name: error[name])
+    return best if error[best] <= MAX_COLOR_ERROR else None
 
 
 def _direction(centres: np.ndarray, side: int) -> str | None:
     ends = max(1, len(centres) // 5)
-    moved = centres[-ends:].mean(axis=0) - centres[:ends].mean(axis=0)
-    if np.abs(moved).max() < MIN_TRAVEL * side:
+    start, end = centres[:ends].mean(axis=0), centres[-ends:].mean(axis=0)
+    moved, axis = end - start, int(np.argmax(np.abs(end - start)))
+    if np.abs(moved[axis]) < MIN_TRAVEL * side:
+        return None
+    half = (centres[len(centres) // 2] - start)[axis] / moved[axis]
+    if not MIN_HALF <= half <= 1 - MIN_HALF:
         return None
     return max(DIRECTIONS, key=lambda name: float(np.dot(moved, DIRECTIONS[name])))
 
