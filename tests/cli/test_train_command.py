@@ -21,6 +21,7 @@ from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order
 from wanloom.data.tar import END, tar_pair
 from wanloom.model.dit import WanDiT
+from wanloom.model.flops import forward_flops
 from wanloom.model.weights import state_dict_as
 from wanloom.objective.noise import draw_noise, draw_uniform
 from wanloom.train.checkpoint import find_checkpoint, list_checkpoints, load_weights, read_state
@@ -93,8 +94,9 @@ def test_losses_do_not_depend_on_the_packing(tmp_path, capsys):
 
 
 def test_three_steps_equal_a_plain_loop_with_diffusers_and_torch(tiny_pipeline, tmp_path):
-    """Samples, noise, loss, clipping, warm-up, decay, AdamW and the average, all together."""
-    settings = [f"model={tiny_pipeline}", "init=pretrained", "train.steps=3", "caption_dropout=0", "ema.decay=0.5"]
+    """Samples, noise, dropped captions, loss, clipping, warm-up, decay, AdamW and the average, all together."""
+    settings = [f"model={tiny_pipeline}", "init=pretrained", "train.steps=3", "caption_dropout=0.4", "ema.decay=0.5"]
+    settings += ["seed=3"]
     settings += ["schedule={kind: linear, warmup_steps: 2, min_lr_ratio: 0.0}", "clip_norm=0.5", "flow.shift=2.0"]
     settings += ["flow.sampler=uniform", "flow.mix_uniform_ratio=0", "flow.stratified=true"]
     # a large eps: with a small one the first updates are the signs of gradients, of rounding where those are near zero
@@ -114,21 +116,25 @@ def test_three_steps_equal_a_plain_loop_with_diffusers_and_torch(tiny_pipeline, 
     )
     expected = {name: p.detach().clone() for name, p in transformer.named_parameters()}
     source = MockDataset("1x64x64,9x32x32,5x48x32", text_dim=64)
-    index, order = source.rows("train"), Order([1024], [Fraction(1)], seed=0)
+    index, order = source.rows("train"), Order([1024], [Fraction(1)], seed=3)
+    empty, dropped = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)), 0  # the empty caption of --mock
     for step, lr in enumerate((0.005, 0.01, 0.01)):
-        loss, count = torch.zeros(()), 0
+        loss, count, flops = torch.zeros(()), 0, 0
         for position in range(4 * step, 4 * step + 4):
             row = index[order.at(position).index]
             sample, name = source.read(row), f"0/{row.key}"
-            u = (position % 4 + draw_uniform(0, "sigma", name, 0, 2)[0]) / 4
+            u = (position % 4 + draw_uniform(3, "sigma", name, 0, 2)[0]) / 4
             sigma = 2 * u / (1 + u)
             clean = sample.latents.float()
-            noise = draw_noise(tuple(clean.shape), 0, name, 0)
-            text = torch.cat([sample.text, torch.zeros(512 - len(sample.text), 64)])
+            noise = draw_noise(tuple(clean.shape), 3, name, 0)
+            drops = draw_uniform(3, "caption_dropout", name, 0)[0] < 0.4
+            states, dropped = empty if drops else sample.text, dropped + drops
+            text = torch.cat([states, torch.zeros(512 - len(states), 64)])
             noisy = (1 - sigma) * clean + sigma * noise
             velocity = transformer(noisy[None], torch.tensor([1000 * sigma]), text[None], return_dict=False)[0][0]
             loss = loss + (1 + 2 * sigma) * (velocity - (noise - clean)).square().sum()
             count += clean.numel()
+            flops += 3 * forward_flops(config, clean[0].numel() // 4)
         (loss / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(transformer.parameters(), 0.5)
         for group in optimizer.param_groups:
@@ -141,6 +147,9 @@ def test_three_steps_equal_a_plain_loop_with_diffusers_and_torch(tiny_pipeline, 
         assert record["weighted_loss"] == pytest.approx(loss.item() / count, rel=1e-4)
         assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.5
         assert record["lr"] == pytest.approx(lr)
+        per_token = record["model_tflops"] * 1e12 / record["tokens_per_second"]
+        assert per_token == pytest.approx(flops / (count / 64), rel=1e-6)
+    assert 0 < dropped < 12, "both kinds of captions are needed"
     for found, wanted in (
         (state_dict_as(weights, "diffusers"), dict(transformer.named_parameters())),
         (state_dict_as(average, "diffusers"), expected),
@@ -148,6 +157,17 @@ def test_three_steps_equal_a_plain_loop_with_diffusers_and_torch(tiny_pipeline, 
         assert found.keys() == wanted.keys()
         for name, value in found.items():
             torch.testing.assert_close(value, wanted[name].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_is_what_runs_when_it_is_asked_for(tmp_path, tiny_pipeline):
+    settings = [f"model={tiny_pipeline}", "init=pretrained", "train.steps=1", "log.every=1"]
+    found = {}
+    for precision in ("fp32", "bf16"):
+        assert main(words(tmp_path / precision, *settings, f"train.precision={precision}")) == 0
+        found[precision] = losses(tmp_path / precision)[0]["loss"]
+    assert 1e-6 < abs(found["bf16"] / found["fp32"] - 1) < 0.02
+    _, weights = load_weights(find_checkpoint(tmp_path / "bf16"), ema=False)
+    assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
