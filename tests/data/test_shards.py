@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -180,3 +181,12 @@ def test_an_address_that_cannot_be_opened_is_a_sentence(
         monkeypatch.setattr("fsspec.core.get_filesystem_class", fail)
     with pytest.raises(UserError, match=message):
         Dataset.open(path)
+
+
+def test_a_shard_cut_while_it_is_in_use_is_an_error_and_not_a_dead_process(tmp_path):
+    dataset = Dataset.open(write_folder(tmp_path))
+    rows = dataset.rows("train")
+    dataset.read(rows[0])
+    os.truncate(tmp_path / rows[0].shard, 600)
+    with pytest.raises(UserError, match=r"'clip2' in .*shard-000000.tar is damaged \(0 of \d+ bytes\)"):
+        dataset.read(rows[2])

@@ -2,17 +2,17 @@
 
 In: a folder (or any fsspec address) of WebDataset tars made by `wanloom prepare`, or by others with the same members.
 Out: `Index` (what planning and packing need, without touching a shard) and `Sample` (latents, text, caption). The one
-decision: the index holds byte ranges, so a sample is one read at a known place and never a scan; on a local disk the
-read is a memory map. Every sample is checked against its sha256. A folder without an index is scanned once.
+decision: the index holds byte ranges, so a sample is one read at a known place and never a scan. It is a read and no
+memory map: a file that is cut while it is mapped kills the process without a word. Every sample is checked against its
+sha256. A folder without an index is scanned once.
 """
 
 import hashlib
 import io
 import logging
-import mmap
 from collections import Counter
 from collections.abc import Iterable
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 INDEX = "index.parquet"
 DONE = "prepare.json"  # written last: the folder is complete
 WORK = ".work"  # what prepare keeps while it runs
-OPEN_SHARDS = 64  # memory maps kept; each holds a file descriptor
 
 
 class Row(NamedTuple):
@@ -112,7 +111,6 @@ class Dataset:
         self.fs, self.root = url_to_fs(path)
         self.table = table.combine_chunks()
         self.is_local = "file" in _protocols(self.fs)
-        self._map = lru_cache(OPEN_SHARDS)(self._open_map)
 
     @classmethod
     def open(cls, path: str | Path) -> "Dataset":
@@ -170,14 +168,12 @@ class Dataset:
     def _bytes(self, row: Row) -> bytes:
         try:
             if self.is_local:
-                return self._map(row.shard)[row.offset : row.offset + row.size]
+                with open(f"{self.root}/{row.shard}", "rb") as file:
+                    file.seek(row.offset)
+                    return file.read(row.size)
             return self.fs.cat_file(f"{self.root}/{row.shard}", start=row.offset, end=row.offset + row.size)
-        except (OSError, ValueError) as error:  # mmap of an empty file is a ValueError
+        except (OSError, ValueError) as error:
             raise UserError(f"The sample '{row.key}' in {self.path}/{row.shard} cannot be read: {error}") from error
-
-    def _open_map(self, shard: str) -> mmap.mmap:
-        with open(f"{self.root}/{shard}", "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _check_shards(self) -> None:
         """Every shard is there and long enough: a lost or cut file is named now and not after hours."""
