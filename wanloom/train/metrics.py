@@ -39,9 +39,21 @@ class LogConfig(Config):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics.jsonl; a last line cut off by a kill is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of a metrics.jsonl; a last line cut off by a kill is left out. Raises UserError for other damage."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [_parse(path, number, line) for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, float]:
+    try:
+        record = json.loads(line)
+    except ValueError:  # of json, or no text
+        record = None
+    if not isinstance(record, dict) or "step" not in record:
+        raise UserError(
+            f"Line {number} of {path} is damaged: delete the line, or move the file away. No checkpoint depends on it."
+        )
+    return record
 
 
 class Metrics:
