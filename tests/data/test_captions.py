@@ -1,6 +1,7 @@
 """Every form of captions, their order, their conflicts and their mistakes."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -137,3 +138,24 @@ def test_tables_that_cannot_be_understood(tmp_path: Path) -> None:
     table.unlink()
     with pytest.raises(UserError, match="cannot be read"):
         read(tmp_path, ["a.mp4"])
+
+
+def test_hostile_captions_are_problems_of_their_file(tmp_path: Path) -> None:
+    """Half a surrogate pair cannot be stored, deep nesting ends the parser, a pipe is never read to its end."""
+    put(tmp_path, a_json='{"caption": "x \\ud800 y"}', b_json="[" * 200_000, d_txt="fine")
+    os.mkfifo(tmp_path / "c.txt")
+    files = {"a.json", "b.json", "c.txt", "d.txt"}
+    got = read_captions(tmp_path, ["a.mp4", "b.mp4", "c.mp4", "d.mp4"], files)
+    reasons = [str(got.found[name]) for name in ("a.mp4", "b.mp4", "c.mp4")]
+    for reason, words in zip(reasons, ("half of a surrogate pair", "nested too deeply", "is a pipe"), strict=True):
+        assert words in reason
+    assert got.found["d.mp4"] == Caption("fine", "d.txt")
+    table = tmp_path / "metadata.jsonl"
+    for text, words in (('{"file": "a.mp4", "caption": "\\ud800"}', "surrogate"), ("[" * 200_000, "nested")):
+        table.write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_captions(tmp_path, ["a.mp4"], {table.name})
+    table.unlink()
+    os.mkfifo(table)
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        read_captions(tmp_path, ["a.mp4"], {table.name})

@@ -9,6 +9,7 @@ it is listed; a sidecar that cannot be read is a problem of that file alone.
 import csv
 import io
 import json
+import stat
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -71,14 +72,14 @@ def read_captions(root: Path, media: list[str], files: set[str], key: str | None
 
 def read_sidecar(root: Path, name: str, key: str | None) -> Caption | Problem:
     """The caption in one sidecar file."""
+    if is_special(root / name):
+        return Problem(f"{name} is a pipe or a device, not a file")
     try:
         text = (root / name).read_text(encoding="utf-8-sig")
         if name.endswith(".json"):
-            value: Any = _from_object(json.loads(text), name, key or "caption")
+            value: Any = _from_object(_parse(text), name, key or "caption")
         elif name.endswith(".jsonl"):
-            values = [
-                _from_object(json.loads(line), name, key or "caption") for line in text.splitlines() if line.strip()
-            ]
+            values = [_from_object(_parse(line), name, key or "caption") for line in text.splitlines() if line.strip()]
             if len(set(values)) > 1:
                 return Problem(f"{name} has {len(set(values))} different captions, one is needed")
             value = values[0] if values else ""
@@ -91,6 +92,26 @@ def read_sidecar(root: Path, name: str, key: str | None) -> Caption | Problem:
     except ValueError as error:  # json's errors are ValueErrors too
         return Problem(str(error) if str(error).startswith(name) else f"{name} is not valid JSON: {error}")
     return Caption(value.strip(), name) if value.strip() else Problem(f"{name} is empty")
+
+
+def is_special(path: Path) -> bool:
+    """Whether this, or what a link leads to, is a pipe or a device: reading it may never end."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:  # reading it will say why
+        return False
+
+
+def _parse(text: str) -> Any:
+    """JSON whose text can be written as UTF-8. Raises ValueError."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("it holds half of a surrogate pair, which is no character") from error
+    return value
 
 
 def _from_object(value: Any, name: str, key: str) -> str:
@@ -125,12 +146,14 @@ def read_table(root: Path, files: set[str], key: str | None) -> tuple[dict[str, 
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    if is_special(path):
+        raise ValueError("it is a pipe or a device, not a file")
     if path.suffix == ".parquet":
         table = pq.read_table(path)
         return table.column_names, table.to_pylist()
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [_parse(line) for line in text.splitlines() if line.strip()]
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("a line is no JSON object")
         return sorted({column for row in rows for column in row}), rows

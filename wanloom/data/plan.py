@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from wanloom.config import UserError
-from wanloom.data.captions import SIDECARS, TABLES, Caption, read_captions
+from wanloom.data.captions import SIDECARS, TABLES, Caption, is_special, read_captions
 from wanloom.data.video import kind_of
 
 
@@ -109,6 +109,8 @@ def build_plan(
         found = captions.found.get(name)
         if not _is_text(name):
             entry = replace(entry, source=ascii(name)[1:-1], drop="broken", reason="its name is not valid UTF-8")
+        elif is_special(root / name):
+            entry = replace(entry, drop="broken", reason="is a pipe or a device, not a file")
         elif mode == "image" and entry.kind == "video":
             entry = replace(
                 entry, drop="not taken", reason="a video, --mode image takes images only (see --mode frames)"
