@@ -308,6 +308,30 @@ def test_a_finished_folder_is_left_alone(mixed: Path, tmp_path: Path) -> None:
     assert contents(out) == before and not log.exists()
 
 
+def test_a_finished_folder_with_a_lost_or_damaged_file_is_one_sentence(tmp_path: Path) -> None:
+    put_image(tmp_path / "in", "a.png", "one", level=9)
+    run(tmp_path / "in", tmp_path / "out")
+    for name in ("report.json", "prepare.json"):
+        whole = (tmp_path / "out" / name).read_bytes()
+        for damage in (b"{", b"[]", b"{}", b"\xff"):
+            (tmp_path / "out" / name).write_bytes(damage)
+            with pytest.raises(UserError, match=rf"{name}' cannot be read .*restore it, or prepare into a new folder"):
+                run(tmp_path / "in", tmp_path / "out")
+        (tmp_path / "out" / name).write_bytes(whole)
+    (tmp_path / "out" / "report.json").unlink()
+    with pytest.raises(UserError, match=r"report.json' cannot be read .*No such file"):
+        run(tmp_path / "in", tmp_path / "out")
+
+
+def test_pipes_and_devices_are_dropped_unread(tmp_path: Path) -> None:
+    put_image(tmp_path / "in", "a.png", "one", level=9)
+    os.mkfifo(tmp_path / "in" / "pipe.mp4")
+    (tmp_path / "in" / "endless.mp4").symlink_to("/dev/zero")
+    dropped = run(tmp_path / "in", tmp_path / "out").report["dropped"]
+    assert [(drop["file"], drop["kind"]) for drop in dropped] == [("endless.mp4", "broken"), ("pipe.mp4", "broken")]
+    assert all("is a pipe or a device" in drop["reason"] for drop in dropped)
+
+
 def test_changed_options_and_models_ask_for_a_new_folder(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     put_image(source, "a.png", "a", 10)

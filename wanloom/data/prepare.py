@@ -102,7 +102,7 @@ def _prepare(
         refuse_drops(plan)
     if (out / DONE).exists():
         spool.remove()
-        return Finished(json.loads((out / REPORT).read_text()), True)
+        return Finished(_read(out / REPORT, "samples"), True)
     if not saved.exists():
         # the plan last: where it is, the folder is known to be begun, and with what
         write_atomic(spool.work / DONE, _dump({"settings": settings, "input": plan.fingerprint}))
@@ -124,8 +124,19 @@ def _started(out: Path) -> dict[str, Any] | None:
     """What the folder was begun, or finished, with."""
     for path in (out / DONE, out / WORK / DONE):
         if path.exists():
-            return json.loads(path.read_text())
+            return _read(path, "settings", "input")
     return None
+
+
+def _read(path: Path, *keys: str) -> dict[str, Any]:
+    """A json file of a prepared folder. Raises UserError when it is missing or damaged."""
+    try:
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict) or not values.keys() >= set(keys):
+            raise ValueError(f"it has no {' and '.join(keys)}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): restore it, or prepare into a new folder.") from error
+    return values
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
