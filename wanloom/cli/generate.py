@@ -123,7 +123,8 @@ def run(arguments: argparse.Namespace) -> int:
         flush=True,
     )
     text, text_identity = encode_texts(plan)
-    print(f"text: {len(text)} prompts encoded, {time.monotonic() - began:.1f} s with loading", flush=True)
+    took = time.monotonic() - began
+    print(f"text: {len(text)} prompts encoded, negative ones included, {took:.1f} s with loading", flush=True)
     model, vae = load_model(plan)
     facts = describe(plan, text_identity, vae.identity)
     denoise, decode = make_all(plan, model, vae, text, facts)

@@ -47,7 +47,8 @@ def read_prompts(path: Path) -> list[PromptLine]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The prompts in '{path}' cannot be read: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"The prompts in '{path}' cannot be read: {reason}.") from error
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"'{path}' holds no prompt.")
