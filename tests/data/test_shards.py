@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -190,3 +191,37 @@ def test_a_shard_cut_while_it_is_in_use_is_an_error_and_not_a_dead_process(tmp_p
     os.truncate(tmp_path / rows[0].shard, 600)
     with pytest.raises(UserError, match=r"'clip2' in .*shard-000000.tar is damaged \(0 of \d+ bytes\)"):
         dataset.read(rows[2])
+
+
+def rewrite_index(folder: Path, column: str, values: list, kind: pa.DataType | None = None) -> None:
+    """Put other values in a column of the index."""
+    table = pq.read_table(folder / INDEX)
+    place = table.schema.get_field_index(column)
+    changed = pa.array(values, type=kind or table.schema.field(column).type)
+    write_atomic(folder / INDEX, encode_index(table.set_column(place, column, changed)))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "kind", "message"),
+    [
+        ("tokens", [None] * 6, None, "of another version"),
+        ("tokens", ["1"] * 6, pa.string(), "of another version"),
+        ("offset", [512.0] * 6, pa.float64(), "of another version"),
+        ("shard", ["../elsewhere/shard.tar"] * 6, None, "outside of the folder"),
+        ("shard", ["/etc/shard.tar"] * 6, None, "outside of the folder"),
+        ("key", ["clip0"] * 6, None, "'clip0' is in '.*' 6 times"),
+    ],
+)
+def test_an_index_that_is_not_ours_is_refused(tmp_path, column, values, kind, message):
+    rewrite_index(write_folder(tmp_path), column, values, kind)
+    with pytest.raises(UserError, match=message):
+        Dataset.open(tmp_path)
+
+
+@pytest.mark.parametrize("column", ["tokens", "frames", "text_len"])
+def test_an_index_that_says_other_sizes_than_the_sample_is_an_error(tmp_path, column):
+    """Packing counts on these: a sample that is larger than its row would burst its pack."""
+    rewrite_index(write_folder(tmp_path), column, [1, 1, 1, 1, 1, 99])
+    dataset = Dataset.open(tmp_path)
+    with pytest.raises(UserError, match="the index says other sizes"):
+        dataset.read(dataset.rows("train")[0])

@@ -10,10 +10,11 @@ sha256. A folder without an index is scanned once.
 import hashlib
 import io
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import fsspec
@@ -134,8 +135,7 @@ class Dataset:
             raise UserError(f"The index of '{path}' is damaged: delete {INDEX} to have it built again.") from error
         except OSError as error:
             raise UserError(f"'{path}' cannot be read: {error}") from error
-        if table.schema.names != SCHEMA.names:
-            raise UserError(f"The index of '{path}' is of another version: delete {INDEX} to have it built again.")
+        _check_index(table, path)
         dataset = cls(path, table)
         dataset._check_shards()
         return dataset
@@ -158,9 +158,13 @@ class Dataset:
                 tensors = load(data)
             except SafetensorError as error:
                 problem = str(error)
-        if problem or not {"latents", "text"} <= tensors.keys():
+        if not problem and not {"latents", "text"} <= tensors.keys():
+            problem = "a tensor is missing"
+        if not problem and not _is_as_planned(row, tensors):
+            problem = f"the index says other sizes: delete {INDEX}"
+        if problem:
             raise UserError(
-                f"The sample '{row.key}' in {self.path}/{row.shard} is damaged ({problem or 'a tensor is missing'}): "
+                f"The sample '{row.key}' in {self.path}/{row.shard} is damaged ({problem}): "
                 "restore the file or prepare the folder again."
             )
         return Sample(row.key, tensors["latents"], tensors["text"], row.caption)
@@ -251,11 +255,27 @@ def scan_folder(fs: fsspec.AbstractFileSystem, root: str, path: str) -> pa.Table
         split = "val" if shard.split("/")[0] in ("val", "valid", "validation") else "train"
         with fs.open(tar, "rb") as file:
             tables.append(build_table(index_rows(scan_tar(cast(BinaryIO, file), f"{path}/{shard}"), shard, split)))
-    table = pa.concat_tables(tables)
+    return pa.concat_tables(tables)
+
+
+def _check_index(table: pa.Table, path: str) -> None:
+    """Raises UserError unless the index is what this version writes: it decides what is read, and from where."""
+    if not table.schema.equals(SCHEMA) or any(column.null_count for column in table.columns):
+        raise UserError(f"The index of '{path}' is of another version: delete {INDEX} to have it built again.")
+    for shard in table["shard"].unique().to_pylist():
+        if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
+            raise UserError(f"The index of '{path}' names '{shard}', which is outside of the folder: do not use it.")
     key, number = Counter(table["key"].to_pylist()).most_common(1)[0] if len(table) else ("", 0)
     if number > 1:
         raise UserError(f"The key '{key}' is in '{path}' {number} times: every sample needs its own.")
-    return table
+
+
+def _is_as_planned(row: Row, tensors: dict[str, Tensor]) -> bool:
+    """Whether the sample has the sizes that packing counted on."""
+    shape = (row.channels, row.frames, row.height, row.width)
+    if tuple(tensors["latents"].shape) != shape or len(tensors["text"]) != row.text_len:
+        return False
+    return math.prod(grid_of(shape)) == row.tokens
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:
