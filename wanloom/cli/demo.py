@@ -89,7 +89,11 @@ def clear(out: Path) -> None:
         marker = out / "README.txt"
         if not marker.is_file() or MARKER not in marker.read_text(encoding="utf-8"):
             raise UserError(f"'{out}' is not empty and was not made by wanloom demo: give another folder with --out.")
-        shutil.rmtree(out)
+        for entry in out.iterdir():  # the marker stays: killed in the middle, the folder is still known as a demo's
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry != marker:
+                entry.unlink()
     out.mkdir(parents=True, exist_ok=True)
     (out / "README.txt").write_text(f"{MARKER}; it is replaced when the demo runs again.\n", encoding="utf-8")
 
