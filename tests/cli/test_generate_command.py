@@ -286,7 +286,7 @@ def test_mistakes_in_prompt_files_name_the_line(tiny_pipeline, tmp_path, capsys,
     (tmp_path / name).write_text(text)
     words = ["--model", str(tiny_pipeline), "--prompts", str(tmp_path / name), *SMALL, *out_at(tmp_path)]
     expect_mistake(capsys, words, message)
-    expect_mistake(capsys, [*words[:2], "--prompts", str(tmp_path / "none.txt"), *SMALL], "cannot be read: No such file")
+    expect_mistake(capsys, [*words[:2], "--prompts", str(tmp_path / "none.txt"), *SMALL], "read: No such file")
 
 
 def test_a_negative_prompt_that_nothing_reads_is_an_error_in_a_file_too(tiny_pipeline, tmp_path, capsys):
