@@ -161,3 +161,12 @@ def test_mistakes_are_one_sentence_and_leave_nothing(trained, tiny_pipeline, tmp
     monkeypatch.setattr("shutil.copytree", full)
     expect([str(trained), out], "cannot be written: No space left on device")
     assert {p.name for p in tmp_path.iterdir()} == {"there", "half"}
+
+
+def test_what_a_killed_start_left_is_cleared(trained, tmp_path):
+    left = tmp_path / ".out.partial"
+    left.mkdir()
+    (left / "half.safetensors").write_bytes(b"cut")
+    assert main(["convert", str(trained), str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert not (tmp_path / "out" / "half.safetensors").exists()

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     trained = open_trained(arguments.source)
     needed = COPIED[1:] if arguments.layout == "diffusers" else ("tokenizer",)
     pipeline = find_pipeline(arguments.model or trained.model, needed)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    temporary = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a start that was killed: tens of GB for a large model
     try:
         temporary.mkdir(parents=True)
         if arguments.layout == "diffusers":
