@@ -34,7 +34,7 @@ def trained(tiny_pipeline, tmp_path_factory) -> Path:
             for prefix in ("model.", "ema.")
         }
         state = {"step": step, "model": model.config.model_dump()}
-        saver.save(step, tensors, state, f"model: {json.dumps(str(tiny_pipeline))}\n")
+        saver.save(step, tensors, state, json.dumps({"model": str(tiny_pipeline), "ema": {"decay": 0.9}}))
     saver.wait()
     saver.close()
     return run_dir

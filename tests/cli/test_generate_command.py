@@ -42,7 +42,8 @@ def save_checkpoint(run_dir: Path, pipeline: Path, ema: bool) -> None:
             tensors[prefix + name] = value + 0.02 * torch.randn(value.shape, generator=generator)
     saver = Checkpointer(run_dir, CheckpointConfig())
     state = {"step": 30, "model": model.config.model_dump()}
-    saver.save(30, tensors, state, f"model: {json.dumps(str(pipeline))}\n")
+    recipe = {"model": str(pipeline), "ema": {"decay": 0.9 if ema else None}}
+    saver.save(30, tensors, state, json.dumps(recipe))  # JSON is YAML
     saver.wait()
     saver.close()
 
@@ -310,7 +311,8 @@ def test_a_model_of_no_known_size_asks_for_one(tiny_pipeline, tmp_path, capsys):
     expect_mistake(capsys, words, "give --height, --width and --frames")
 
 
-def test_a_run_without_an_average_says_so(tiny_pipeline, tmp_path, capsys):
+def test_a_run_without_an_average_says_so_before_anything_is_encoded(tiny_pipeline, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("wanloom.cli.generate.encode_texts", lambda plan: pytest.fail("encoded first"))
     save_checkpoint(tmp_path / "run", tiny_pipeline, ema=False)
     words = ["--checkpoint", str(tmp_path / "run"), "--ema", "--prompt", "x", *SMALL, *out_at(tmp_path)]
     expect_mistake(capsys, words, "has no averaged weights")

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     if out.exists():
         raise UserError(f"'{out}' is there already: give a new folder.")
-    trained = open_trained(arguments.source)
+    trained = open_trained(arguments.source, arguments.ema)
     needed = COPIED[1:] if arguments.layout == "diffusers" else ("tokenizer",)
     pipeline = find_pipeline(arguments.model or trained.model, needed)
     temporary = out.with_name(f".{out.name}.partial")

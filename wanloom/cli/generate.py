@@ -149,7 +149,7 @@ def build_plan(arguments: argparse.Namespace) -> Plan:
     from wanloom.sample.solvers import build_solver
 
     check_arguments(arguments)
-    trained = open_trained(arguments.checkpoint) if arguments.checkpoint else None
+    trained = open_trained(arguments.checkpoint, arguments.ema) if arguments.checkpoint else None
     name = arguments.model or (trained.model if trained else "tiny")
     pipeline = find_pipeline(name, PARTS if trained else (*PARTS, "transformer"))
     model_config = trained.config if trained else read_config(pipeline)

@@ -40,14 +40,19 @@ class Trained:
         return model.to(device)
 
 
-def open_trained(run_or_step: Path) -> Trained:
-    """The newest checkpoint of a run, or the checkpoint itself. Raises UserError if there is none."""
+def open_trained(run_or_step: Path, ema: bool = False) -> Trained:
+    """The newest checkpoint of a run, or the checkpoint itself.
+
+    Raises UserError if there is none, or with `ema` if the run kept no average: before anything slow is done.
+    """
     path = find_checkpoint(run_or_step)
     state = read_state(path)
     try:
         recipe = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))
-        model = recipe["model"]
+        model, average = recipe["model"], recipe["ema"]["decay"]
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise UserError(f"{path / 'run.yaml'} does not tell the model of the run: {error}.") from error
+    if ema and not average:
+        raise UserError(f"{path} has no averaged weights: the run was trained without ema.decay. Leave --ema out.")
     digest = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
     return Trained(path, state["step"], model, build_config(DiTConfig, state["model"]), digest[:16])
