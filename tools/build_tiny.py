@@ -1,7 +1,7 @@
 """Make the tiny Wan pipeline that ships in wanloom/assets/tiny.
 
-    python tools/build_tiny.py vae  --work build/tiny          # about an hour on one core; goes on where it was stopped
-    python tools/build_tiny.py text --work build/tiny          # seconds
+    python tools/build_tiny.py vae  --work build/tiny          # 35 minutes on 2 shared cores; goes on where stopped
+    python tools/build_tiny.py text --work build/tiny          # a minute or two
     python tools/build_tiny.py pipeline --work build/tiny --out wanloom/assets/tiny
 
 `vae` trains an AutoencoderKLWan of small widths on the clips of wanloom.data.shapes: single frames first, then clips
@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/tiny"))
     parser.add_argument("--out", type=Path, default=Path("wanloom/assets/tiny"))
     parser.add_argument("--transformer", type=Path, help="for `pipeline`: a trained one, as wanloom convert writes it")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)

@@ -195,9 +195,10 @@ def machine() -> str:
 
 def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
     """The logged losses by step, plain and smoothed; the held-out loss where it was measured."""
+    from wanloom.train.metrics import read_metrics
+
     raw, smooth, held_out, average = [], [], [], None
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_metrics(path):
         average = row["loss"] if average is None else 0.7 * average + 0.3 * row["loss"]
         raw.append((row["step"], row["loss"]))
         smooth.append((row["step"], average))
