@@ -72,7 +72,8 @@ def job(out: Path) -> list[list[str]]:
     """The commands of the demo, as a user would type them: bf16 where the machine computes in it, else it is slow."""
     import torch
 
-    quick = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    # the public torch.cpu.get_capabilities is not documented for torch 2.11
+    quick = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     speed = "train.precision=bf16" if quick else "train.precision=fp32 train.steps=2600"
     size = f"--height {SIZE} --width {SIZE} --frames {FRAMES}"
     lines = (
