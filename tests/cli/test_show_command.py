@@ -1,5 +1,8 @@
 """`wanloom show` on a recipe, a run and a prepared folder."""
 
+import shutil
+
+import pytest
 import yaml
 
 from wanloom.cli import main
@@ -51,3 +54,12 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
     assert "There is no recipe 'nothing'." in capsys.readouterr().err
     assert main(["show", str(tmp_path)]) == 2
     assert "holds no prepared data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}"])
+def test_a_damaged_note_of_a_data_set_is_a_sentence(tmp_path, prepared, capsys, damage):
+    folder = tmp_path / "data"
+    shutil.copytree(prepared[0], folder)
+    (folder / "prepare.json").write_text(damage)
+    assert main(["show", str(folder)]) == 2
+    assert "prepare.json is damaged" in capsys.readouterr().err

@@ -62,6 +62,16 @@ def test_without_a_terminal_there_is_a_line_per_record():
     assert out.getvalue().startswith("step 20/30  loss 0.2500  lr 1.00e-03  1,234 tokens/s  val loss 0.5000  0:00 left")
 
 
+def test_the_time_left_is_at_the_speed_of_now_and_not_of_a_slow_start(monkeypatch):
+    clock = iter([0.0, 1000.0, 1010.0])  # the start, step 10 after a stall, step 20
+    monkeypatch.setattr("wanloom.train.metrics.time.monotonic", lambda: next(clock))
+    out = io.StringIO()
+    with ProgressLine(0, 120, Console(file=out, width=200)) as progress:
+        progress.show(record(10, 0.5))
+        progress.show(record(20, 0.5))
+    assert out.getvalue().splitlines()[-1].endswith("1:40 left")
+
+
 def test_on_a_terminal_the_line_is_live():
     out = io.StringIO()
     console = Console(file=out, width=120, force_terminal=True, highlight=False)

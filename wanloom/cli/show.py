@@ -115,6 +115,7 @@ def show_run(path: Path) -> None:
 
 def show_data(path: Path) -> None:
     """Samples, sizes and captions of a prepared folder."""
+    from wanloom.config import UserError
     from wanloom.data.shards import Dataset
 
     source = Dataset.open(path)
@@ -130,4 +131,8 @@ def show_data(path: Path) -> None:
         print(f"  {index[i].key}: {index[i].caption}")
     settings = path / "prepare.json"
     if settings.is_file():
-        print(f"  prepared with: {json.dumps(json.loads(settings.read_text()))}")
+        try:
+            used = json.loads(settings.read_text(encoding="utf-8"))["settings"].items()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{settings} is damaged: restore it or prepare the folder again.") from error
+        print("  prepared with: " + ", ".join(f"{name} {value}" for name, value in used if value is not None))

@@ -119,8 +119,7 @@ class ProgressLine:
     def __init__(self, start_step: int, num_steps: int, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._num_steps = num_steps
-        self._began = time.monotonic()
-        self._start_step = start_step
+        self._seen = start_step, time.monotonic()  # the last record's step, and when
         self._live: Progress | None = None
         if self.console.is_terminal:
             columns = (
@@ -158,7 +157,9 @@ class ProgressLine:
             self._live.update(self._task, completed=int(record["step"]), text=text)
             return
         done = int(record["step"])
-        left = (time.monotonic() - self._began) / (done - self._start_step) * (self._num_steps - done)
+        before, then = self._seen
+        self._seen = done, time.monotonic()
+        left = (self._seen[1] - then) / (done - before) * (self._num_steps - done)  # at the speed of now
         self.say(f"step {done}/{self._num_steps}  {text}  {format_seconds(left)} left")
 
     def say(self, text: str) -> None:
