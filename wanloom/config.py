@@ -20,6 +20,14 @@ class UserError(Exception):
     """A mistake or a limit that the user can do something about; the message says what."""
 
 
+def sentence_of(error: UserError | OSError) -> str:
+    """What to tell the user of an error."""
+    if isinstance(error, UserError):
+        return str(error)
+    name = "" if error.filename is None else f"'{error.filename}' cannot be used: "
+    return f"{name}{error.strerror or error}."
+
+
 class Config(BaseModel):
     """Unknown keys and wrong types are errors; values never change after loading."""
 

@@ -1,17 +1,60 @@
-"""Where a process computes. One process takes the first GPU where there is one, else the CPU."""
+"""The processes of a run: who this one is, on what device, and how they agree.
+
+In: what torchrun says in the environment; without it there is one process and no process group. Out: rank and world
+size, a process group (gloo, and NCCL beside it where there are GPUs), and the few exchanges of host values that the
+rest needs. The one decision: a mistake on one rank is a mistake of the run: `together` makes every rank raise the same
+sentence, and `say_once` prints it once. Host values travel as JSON over gloo.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from wanloom.config import UserError
+from wanloom.config import UserError, sentence_of
+
+TIMEOUT = timedelta(minutes=30)  # the first step of a large model compiles, a checkpoint is read
+SAID = "wanloom/said"
+WAIT_FOR_RANK_0 = 5.0  # seconds
+# what gloo and NCCL say when the other end is gone; both raise plain RuntimeErrors
+LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out", "NCCL")
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device of this process: the one asked for, or the first GPU (CUDA_VISIBLE_DEVICES hides some), or the CPU.
+    """The device of this process: the one asked for, or its GPU (CUDA_VISIBLE_DEVICES hides some), or the CPU.
 
-    Raises UserError when the one asked for is none, or cannot be used.
+    The processes of one machine take one GPU each, in order. Raises UserError when the one asked for is none, or
+    cannot be used, or when a machine has more processes than GPUs.
     """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if name is None or (name == "cuda" and torch.cuda.is_available()):
+        if world_size() == 1:
+            return torch.device("cuda")
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"This machine has {torch.cuda.device_count()} GPUs and more processes than that: start at most one "
+                "process for each GPU."
+            )
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"The device '{name}' cannot be used: there is no GPU that torch can use. Leave --device out.")
     try:
@@ -20,3 +63,78 @@ def pick_device(name: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without that device
         raise UserError(f"The device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the other processes for the time of the block; nothing for a run of one process."""
+    if world_size() == 1:
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What every rank (of the group) has to say, in the order of ranks; anything that JSON can hold."""
+    if world_size() == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([len(data)]), group)
+    padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
+    padded[: len(data)] = data
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group)
+    return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
+
+
+@contextmanager
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """A block without exchanges that every rank enters: a mistake on one rank is raised on all when it ends.
+
+    Raises UserError, the same on every rank, for a UserError or an OSError on any.
+    """
+    if world_size() == 1:
+        yield
+        return
+    cause = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        cause = error
+    found = gather(None if cause is None else sentence_of(cause), group)
+    wrong = [i for i, message in enumerate(found) if message is not None]
+    if wrong:
+        where = "" if len(wrong) == len(found) else f"On rank {wrong[0]}: "
+        raise UserError(where + found[wrong[0]]) from cause
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    gather(None)
+
+
+def says_first(message: str) -> bool:
+    """Whether this rank is the one to print `message`: rank 0, or another one when rank 0 does not say the same."""
+    if world_size() == 1 or not dist.is_initialized():
+        return rank() == 0
+    store = dist.distributed_c10d._get_default_store()
+    key = f"{SAID}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # the store outlives a restart
+    if rank() == 0:
+        store.set(key, message)
+        return True
+    deadline = time.monotonic() + WAIT_FOR_RANK_0
+    while time.monotonic() < deadline:
+        if store.check([key]) and store.get(key).decode() == message:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error means that another process of the run is gone."""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or any(words in str(error) for words in LOST))

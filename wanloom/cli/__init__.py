@@ -6,11 +6,13 @@ OSError is printed as one sentence and ends with exit code 2; a command that was
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 import wanloom
-from wanloom.config import UserError, nearest
+from wanloom.config import UserError, nearest, sentence_of
 
 COMMANDS = {
     "prepare": "turn a folder of videos and images into a training set",
@@ -45,15 +47,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=f"wanloom {name}", description=command.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_arguments(parser)
+    arguments = parser.parse_intermixed_args(words[1:])
+    return _run_one(command, arguments) if os.environ.get("WORLD_SIZE", "1") == "1" else _run_rank(command, arguments)
+
+
+def _run_one(command: ModuleType, arguments: argparse.Namespace) -> int:
     try:
-        return command.run(parser.parse_intermixed_args(words[1:]))
-    except UserError as error:
-        return _fail(str(error))
-    except OSError as error:  # commands that know more say it themselves
-        name = "" if error.filename is None else f"'{error.filename}' cannot be used: "
-        return _fail(f"{name}{error.strerror or error}.")
+        return command.run(arguments)
+    except (UserError, OSError) as error:  # commands that know more of an OSError say it themselves
+        return _fail(sentence_of(error))
     except KeyboardInterrupt:
         return _fail("Stopped.", 130)
+
+
+def _run_rank(command: ModuleType, arguments: argparse.Namespace) -> int:
+    """One of the processes of a run: joined to the others, and what all have to say is said once."""
+    from wanloom.dist import is_lost, process_group, rank, says_first
+
+    with process_group():
+        try:
+            return command.run(arguments)
+        except (UserError, OSError) as error:
+            message, code = sentence_of(error), 2
+        except KeyboardInterrupt:
+            message, code = "Stopped.", 130
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            return _fail(f"rank {rank()} has lost another rank, which ended or hangs and says why itself.", 1)
+        return _fail(message if rank() == 0 else f"rank {rank()}: {message}", code) if says_first(message) else code
 
 
 def _fail(message: str, code: int = 2) -> int:
