@@ -173,7 +173,7 @@ def test_bf16_weights_stay_closer_to_fp32_than_diffusers():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         autocast = model(samples.pack, samples.sigma)
     cast_weights(model, torch.bfloat16)
-    assert model.blocks[0].ffn[0].weight.dtype == torch.bfloat16
+    assert model.blocks["0"].ffn[0].weight.dtype == torch.bfloat16
     out = model(samples.pack, samples.sigma)
     theirs = torch.cat(run_reference(reference, samples, 512))
     assert out.dtype == torch.float32

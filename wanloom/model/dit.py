@@ -71,9 +71,19 @@ class Conditions(NamedTuple):
     context_bias: Tensor  # (S,) fp32, added to the logits of each text key
     context_lens: tuple[int, ...]
     rotation: Tensor  # (T, head_dim/2) complex64, of queries and keys
-    video_lens: tuple[int, ...]
-    video_runs: tuple[Run, ...]
+    video_lens: tuple[int, ...]  # of the tokens that attend here
+    sequence_lens: tuple[int, ...]  # what self-attention spans
+    token_runs: tuple[Run, ...]  # of the residual stream
     dtype: torch.dtype  # in which the Linears run
+
+
+class Stream(NamedTuple):
+    """What goes from block to block and, in a pipeline, from stage to stage."""
+
+    x: Tensor  # (T, dim) fp32, the residual stream
+    e: Tensor  # (N, dim) fp32, the embedded noise levels
+    modulation: Tensor  # (N, 6, dim) fp32
+    context: Tensor  # (S, dim) projected text, compute dtype
 
 
 class Linear32(nn.Linear):
@@ -122,6 +132,8 @@ def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: tuple[Run, ..
     rows = zip(split_runs(x, layout), split(shift, samples), split(scale, samples), samples, strict=True)
     out = []
     for part, offset, factor, count in rows:
+        if not len(part):  # the samples have no token here
+            continue
         if count == 1:  # as the norm's own affine: one pass over memory, and nothing more kept for the backward pass
             out.append(F.layer_norm(part, shape, factor[0], offset[0], eps))
         else:
@@ -135,6 +147,8 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: tuple[Run, ...]) -> Te
     samples = [run.samples for run in layout]
     out = []
     for x_part, y_part, factor in zip(split_runs(x, layout), split_runs(y, layout), split(gate, samples), strict=True):
+        if not len(x_part):
+            continue
         shape = (factor.shape[0], -1)
         out.append(torch.addcmul(x_part.unflatten(0, shape), y_part.unflatten(0, shape), factor[:, None]).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
@@ -195,12 +209,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cond: Conditions) -> Tensor:
         """The residual stream `x (T, dim)` fp32, in and out."""
-        layout, lens = cond.video_runs, cond.video_lens
+        layout, lens = cond.token_runs, cond.sequence_lens
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = self.modulation(cond.modulation)
         y = modulate_norm(x, shift_attn, scale_attn, layout, self.eps).to(cond.dtype)
         x = add_gated(x, self.self_attn(y, y, lens, lens, rotation=cond.rotation), gate_attn, layout)
         y = self.norm3(x).to(cond.dtype)
-        x = x + self.cross_attn(y, cond.context, lens, cond.context_lens, k_bias=cond.context_bias)
+        x = x + self.cross_attn(y, cond.context, cond.video_lens, cond.context_lens, k_bias=cond.context_bias)
         y = modulate_norm(x, shift_ffn, scale_ffn, layout, self.eps).to(cond.dtype)
         return add_gated(x, self.ffn(y), gate_ffn, layout)
 
@@ -223,7 +237,11 @@ class Head(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """(pack, sigma) -> velocity tokens. May be built on the meta device and filled later."""
+    """(pack, sigma) -> velocity tokens. May be built on the meta device and filled later.
+
+    A stage of a pipeline is a WanDiT with some of its blocks, the embeddings only if it is the first and the head only
+    if it is the last: parts are taken away from outside, and the names of those that stay do not change.
+    """
 
     def __init__(self, config: DiTConfig, kernel: str = "auto") -> None:
         super().__init__()
@@ -235,62 +253,82 @@ class WanDiT(nn.Module):
         )
         self.time_embedding = nn.Sequential(Linear32(config.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
-        self.blocks = nn.ModuleList([Block(config, kernel) for _ in range(config.num_layers)])
+        self.blocks = nn.ModuleDict({str(i): Block(config, kernel) for i in range(config.num_layers)})
         self.head = Head(config)
+        self.has_head = True  # False where a pipeline has taken it away
 
-    def forward(self, pack: Pack, sigma: Tensor) -> Tensor:
+    def forward(self, pack: Pack, sigma: Tensor, stream: Stream | None = None) -> Tensor | Stream:
         """Velocity `(T, C*4)` fp32 for the noisy tokens of `pack` at noise levels `sigma (N,)`, fp32 or fp64.
 
-        Raises ValueError when a caption has more states than the model has text slots.
+        A later stage of a pipeline is given the stream of the stage before it, and one without the head returns its
+        own. Raises ValueError when a caption has more states than the model has text slots.
         """
         if sigma.shape != (len(pack.video_lens),) or sigma.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"sigma is {sigma.dtype} {tuple(sigma.shape)}, not one fp32 value for each sample")
         dtype = self.compute_dtype(pack.tokens.device.type)
-        e = self.time_embedding(time_features(sigma, self.config.freq_dim))
-        context, bias, context_lens = self.embed_text(pack, dtype)
+        text = fold_text(pack.text_lens, self.config.text_slots)
+        if stream is None:
+            stream = self.embed(pack, sigma, text.rows, dtype)
         cond = Conditions(
-            modulation=self.time_projection(e).unflatten(1, (6, -1)),
-            context=context,
-            context_bias=bias,
-            context_lens=context_lens,
+            modulation=stream.modulation,
+            context=stream.context,
+            context_bias=torch.tensor(text.bias, device=stream.x.device),
+            context_lens=text.lens,
             rotation=rope_table(pack.positions, self.config.dim // self.config.num_heads),
             video_lens=pack.video_lens,
-            video_runs=tuple(runs(pack.video_lens)),
+            sequence_lens=pack.sequence_lens,
+            token_runs=tuple(runs(pack.token_lens)),
             dtype=dtype,
         )
-        x = self.patch_embedding(pack.tokens.to(dtype)).float()
-        for block in self.blocks:
+        x = stream.x
+        for block in self.blocks.values():
             x = block(x, cond)
-        return self.head(x, e, cond.video_runs)
+        return self.head(x, stream.e, cond.token_runs) if self.has_head else stream._replace(x=x)
+
+    def embed(self, pack: Pack, sigma: Tensor, text_rows: list[int], dtype: torch.dtype) -> Stream:
+        """The stream before the first block."""
+        e = self.time_embedding(time_features(sigma, self.config.freq_dim))
+        text = torch.cat([pack.text, pack.text.new_zeros(1, pack.text.shape[1])]).to(dtype)
+        rows = torch.tensor(text_rows, device=text.device)
+        return Stream(
+            x=self.patch_embedding(pack.tokens.to(dtype)).float(),
+            e=e,
+            modulation=self.time_projection(e).unflatten(1, (6, -1)),
+            context=self.text_embedding(text).index_select(0, rows),
+        )
 
     def compute_dtype(self, device: str) -> torch.dtype:
         """In which dtype the Linears run: autocast's where it is on, else that of the weights."""
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
-        return self.patch_embedding.weight.dtype
+        return next(p.dtype for name, p in self.blocks.named_parameters() if not keeps_fp32(name))
 
-    def embed_text(self, pack: Pack, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """Projected text `(S, dim)`, the bias of each key `(S,)`, and the number of keys of each sample.
 
-        The model attends to `text_slots` keys, of which the unused are zero before the projection and so all equal
-        after it. n equal keys weigh in the softmax as one whose logit is larger by log(n): one key stands for them all.
-        """
-        slots, device = self.config.text_slots, pack.text.device
-        if max(pack.text_lens) > slots:
-            raise ValueError(f"a caption has {max(pack.text_lens)} text states, the model has {slots} slots")
-        zero_row = pack.text.shape[0]
-        text = torch.cat([pack.text, pack.text.new_zeros(1, pack.text.shape[1])]).to(dtype)
-        rows, bias, first = [], [], 0
-        for length in pack.text_lens:
-            rows += range(first, first + length)
-            bias += [0.0] * length
-            if length < slots:
-                rows.append(zero_row)
-                bias.append(math.log(slots - length))
-            first += length
-        context = self.text_embedding(text).index_select(0, torch.tensor(rows, device=device))
-        lens = tuple(length + (length < slots) for length in pack.text_lens)
-        return context, torch.tensor(bias, device=device), lens
+class TextKeys(NamedTuple):
+    """The text keys of a pack: rows of its text states, of which one past the end stands for zeros."""
+
+    rows: list[int]  # (S,)
+    bias: list[float]  # (S,) added to the logits of each key
+    lens: tuple[int, ...]  # keys of each sample
+
+
+def fold_text(text_lens: Sequence[int], slots: int) -> TextKeys:
+    """Which text states are keys. Raises ValueError for a caption longer than the slots.
+
+    The model attends to `slots` keys, of which the unused are zero before the projection and so all equal after it.
+    n equal keys weigh in the softmax as one whose logit is larger by log(n): one key stands for them all.
+    """
+    if max(text_lens) > slots:
+        raise ValueError(f"a caption has {max(text_lens)} text states, the model has {slots} slots")
+    rows, bias, first, zero_row = [], [], 0, sum(text_lens)
+    for length in text_lens:
+        rows += range(first, first + length)
+        bias += [0.0] * length
+        if length < slots:
+            rows.append(zero_row)
+            bias.append(math.log(slots - length))
+        first += length
+    return TextKeys(rows, bias, tuple(length + (length < slots) for length in text_lens))
 
 
 def time_features(sigma: Tensor, freq_dim: int) -> Tensor:

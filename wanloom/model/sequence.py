@@ -19,12 +19,21 @@ ROPE_THETA = 10_000.0
 Grid = tuple[int, int, int]  # frames, rows, columns of tokens
 
 
+class Part(NamedTuple):
+    """What a pack is a part of, when several processes share one packed sequence."""
+
+    token_lens: tuple[int, ...]  # those of each sample that are in `tokens`, which may be fewer than in `positions`
+    sequence_lens: tuple[int, ...]  # tokens of each sample of the whole sequence; self-attention spans it
+
+
 @dataclass(frozen=True)
 class Pack:
     """One packed sequence of N samples: what one forward pass takes.
 
     tokens `(T, C*4)`, positions `(T, 3)` int64 (frame, row, column inside the sample), text `(L, text_dim)` unpadded.
     The lengths are host integers: every kernel needs them on the host, and reading them back from a GPU would stall it.
+    On one process `part` is None. Else it says what the pack is a part of: `positions` and `video_lens` are the tokens
+    that attend here, `tokens` those of them whose residual stream is here.
     """
 
     tokens: Tensor
@@ -32,9 +41,20 @@ class Pack:
     text: Tensor
     video_lens: tuple[int, ...]  # tokens of each sample; sums to T
     text_lens: tuple[int, ...]  # text states of each sample; sums to L, 0 is allowed
+    part: Part | None = None
+
+    @property
+    def token_lens(self) -> tuple[int, ...]:
+        """Tokens of each sample in `tokens`; 0 is allowed where the pack is a part."""
+        return self.part.token_lens if self.part else self.video_lens
+
+    @property
+    def sequence_lens(self) -> tuple[int, ...]:
+        """Tokens of each sample in the whole sequence."""
+        return self.part.sequence_lens if self.part else self.video_lens
 
     def __post_init__(self) -> None:
-        if sum(self.video_lens) != self.tokens.shape[0] or self.positions.shape != (self.tokens.shape[0], 3):
+        if sum(self.token_lens) != self.tokens.shape[0] or self.positions.shape != (sum(self.video_lens), 3):
             raise ValueError(
                 f"video_lens {self.video_lens}, tokens {tuple(self.tokens.shape)}, "
                 f"positions {tuple(self.positions.shape)} disagree"
