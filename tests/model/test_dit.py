@@ -203,7 +203,7 @@ def test_what_runs_in_which_dtype(mode):
                 )
             )
     streams: list[torch.dtype] = []
-    for block in model.blocks:
+    for block in model.blocks.values():
         block.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0].dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
         model(samples.pack, samples.sigma)
