@@ -20,6 +20,7 @@ from wanloom.data.packing import BatchConfig
 from wanloom.model.dit import CONFIGS, DiTConfig
 from wanloom.model.weights import read_config
 from wanloom.objective.flow import PRESETS, FlowConfig
+from wanloom.parallel.mesh import ParallelConfig
 from wanloom.train.checkpoint import CheckpointConfig
 from wanloom.train.ema import EmaConfig
 from wanloom.train.loop import TrainConfig
@@ -32,8 +33,17 @@ PUBLISHED = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-t2v-14b",
 }
 # What a resumed run may change: it alters neither the samples nor the steps that are done. `train.steps` moves the end
-# of a linear or cosine schedule, a kernel or a pack changes the rounding; the data itself is known by its fingerprint.
-MAY_CHANGE = ("run_dir", "train.steps", "train.kernel", "batch.tokens_per_pack", "checkpoint.*", "log.*", "data.*")
+# of a linear or cosine schedule; a kernel, a pack or a layout changes the rounding; data is known by its fingerprint.
+MAY_CHANGE = (
+    "run_dir",
+    "train.steps",
+    "train.kernel",
+    "batch.tokens_per_pack",
+    "checkpoint.*",
+    "log.*",
+    "data.*",
+    "parallel.*",
+)
 
 
 class Run(Config):
@@ -54,6 +64,7 @@ class Run(Config):
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
 
 def recipe_names() -> list[str]:
