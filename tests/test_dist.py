@@ -1,4 +1,10 @@
-"""One device per process, and a sentence when it cannot be had."""
+"""One device per process, a sentence when it cannot be had, and what several processes agree on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,3 +34,46 @@ def test_a_device_that_cannot_be_had(name, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
         pick_device(name)
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess:
+    """Two processes that run a script (or `-m` a module), started as a user would."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_two_ranks_agree(tmp_path):
+    result = torchrun("tests/two_ranks.py", "agree", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    zero, one = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+    expected = [{"rank": 0, "text": "ä", "none": None}, {"rank": 1, "text": "ä" * 1001, "none": None}]
+    assert zero["gathered"] == one["gathered"] == expected
+    assert (zero["in a group"], one["in a group"]) == ([0], [1])
+    assert zero["one"] == one["one"] == "On rank 1: no such file"
+    assert zero["all"] == one["all"] == "bad"
+    assert zero["none"] == one["none"] == "agreed"
+    assert zero["system"] == one["system"] == "On rank 0: 'x.tar' cannot be used: No such file or directory."
+    assert (zero["same"], one["same"]) == (True, False)
+    assert (zero["other"], one["other"]) == (True, True), "what rank 0 does not say, another does"
+
+
+def test_a_mistake_of_all_is_said_once(tmp_path):
+    words = ["--mock=1x64x64", f"run_dir={tmp_path / 'run'}", "train.stepz=3"]
+    result = torchrun("-m", "wanloom", "train", "tiny", *words)
+    said = [line for line in result.stderr.splitlines() if line.startswith("wanloom: ")]
+    assert said == ["wanloom: There is no setting 'train.stepz'. Did you mean 'train.steps'?"], result.stderr
+    assert result.returncode != 0 and "wanloom/cli" not in result.stderr
+    assert result.stderr.count("exitcode  : 2") + result.stderr.count("exitcode  : -15") == 2, result.stderr
+
+
+def test_a_lost_rank_is_a_sentence():
+    start = "import sys; from wanloom.cli.launch import run_processes as r; sys.exit(r(2, sys.argv[1:]))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", start, "tests/two_ranks.py", "lose"]
+    result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 7, "that of the rank that died"
+    assert result.stderr == "wanloom: rank 0 has lost another rank, which ended or hangs and says why itself.\n"

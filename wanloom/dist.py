@@ -8,6 +8,8 @@ sentence, and `say_once` prints it once. Host values travel as JSON over gloo.
 
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +24,9 @@ from wanloom.config import UserError, sentence_of
 TIMEOUT = timedelta(minutes=30)  # the first step of a large model compiles, a checkpoint is read
 SAID = "wanloom/said"
 WAIT_FOR_RANK_0 = 5.0  # seconds
-# what gloo and NCCL say when the other end is gone; both raise plain RuntimeErrors
-LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out", "NCCL")
+# what gloo (a plain RuntimeError) and NCCL (a DistBackendError, as for its other errors) say of the other end
+LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
+LOST += ("ncclRemoteError", "communicator was aborted", "Watchdog caught")
 
 
 def rank() -> int:
@@ -71,11 +74,26 @@ def process_group() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
+    follow_launcher()
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def follow_launcher() -> None:
+    """Stop as by SIGTERM when torch's launcher, which would say so, is killed: a run never goes on unwatched."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -137,4 +155,5 @@ def says_first(message: str) -> bool:
 
 def is_lost(error: RuntimeError) -> bool:
     """Whether an error means that another process of the run is gone."""
-    return world_size() > 1 and (isinstance(error, dist.DistError) or any(words in str(error) for words in LOST))
+    kinds = (dist.DistNetworkError, dist.DistStoreError)
+    return world_size() > 1 and (isinstance(error, kinds) or any(words in str(error) for words in LOST))

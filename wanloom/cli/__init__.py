@@ -8,7 +8,9 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 
 import wanloom
@@ -48,34 +50,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_arguments(parser)
     arguments = parser.parse_intermixed_args(words[1:])
-    return _run_one(command, arguments) if os.environ.get("WORLD_SIZE", "1") == "1" else _run_rank(command, arguments)
-
-
-def _run_one(command: ModuleType, arguments: argparse.Namespace) -> int:
+    run = _choose(command, arguments, words)
     try:
-        return command.run(arguments)
+        return _run_one(run) if os.environ.get("WORLD_SIZE", "1") == "1" else _run_rank(run)
+    except KeyboardInterrupt:  # a rank that still joins the others
+        return 130
+
+
+def _choose(command: ModuleType, arguments: argparse.Namespace, words: list[str]) -> Callable[[], int]:
+    """What this process does: the command, or start it several times."""
+    if getattr(arguments, "nproc", None) is None and getattr(arguments, "max_restarts", None) is None:
+        return partial(command.run, arguments)
+    from wanloom.cli.launch import launch
+
+    return partial(launch, arguments, words)
+
+
+def _run_one(run: Callable[[], int]) -> int:
+    try:
+        return run()
     except (UserError, OSError) as error:  # commands that know more of an OSError say it themselves
         return _fail(sentence_of(error))
     except KeyboardInterrupt:
         return _fail("Stopped.", 130)
 
 
-def _run_rank(command: ModuleType, arguments: argparse.Namespace) -> int:
+def _run_rank(run: Callable[[], int]) -> int:
     """One of the processes of a run: joined to the others, and what all have to say is said once."""
     from wanloom.dist import is_lost, process_group, rank, says_first
 
-    with process_group():
-        try:
-            return command.run(arguments)
-        except (UserError, OSError) as error:
-            message, code = sentence_of(error), 2
-        except KeyboardInterrupt:
-            message, code = "Stopped.", 130
-        except RuntimeError as error:
-            if not is_lost(error):
-                raise
-            return _fail(f"rank {rank()} has lost another rank, which ended or hangs and says why itself.", 1)
-        return _fail(message if rank() == 0 else f"rank {rank()}: {message}", code) if says_first(message) else code
+    try:
+        with process_group():
+            try:
+                return run()
+            except (UserError, OSError) as error:
+                message, code = sentence_of(error), 2
+            except KeyboardInterrupt:
+                message, code = "Stopped.", 130
+            if not says_first(message):
+                return code
+            return _fail(message if rank() == 0 else f"rank {rank()}: {message}", code)
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        code = _fail(f"rank {rank()} has lost another rank, which ended or hangs and says why itself.", 1)
+        time.sleep(1)  # a launcher shall see the other one first: its exit code is the reason
+        return code
 
 
 def _fail(message: str, code: int = 2) -> int:

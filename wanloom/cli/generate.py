@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import wanloom
+from wanloom.cli import launch
 from wanloom.config import UserError, build_config
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
@@ -88,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="such as cpu or cuda:1; default: the first GPU where there is one")
     add("--out", type=Path, default=Path("generated"), help="folder, default: generated")
     add("--overwrite", action="store_true", help="replace files of the same name")
+    launch.add_arguments(parser, restarts=False)
 
 
 class Plan(NamedTuple):

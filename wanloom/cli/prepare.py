@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wanloom.cli import launch
 from wanloom.config import UserError, build_config
 from wanloom.signals import StopSignal
 
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for name, keywords in options.items():
             group.add_argument(name, **keywords)
+    launch.add_arguments(parser, restarts=False)
 
 
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import wanloom
+from wanloom.cli import launch
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
     import torch
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHAPES",
         help="made-up data (frames x height x width), such as 81x480x832,1x480x832*4",
     )
+    launch.add_arguments(parser, restarts=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

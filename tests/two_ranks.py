@@ -1,0 +1,57 @@
+"""What each of two ranks does under torchrun for `test_dist.py`: it writes down what it saw."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed
+
+from wanloom import cli
+from wanloom.cli import show
+from wanloom.config import UserError
+from wanloom.dist import barrier, gather, process_group, rank, says_first, together
+
+
+def agree(out: Path) -> None:
+    """Gather, agree on mistakes, and find out who says what."""
+    seen = {}
+    with process_group():
+        me = rank()
+        seen["gathered"] = gather({"rank": me, "text": "ä" * (1 + 1000 * me), "none": None})
+        alone = [torch.distributed.new_group([i]) for i in range(2)]
+        seen["in a group"] = gather(me, alone[me])
+        for name, wrong in (("one", {1: "no such file"}), ("all", {0: "bad", 1: "bad"}), ("none", {})):
+            try:
+                with together():
+                    if me in wrong:
+                        raise UserError(wrong[me])
+                seen[name] = "agreed"
+            except UserError as error:
+                seen[name] = str(error)
+        try:
+            with together():
+                if me == 0:
+                    raise FileNotFoundError(2, "No such file or directory", "x.tar")
+        except UserError as error:
+            seen["system"] = str(error)
+        seen["same"] = says_first("the same")
+        barrier()
+        seen["other"] = says_first(f"other words, {me}")
+    (out / f"{me}.json").write_text(json.dumps(seen))
+
+
+def lose(_) -> int:
+    """Rank 1 dies while rank 0 waits for it."""
+    barrier()
+    if rank() == 1:
+        os._exit(7)
+    barrier()
+    return 0
+
+
+if sys.argv[1] == "agree":
+    agree(Path(sys.argv[2]))
+else:
+    show.run = lose
+    sys.exit(cli.main(["show", "x"]))
