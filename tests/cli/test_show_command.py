@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from wanloom.cli import main
-from wanloom.recipes.run import load_run
+from wanloom.cli.show import show_plan
+from wanloom.recipes.run import load_run, model_config, use_mock
 
 
 def test_a_recipe_is_printed_as_a_recipe(tmp_path, capsys):
@@ -27,6 +28,16 @@ def test_the_published_models_are_shown_without_their_weights(capsys):
     assert "4.0 packs" in out and "packs: 100.0% full" in out
     flops = float(out.split("% full; step: ")[1].split(" ")[0].replace(",", ""))
     assert abs(flops / (4 * 5035.1) - 1) < 0.01
+
+
+def test_a_plan_for_several_ranks_says_how_even_they_are(capsys):
+    run = load_run("tiny", use_mock([], "17x64x64,1x64x64"), None)
+    show_plan(run, model_config(run.model), ranks=4)
+    out = capsys.readouterr().out
+    balance = float(out.split("# ranks: 4, balance ")[1].split(":")[0])
+    assert 1 <= balance < 1.1
+    show_plan(run, model_config(run.model))
+    assert "balance" not in capsys.readouterr().out
 
 
 def test_runs_and_folders_are_summarised(tmp_path, prepared, capsys):

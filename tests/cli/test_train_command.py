@@ -72,7 +72,7 @@ def test_two_runs_are_bit_equal_and_write_what_they_promise(tmp_path, capsys):
     records = read_metrics(tmp_path / "a" / "metrics.jsonl")
     assert [r["step"] for r in records] == [2, 4, 5]
     wanted = {"loss", "weighted_loss", "lr", "grad_norm", "samples", "tokens", "packing_efficiency", *TIMES}
-    assert all(wanted <= r.keys() for r in records)
+    assert all(wanted <= r.keys() and r["balance"] == 1 for r in records)
     assert ["val_loss" in r for r in records] == [False, True, False]
     assert [r["samples"] for r in records] == [8, 16, 20]
     assert [p.name for p in list_checkpoints(tmp_path / "a")] == ["step_0000004", "step_0000005"]

@@ -15,10 +15,11 @@ from wanloom.data.packing import BatchConfig
 MIX = "17x64x64,1x64x64*2,9x32x64"
 
 
-def build_plan(sources=None, mix=None, samples=6, budget=200, seed=1) -> Plan:
+def build_plan(sources=None, mix=None, samples=6, budget=200, seed=1, ranks=1) -> Plan:
     sources = sources or [MockDataset(MIX, text_dim=8, size=20)]
     mix = mix or [SourceConfig(path=s.path) for s in sources]
-    return Plan(sources, mix, BatchConfig(samples=samples, tokens_per_pack=budget), seed, lambda n: float(n * n))
+    batch = BatchConfig(samples=samples, tokens_per_pack=budget)
+    return Plan(sources, mix, batch, seed, lambda n: float(n * n), ranks)
 
 
 def names(step) -> list[list[tuple[str, int]]]:
@@ -29,8 +30,8 @@ def uses(step) -> list[tuple[str, int]]:
     return [use for pack in names(step) for use in pack]
 
 
-def take(plan: Plan, sources, start: int, count: int) -> list:
-    with Loader(sources, plan, start, lambda step: step) as loader:
+def take(plan: Plan, sources, start: int, count: int, rank: int = 0) -> list:
+    with Loader(sources, plan, start, lambda step: step, rank=rank) as loader:
         return [step for step, _ in zip(loader, range(count), strict=False)]
 
 
@@ -59,7 +60,41 @@ def test_packs_keep_the_budget_and_put_equal_lengths_side_by_side():
             lens = [(n, item.sample.text.shape[0]) for n, item in zip(tokens, pack, strict=True)]
             assert lens == sorted(lens)
             total += sum(tokens)
-        assert step.efficiency == pytest.approx(total / (200 * len(step.packs)))
+        assert step.totals.num_tokens == total and step.totals.num_samples == 12 and step.totals.balance == 1
+        assert step.totals.efficiency == pytest.approx(total / (200 * len(step.packs)))
+
+
+@pytest.mark.parametrize("samples", [5, 30])
+def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks(samples):
+    sources = [MockDataset(MIX, text_dim=8, size=20)]
+    union, sums = {}, {}
+    for ranks in (1, 2, 4, 8):
+        plan = build_plan(sources, samples=samples, budget=120, ranks=ranks)
+        shares = [take(plan, sources, 3, 4, rank) for rank in range(ranks)]
+        for steps in zip(*shares, strict=True):
+            assert len({len(step.packs) for step in steps}) == 1  # all ranks take part in every round
+            assert len({step.totals for step in steps}) == 1
+            items = sorted((item for step in steps for pack in step.packs for item in pack), key=lambda i: i.position)
+            union.setdefault(ranks, []).append([(item.position, item.name, item.draw) for item in items])
+            totals = steps[0].totals
+            tokens = [item.sample.latents[0].numel() // 4 for item in items]
+            assert totals.num_tokens == sum(tokens) and totals.num_samples == samples == len(items)
+            budget = 120 * ranks * len(steps[0].packs)
+            assert totals.efficiency == pytest.approx(sum(tokens) / budget)
+            # the ranks of a round wait for the costliest pack
+            work = [[sum((i.sample.latents[0].numel() // 4) ** 2 for i in pack) for pack in s.packs] for s in steps]
+            waiting = sum(max(of_round) for of_round in zip(*work, strict=True))
+            assert totals.balance == pytest.approx(waiting * ranks / sum(map(sum, work)))
+            sums.setdefault(ranks, []).append((totals.num_samples, totals.num_tokens, totals.flops))
+    assert union[1] == union[2] == union[4] == union[8]
+    assert sums[1] == sums[2] == sums[4] == sums[8]
+
+
+def test_a_step_may_take_a_small_source_several_times():
+    sources = [MockDataset(MIX, text_dim=8, size=20)]
+    (step,) = take(build_plan(sources, samples=50), sources, 1, 1)
+    assert len(set(uses(step))) == 50  # positions 50 to 99: the passes 2 to 4, each with noise of its own
+    assert {draw for _, draw in uses(step)} == {2, 3, 4}
 
 
 def test_two_sources_are_mixed_and_keep_their_names_apart():

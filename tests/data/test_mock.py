@@ -17,6 +17,15 @@ def test_shapes_that_cannot_be_are_named(wrong):
         parse_shapes(wrong)
 
 
+def test_every_shape_comes_as_often_as_asked_for():
+    # a mix longer than the set, and one that does not divide it
+    for mix, size, rows in (("1x64x64*30,9x32x64", 20, 31), ("17x64x64,1x64x64*2", 20, 21)):
+        shapes = MockDataset(mix, text_dim=8, size=size).rows("train").shapes[:, 1].tolist()
+        assert len(shapes) == rows
+        one = len(parse_shapes(mix))
+        assert sorted(shapes) == sorted([s[0] for s in parse_shapes(mix)] * (rows // one))
+
+
 def test_samples_are_repeatable_and_different():
     data = MockDataset("17x64x64,1x32x64", text_dim=8, channels=4, size=6, val_size=2)
     train, val = data.rows("train"), data.rows("val")

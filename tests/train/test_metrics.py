@@ -62,6 +62,14 @@ def test_without_a_terminal_there_is_a_line_per_record():
     assert out.getvalue().startswith("step 20/30  loss 0.2500  lr 1.00e-03  1,234 tokens/s  val loss 0.5000  0:00 left")
 
 
+def test_the_balance_is_shown_where_ranks_can_wait_for_each_other():
+    for ranks in (1, 8):
+        out = io.StringIO()
+        with ProgressLine(10, 30, Console(file=out, width=200), ranks) as progress:
+            progress.show(record(20, 0.25) | {"balance": 1.034})
+        assert ("tokens/s  balance 1.03  0:00 left" in out.getvalue()) == (ranks > 1)
+
+
 def test_the_time_left_is_at_the_speed_of_now_and_not_of_a_slow_start(monkeypatch):
     clock = iter([0.0, 1000.0, 1010.0])  # the start, step 10 after a stall, step 20
     monkeypatch.setattr("wanloom.train.metrics.time.monotonic", lambda: next(clock))

@@ -14,7 +14,15 @@ from wanloom.model.sequence import patchify
 from wanloom.model.weights import load_dit, state_dict_as
 from wanloom.objective.flow import FlowConfig
 from wanloom.objective.noise import draw_noise, draw_uniform
-from wanloom.train.step import NonFiniteError, Objective, build_batch, clip_gradients, forward_backward, train_step
+from wanloom.train.step import (
+    NonFiniteError,
+    Objective,
+    build_batch,
+    build_input,
+    clip_gradients,
+    forward_backward,
+    train_step,
+)
 
 CPU = torch.device("cpu")
 TEXT_DIM = 64
@@ -22,18 +30,18 @@ FLOW = FlowConfig(sampler="logit_normal", logit_std=1.5, shift=2.5, mix_uniform_
 EMPTY = torch.randn(1, TEXT_DIM, generator=torch.Generator().manual_seed(3))
 
 
-def read_step(budget: int, samples: int = 7, step: int = 2):
-    """The packs of one step over clips and images of three sizes."""
-    sources = [MockDataset("17x64x64,1x64x64*2,9x32x48", TEXT_DIM, size=9)]
-    plan = Plan(sources, [SourceConfig(path="")], BatchConfig(samples=samples, tokens_per_pack=budget), 5, float)
-    with Loader(sources, plan, step, lambda made: made) as loader:
+def read_step(budget: int, samples: int = 7, step: int = 2, rank: int = 0, ranks: int = 1):
+    """The packs of one step of a rank over clips and images of three sizes."""
+    sources = [MockDataset("17x64x64,1x64x64*2,9x32x48", TEXT_DIM, size=12)]
+    batch = BatchConfig(samples=samples, tokens_per_pack=budget)
+    plan = Plan(sources, [SourceConfig(path="")], batch, 5, float, ranks)
+    with Loader(sources, plan, step, lambda made: made, rank=rank) as loader:
         return next(iter(loader))
 
 
 def objective(**changes) -> Objective:
-    return Objective(
-        **{"flow": FLOW, "seed": 5, "num_samples": 7, "caption_dropout": 0.4, "empty_text": EMPTY} | changes
-    )
+    fixed = {"flow": FLOW, "seed": 5, "num_samples": 7, "channels": 16, "text_dim": TEXT_DIM}
+    return Objective(**fixed | {"caption_dropout": 0.4, "empty_text": EMPTY} | changes)
 
 
 def reference_loss(transformer, items, flow: FlowConfig) -> tuple[torch.Tensor, float, int]:
@@ -104,6 +112,45 @@ def test_a_step_does_not_depend_on_the_packing(tiny_pipeline):
         assert other == pytest.approx(results[0], rel=1e-5)
 
 
+@pytest.mark.parametrize(("budget", "ranks", "num_empty"), [(80, 2, 0), (130, 4, 0), (5000, 8, 1)])
+def test_gradients_and_losses_of_the_ranks_add_up_to_those_of_one(tiny_pipeline, budget, ranks, num_empty):
+    def losses_of(batch):
+        weighted, plain = forward_backward(model, batch, FLOW, CPU, bf16=False)
+        return torch.stack([weighted.sum(), plain.sum()]).double() / batch.num_elements
+
+    def gradients():
+        return {name: p.grad.double() for name, p in model.named_parameters()}
+
+    model = load_dit(tiny_pipeline)
+    expected = losses_of(build_batch(read_step(budget), objective()))
+    reference = gradients()
+    found, empty, summed = torch.zeros(2, dtype=torch.float64), 0, dict.fromkeys(reference, 0.0)
+    for rank in range(ranks):
+        batch = build_batch(read_step(budget, rank=rank, ranks=ranks), objective())
+        filled = [made for made in batch.inputs if made.pack.video_lens]
+        empty += len(batch.inputs) - len(filled)
+        if not filled:
+            continue
+        model.zero_grad()
+        found += losses_of(batch._replace(inputs=filled))
+        summed = {name: summed[name] + grad for name, grad in gradients().items()}
+    assert empty == num_empty
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    for name, grad in reference.items():
+        assert (summed[name] - grad).abs().max() <= 1e-5 * grad.abs().max(), name
+
+
+def test_an_empty_pack_has_no_tokens_and_no_samples():
+    made = build_input([], objective())
+    assert made.pack.tokens.shape == made.target.shape == (0, 64) and made.pack.positions.shape == (0, 3)
+    assert made.pack.text.shape == (0, TEXT_DIM) and made.sigma.shape == (0,)
+    assert made.pack.video_lens == made.pack.text_lens == ()
+    full = build_input(read_step(1000).packs[0], objective())
+    for a, b in ((made.pack.tokens, full.pack.tokens), (made.pack.positions, full.pack.positions)):
+        assert a.dtype == b.dtype and a.shape[1:] == b.shape[1:]
+    assert made.pack.text.shape[1:] == full.pack.text.shape[1:] and made.pack.text.dtype == full.pack.text.dtype
+
+
 def test_stratified_levels_use_the_place_in_the_step():
     flow = FlowConfig(sampler="uniform", shift=1.0, stratified=True)
     batch = build_batch(read_step(1000), objective(flow=flow, caption_dropout=0.0))
@@ -120,7 +167,7 @@ def test_inputs_are_the_noised_samples_in_their_order():
         noisy, velocity = pack.tokens[first : first + n], target[first : first + n]
         torch.testing.assert_close(noisy - s * velocity, clean, atol=2e-6, rtol=0)
         first += n
-    assert batch.num_tokens == first and batch.num_samples == 7
+    assert batch.totals.num_tokens == first and batch.totals.num_samples == 7
     assert sigma.dtype == torch.float32
 
 

@@ -63,24 +63,26 @@ def show_recipe(run: "Run") -> None:
         print("# data: none given; add data.path=FOLDER to see samples, packs and FLOPs of a step")
 
 
-def show_plan(run: "Run", config: "DiTConfig") -> None:
-    """Samples, packs and FLOPs of a step, planned from the index alone."""
+def show_plan(run: "Run", config: "DiTConfig", ranks: int = 1) -> None:
+    """Samples, packs and FLOPs of a step over `ranks` data ranks, planned from the index alone."""
     from wanloom.data.loader import Plan, open_sources
     from wanloom.model.flops import train_flops
 
     sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
-    plan = Plan(sources, run.data.resolved(), run.batch, run.seed, lambda tokens: train_flops(config, tokens))
+    plan = Plan(sources, run.data.resolved(), run.batch, run.seed, lambda tokens: train_flops(config, tokens), ranks)
     for source, weight in zip(sources, plan.shares(), strict=True):
         print(f"# data: {describe(source)}, {weight:.0%} of the samples")
     steps = [plan.packs(step) for step in range(min(STEPS_PLANNED, run.train.steps))]
-    packs = sum(len(step) for step in steps)
-    tokens = [plan.tokens(position) for step in steps for pack in step for position in pack]
-    flops = sum(train_flops(config, n) for n in tokens)
-    efficiency = sum(tokens) / (packs * run.batch.tokens_per_pack)
-    print(
-        f"# step: {run.batch.samples} samples, {sum(tokens) / len(steps):,.0f} tokens, {packs / len(steps):.1f} packs"
-    )
+    totals = [plan.totals(packs) for packs in steps]
+    num_packs = sum(len(packs) for packs in steps)
+    tokens = sum(step.num_tokens for step in totals)
+    flops = sum(step.flops for step in totals)
+    efficiency = tokens / (num_packs * run.batch.tokens_per_pack)
+    print(f"# step: {run.batch.samples} samples, {tokens / len(steps):,.0f} tokens, {num_packs / len(steps):.1f} packs")
     print(f"# packs: {efficiency:.1%} full; step: {flops / len(steps) / 1e12:,.3f} model TFLOP")
+    if ranks > 1:
+        balance = sum(step.balance for step in totals) / len(steps)
+        print(f"# ranks: {ranks}, balance {balance:.3f}: how much longer a step takes than with equal packs")
     print(f"# run: {run.train.steps:,} steps, {run.train.steps * run.batch.samples:,} samples")
 
 

@@ -88,7 +88,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
     checkpointer = Checkpointer(run_dir, run.checkpoint)
     newest = checkpointer.last()
     state = resume_state(run, newest, plan)
-    progress = ProgressLine(state.step, run.train.steps)
+    progress = ProgressLine(state.step, run.train.steps, ranks=plan.ranks)
     if state.step >= run.train.steps:
         progress.say(f"{run_dir} is complete at step {state.step}; a higher train.steps goes on from there.")
         return None
@@ -101,7 +101,13 @@ def start(run: "Run", run_dir: Path) -> int | None:
     write_atomic(run_dir / "run.yaml", dump_run(run).encode())
     parts = build_parts(run, config, device, newest, state, plan, sources, progress)
     objective = Objective(
-        run.flow, run.seed, run.batch.samples, run.caption_dropout, empty_text(run, run_dir, config.text_dim, device)
+        flow=run.flow,
+        seed=run.seed,
+        num_samples=run.batch.samples,
+        caption_dropout=run.caption_dropout,
+        empty_text=empty_text(run, run_dir, config.text_dim, device),
+        channels=config.in_channels,
+        text_dim=config.text_dim,
     )
     settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log)
     assemble = partial(build_batch, objective=objective)
@@ -193,7 +199,6 @@ def build_parts(
     import torch
 
     from wanloom.evaluate.validation import build_validation
-    from wanloom.model.flops import train_flops
     from wanloom.recipes.run import dump_run
     from wanloom.train.checkpoint import load_tensors
     from wanloom.train.ema import Ema
@@ -208,7 +213,6 @@ def build_parts(
         optimizer=optimizer,
         ema=Ema(optimizer.named, run.ema.decay) if run.ema.decay else None,
         device=device,
-        flops=lambda tokens: train_flops(config, tokens),
         validate=build_validation(model, sources, run.batch.tokens_per_pack, device, bf16)
         if run.log.validate_every
         else None,

@@ -2,8 +2,9 @@
 
 In: opened sources, their order, the batch size. Out: for every step its packs of items, through `assemble`, which the
 trainer gives to turn items into model inputs off the critical path. The one decision: a step is planned from the index
-alone (tokens and keys), so packing needs no sample in memory and any step can be made without those before it. Inside
-a pack samples are sorted by length: neighbours of equal lengths are computed as one batch.
+alone (tokens and keys), so packing needs no sample in memory, any step can be made without those before it, and every
+data rank knows the whole step and reads only the packs that are its own. Inside a pack samples are sorted by length:
+neighbours of equal lengths are computed as one batch.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from pydantic import Field
 from wanloom.config import Config, UserError
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order, SourceConfig, source_weights
-from wanloom.data.packing import BatchConfig, pack_samples
+from wanloom.data.packing import BatchConfig, max_over_mean, pack_samples
 from wanloom.data.shards import Dataset, Index, Row, Sample
 
 T = TypeVar("T")
@@ -91,12 +92,22 @@ class Item(NamedTuple):
     name: str  # what its random draws are keyed by; the same key in two sources is not the same sample
 
 
+class Totals(NamedTuple):
+    """What is known of a whole step, of all data ranks together, before a sample is read."""
+
+    num_samples: int
+    num_tokens: int
+    flops: float
+    efficiency: float  # tokens over the token budget of the packs
+    balance: float  # how much longer the step takes than with equal packs: max over mean
+
+
 class Step(NamedTuple):
-    """The samples of one optimizer step as packs."""
+    """One optimizer step as one data rank has it; a pack may be empty."""
 
     step: int
     packs: list[list[Item]]
-    efficiency: float  # tokens over the token budget of the packs
+    totals: Totals
 
 
 class Plan:
@@ -108,11 +119,13 @@ class Plan:
         mix: Sequence[SourceConfig],
         batch: BatchConfig,
         seed: int,
-        cost: Callable[[int], float],
+        flops: Callable[[int], float],  # of one training step on a sample of so many tokens
+        ranks: int = 1,
     ) -> None:
         self.indices = [source.rows("train") for source in sources]
         self.batch = batch
-        self._cost = cost
+        self.ranks = ranks
+        self._flops = flops
         for source, index in zip(sources, self.indices, strict=True):
             check_budget(source.path, index, batch.tokens_per_pack)
         sizes = [len(index) for index in self.indices]
@@ -120,11 +133,15 @@ class Plan:
         self.order = Order(sizes, self._weights, seed)
 
     def packs(self, step: int) -> list[list[int]]:
-        """Positions in the global order, pack by pack, of optimizer step `step` (from 0)."""
+        """Positions in the global order, pack by pack, of optimizer step `step` (from 0).
+
+        Data rank r has the packs r, r + ranks, r + 2 * ranks, ...; which samples they hold together does not depend on
+        the number of ranks.
+        """
         first = step * self.batch.samples
         entries = [self.order.at(first + i) for i in range(self.batch.samples)]
         tokens = [int(self.indices[e.source].tokens[e.index]) for e in entries]
-        packs = pack_samples(tokens, self.batch.tokens_per_pack, [self._cost(n) for n in tokens])
+        packs = pack_samples(tokens, self.batch.tokens_per_pack, [self._flops(n) for n in tokens], self.ranks)
 
         def place(i: int) -> tuple[int, int, str, int]:
             index = self.indices[entries[i].source]
@@ -132,6 +149,19 @@ class Plan:
             return tokens[i], int(index.text_lens[row]), index.keys[row], i
 
         return [[first + i for i in sorted(pack, key=place)] for pack in packs]
+
+    def totals(self, packs: Sequence[Sequence[int]]) -> Totals:
+        """What the packs of a step add up to."""
+        tokens = [[self.tokens(position) for position in pack] for pack in packs]
+        work = [sum(self._flops(n) for n in pack) for pack in tokens]
+        num_tokens = sum(sum(pack) for pack in tokens)
+        return Totals(
+            num_samples=sum(len(pack) for pack in packs),
+            num_tokens=num_tokens,
+            flops=sum(work),
+            efficiency=num_tokens / (len(packs) * self.batch.tokens_per_pack),
+            balance=max_over_mean(work, self.ranks),
+        )
 
     def tokens(self, position: int) -> int:
         """Video tokens of the sample at a position."""
@@ -164,7 +194,7 @@ def check_budget(path: str, index: Index, budget: int) -> None:
 
 
 class Loader(Generic[T]):
-    """Iterates over the steps from `start_step` on, without end; use as a context manager or call `close`.
+    """Iterates over the steps of a data rank from `start_step` on, without end; a context manager, or call `close`.
 
     An error while reading ahead is raised where its step is asked for.
     """
@@ -176,9 +206,11 @@ class Loader(Generic[T]):
         start_step: int,
         assemble: Callable[[Step], T],
         prefetch: int = 2,
+        rank: int = 0,
     ) -> None:
         self._sources = sources
         self._plan = plan
+        self._rank = rank
         self._assemble = assemble
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead = deque(self._pool.submit(self._make, start_step + i) for i in range(prefetch))
@@ -202,9 +234,9 @@ class Loader(Generic[T]):
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _make(self, step: int) -> T:
-        packs = [[self._item(position) for position in pack] for pack in self._plan.packs(step)]
-        tokens = sum(self._plan.tokens(item.position) for pack in packs for item in pack)
-        return self._assemble(Step(step, packs, tokens / (len(packs) * self._plan.batch.tokens_per_pack)))
+        packs = self._plan.packs(step)
+        own = [[self._item(position) for position in pack] for pack in packs[self._rank :: self._plan.ranks]]
+        return self._assemble(Step(step, own, self._plan.totals(packs)))
 
     def _item(self, position: int) -> Item:
         entry = self._plan.order.at(position)

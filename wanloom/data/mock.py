@@ -35,13 +35,16 @@ def parse_shapes(text: str) -> list[tuple[int, int, int]]:
 
 
 class MockDataset:
-    """Random latents and text states in the shapes of `shapes`, in turn."""
+    """Random latents and text states in the shapes of `shapes`, in turn, every shape as often as it is asked for.
+
+    So `size` is rounded up to whole turns.
+    """
 
     def __init__(self, shapes: str, text_dim: int, channels: int = 16, size: int = 1024, val_size: int = 16) -> None:
         mix = parse_shapes(shapes)
         self.path = f"mock {shapes}"
         self._text_dim = text_dim
-        splits = ["train"] * size + ["val"] * val_size
+        splits = ["train"] * (-(-size // len(mix)) * len(mix)) + ["val"] * val_size
         rows = [
             self._row(i, split, (channels, *shape))
             for i, (split, shape) in enumerate(zip(splits, islice(cycle(mix), len(splits)), strict=True))

@@ -1,6 +1,6 @@
 """The training loop: steps until the last one, a checkpoint now and then, a clean end whatever happens.
 
-In: everything as arguments: model, optimizer, batches, callables for FLOPs and validation. Out: checkpoints,
+In: everything as arguments: model, optimizer, batches, a callable for validation. Out: checkpoints,
 metrics, and how the run ended. The one decision: the state of a run is the tensors and a handful of numbers, all in
 the checkpoint; nothing else is remembered, so a resumed run is the same run. SIGTERM and SIGINT let the current step
 finish, save and leave.
@@ -56,7 +56,6 @@ class Parts:
     optimizer: AdamW
     ema: Ema | None
     device: torch.device
-    flops: Callable[[int], float]  # of one training step on a sample of so many tokens
     validate: Callable[[], float] | None
     facts: Mapping[str, Any]  # stored in every checkpoint: model, versions, fingerprint of the data
     recipe: str  # run.yaml
@@ -135,20 +134,21 @@ class Trainer:
 
     def _count(self, batch: Batch, result: StepResult) -> None:
         """Book a finished step in the state."""
-        state, now = self.state, time.monotonic()
+        state, totals, now = self.state, batch.totals, time.monotonic()
         seconds, self._tick = now - self._tick, now
         state.step += 1
-        state.samples += batch.num_samples
-        state.tokens += batch.num_tokens
+        state.samples += totals.num_samples
+        state.tokens += totals.num_tokens
         state.seconds += seconds
         sums = {
             "steps": 1,
             "loss": result.loss,
             "weighted_loss": result.weighted_loss,
             "grad_norm": result.grad_norm,
-            "packing_efficiency": batch.efficiency,
-            "tokens": batch.num_tokens,
-            "flops": sum(self.parts.flops(n) for made in batch.inputs for n in made.pack.video_lens),
+            "packing_efficiency": totals.efficiency,
+            "balance": totals.balance,
+            "tokens": totals.num_tokens,
+            "flops": totals.flops,
             "seconds": seconds,
         }
         state.window = {key: state.window.get(key, 0) + value for key, value in sums.items()}
@@ -164,7 +164,8 @@ class Trainer:
             return
         sums, state.window = state.window, {}
         record = {"step": state.step}
-        record |= {k: sums[k] / sums["steps"] for k in ("loss", "weighted_loss", "grad_norm", "packing_efficiency")}
+        means = ("loss", "weighted_loss", "grad_norm", "packing_efficiency", "balance")
+        record |= {k: sums[k] / sums["steps"] for k in means}
         record |= {
             "lr": self._learning_rate(state.step - 1),
             "samples": state.samples,

@@ -116,9 +116,9 @@ class EventFile:
 class ProgressLine:
     """A live line on a terminal; where there is none, a plain line for every record."""
 
-    def __init__(self, start_step: int, num_steps: int, console: Console | None = None) -> None:
+    def __init__(self, start_step: int, num_steps: int, console: Console | None = None, ranks: int = 1) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
-        self._num_steps = num_steps
+        self._num_steps, self._ranks = num_steps, ranks
         self._seen = start_step, time.monotonic()  # the last record's step, and when
         self._live: Progress | None = None
         if self.console.is_terminal:
@@ -151,6 +151,8 @@ class ProgressLine:
     def show(self, record: Record) -> None:
         """Show a record."""
         text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
+        if self._ranks > 1:
+            text += f"  balance {record['balance']:.2f}"
         if "val_loss" in record:
             text += f"  val loss {record['val_loss']:.4f}"
         if self._live:

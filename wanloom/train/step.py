@@ -2,7 +2,8 @@
 
 In: a `Step` of the loader. Out: what happened, as host numbers. The one decision: everything that is random about a
 sample is keyed by its name and draw number, so `build_batch` can run in the loader's thread and gives the same inputs
-wherever the sample lands. The loss of each pack is divided by the element count of the whole step before backward.
+wherever the sample lands. The loss of each pack is divided by the element count of the whole step, over all data ranks,
+before backward; the count is known from the index, so gradients are summed over ranks and never averaged.
 A loss or gradient that is not finite raises before the weights are touched.
 """
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from wanloom.data.loader import Item, Step
-from wanloom.model.sequence import Pack, build_pack, grid_of, patchify
+from wanloom.data.loader import Item, Step, Totals
+from wanloom.model.sequence import PATCH, Pack, build_pack, grid_of, patchify
 from wanloom.objective.flow import FlowConfig, flow_loss, noisy_and_velocity, sample_sigma, stratify
 from wanloom.objective.noise import draw_noise, draw_uniform
 
@@ -30,6 +31,8 @@ class Objective:
     num_samples: int  # of a step, for stratified noise levels
     caption_dropout: float
     empty_text: Tensor | None  # states of the empty caption (L, text_dim); what guidance contrasts with
+    channels: int  # of the latents
+    text_dim: int
 
 
 class Input(NamedTuple):
@@ -41,15 +44,13 @@ class Input(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The inputs of one step, on the host."""
+    """The inputs of one step for one data rank, on the host."""
 
     step: int
     inputs: list[Input]
     keys: list[list[str]]  # names of the samples, pack by pack
-    num_samples: int
-    num_tokens: int
-    num_elements: int  # what the loss is divided by
-    efficiency: float
+    totals: Totals
+    num_elements: int  # of all data ranks: what the loss is divided by
 
 
 class StepResult(NamedTuple):
@@ -69,7 +70,11 @@ class NonFiniteError(ArithmeticError):
 
 
 def build_input(items: Sequence[Item], objective: Objective) -> Input:
-    """Noise the samples of one pack."""
+    """Noise the samples of one pack; without samples it has no tokens."""
+    if not items:
+        nothing = torch.zeros(0, objective.channels * math.prod(PATCH))
+        positions, text = torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, objective.text_dim)
+        return Input(Pack(nothing, positions, text, (), ()), nothing, torch.zeros(0))
     noisy, target, grids, texts, sigmas = [], [], [], [], []
     for item in items:
         clean = item.sample.latents.float()
@@ -103,16 +108,14 @@ def choose_text(item: Item, objective: Objective) -> Tensor:
 
 
 def build_batch(step: Step, objective: Objective) -> Batch:
-    """All inputs of a step."""
+    """All inputs of a step for the data rank that read it."""
     inputs = [build_input(items, objective) for items in step.packs]
     return Batch(
         step=step.step,
         inputs=inputs,
         keys=[[item.sample.key for item in items] for items in step.packs],
-        num_samples=sum(len(items) for items in step.packs),
-        num_tokens=sum(i.target.shape[0] for i in inputs),
-        num_elements=sum(i.target.numel() for i in inputs),
-        efficiency=step.efficiency,
+        totals=step.totals,
+        num_elements=step.totals.num_tokens * objective.channels * math.prod(PATCH),
     )
 
 
