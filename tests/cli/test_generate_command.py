@@ -72,7 +72,7 @@ def test_prompts_become_videos_sheets_and_notes(tiny_pipeline, tmp_path, capsys)
     words = ["--prompt", "A red circle!", "--prompt", "\u4e00\u53ea\u732b", "--negative", "snow", "--seed", "40"]
     code = main(["generate", "--model", str(tiny_pipeline), *words, *SMALL, "--fps", "8", "--out", str(out)])
     printed = capsys.readouterr().out
-    assert f"{tiny_pipeline} on cpu in fp32, attention by sdpa: 2 to make with 2 steps of unipc" in printed
+    assert f"{tiny_pipeline} on cpu in fp32, attention by flash: 2 to make with 2 steps of unipc" in printed
     assert code == 0 and "text: 3 prompts" in printed and "denoising" in printed and "decoding" in printed
     assert names(out) == [f"{stem}.{end}" for stem in ("000-a-red-circle", "001") for end in ("json", "mp4", "png")]
     facts = json.loads((out / "001.json").read_text(encoding="utf-8"))
@@ -255,8 +255,8 @@ def test_a_long_prompt_is_cut_and_said_so(tiny_pipeline, tmp_path, capsys):
         (["--fps", "0"], "--fps is 0"),
         (["--ema"], "give the run with --checkpoint"),
         (
-            ["--kernel", "spda"],
-            "There is no attention kernel 'spda'; known are auto, sdpa, cudnn. Did you mean 'sdpa'?",
+            ["--kernel", "flsh"],
+            "There is no attention kernel 'flsh'; known are auto, cudnn, flash, efficient. Did you mean 'flash'?",
         ),
         (["--kernel", "cudnn"], "The attention kernel 'cudnn' needs a CUDA device and bf16, not cpu and float32"),
         (["--guidance", "1", "--negative", "x"], "--negative has no effect with --guidance 1"),

@@ -62,7 +62,7 @@ def test_two_runs_are_bit_equal_and_write_what_they_promise(tmp_path, capsys):
     assert main(words(tmp_path / "a", *settings)) == 0
     assert main(words(tmp_path / "b", *settings)) == 0
     out = capsys.readouterr().out
-    assert "tiny from random weights on cpu in fp32, attention by sdpa: " in out
+    assert "tiny from random weights on cpu in fp32, attention by flash: " in out
     assert "step 2/5  loss" in out and "Done:" in out and "wanloom generate --model tiny --checkpoint" in out
     assert_same_bits(tmp_path / "a", tmp_path / "b")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
@@ -299,7 +299,7 @@ SMALL_AT_X = ["train", *SMALL, "run_dir={tmp}/x", "train.steps=2"]
         (["train", "tyni", "run_dir={tmp}/x"], "Did you mean 'tiny'?"),
         (["train", "tiny", "run_dir={tmp}/x", "optimizer.learning_rate=1"], "There is no setting"),
         (["train", "tiny", "run_dir={tmp}/x", "batch.samples=0"], "batch.samples"),
-        ([*SMALL_AT_X, "train.kernel=flash"], "train.kernel"),
+        ([*SMALL_AT_X, "train.kernel=sdpa"], "train.kernel"),
         ([*SMALL_AT_X, "train.kernel=cudnn"], "The attention kernel 'cudnn' needs a CUDA device and bf16"),
     ],
 )

@@ -63,7 +63,7 @@ def test_mock_is_a_setting():
     [
         (["optimizer.lr=1", "seed=7", "flow.shift=4"], ["flow.shift", "optimizer.lr", "seed"]),
         (["train.steps=9", "checkpoint.every=3", "log.every=2", "run_dir=x", "batch.tokens_per_pack=5000"], []),
-        (["data.path=elsewhere", "data.prefetch=9", "train.kernel=sdpa"], []),
+        (["data.path=elsewhere", "data.prefetch=9", "train.kernel=flash"], []),
         (
             ["ema.decay=null", "batch.samples=33", "train.precision=bf16"],
             ["batch.samples", "ema.decay", "train.precision"],

@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("fp32", "bf16"),
         help="of transformer and text encoder; default bf16 on a GPU, else fp32",
     )
-    add("--kernel", default="auto", help="of attention: sdpa, cudnn (GPU and bf16) or auto, the default")
+    add("--kernel", default="auto", help="of attention: cudnn, flash, efficient or auto, the default")
     add("--device", help="such as cpu or cuda:1; default: the first GPU where there is one")
     add("--out", type=Path, default=Path("generated"), help="folder, default: generated")
     add("--overwrite", action="store_true", help="replace files of the same name")
@@ -143,7 +143,7 @@ def build_plan(arguments: argparse.Namespace) -> Plan:
 
     from wanloom.assets import find_pipeline
     from wanloom.dist import pick_device
-    from wanloom.model.attention import resolve_kernel
+    from wanloom.model.kernels import resolve_kernel
     from wanloom.model.weights import read_config
     from wanloom.recipes.trained import open_trained
     from wanloom.sample.generate import latents_shape

@@ -146,7 +146,7 @@ def choose_kernel(run: "Run", device: "torch.device") -> str:
     """The attention kernel that runs. Raises UserError when the one that is asked for cannot."""
     import torch
 
-    from wanloom.model.attention import resolve_kernel
+    from wanloom.model.kernels import resolve_kernel
 
     return resolve_kernel(
         run.train.kernel, device.type, torch.bfloat16 if run.train.precision == "bf16" else torch.float32

@@ -69,10 +69,10 @@ class Conditions(NamedTuple):
     modulation: Tensor  # (N, 6, dim) fp32, before the block's own table
     context: Tensor  # (S, dim) projected text, compute dtype
     context_bias: Tensor  # (S,) fp32, added to the logits of each text key
-    context_lens: tuple[int, ...]
-    rotation: Tensor  # (T, head_dim/2) complex64, of queries and keys
-    video_lens: tuple[int, ...]  # of the tokens that attend here
-    sequence_lens: tuple[int, ...]  # what self-attention spans
+    context_lens: Tensor  # (N,) int64 on the CPU, as attention wants lengths
+    rotation: Tensor  # (T, head_dim/2, 2) fp32, of queries and keys
+    video_lens: Tensor  # of the tokens that attend here
+    sequence_lens: Tensor  # what self-attention spans
     token_runs: tuple[Run, ...]  # of the residual stream
     dtype: torch.dtype  # in which the Linears run
 
@@ -177,8 +177,8 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         context: Tensor,
-        q_lens: tuple[int, ...],
-        k_lens: tuple[int, ...],
+        q_lens: Tensor,
+        k_lens: Tensor,
         rotation: Tensor | None = None,
         k_bias: Tensor | None = None,
     ) -> Tensor:
@@ -273,10 +273,10 @@ class WanDiT(nn.Module):
             modulation=stream.modulation,
             context=stream.context,
             context_bias=torch.tensor(text.bias, device=stream.x.device),
-            context_lens=text.lens,
+            context_lens=torch.tensor(text.lens),
             rotation=rope_table(pack.positions, self.config.dim // self.config.num_heads),
-            video_lens=pack.video_lens,
-            sequence_lens=pack.sequence_lens,
+            video_lens=torch.tensor(pack.video_lens),
+            sequence_lens=torch.tensor(pack.sequence_lens),
             token_runs=tuple(runs(pack.token_lens)),
             dtype=dtype,
         )

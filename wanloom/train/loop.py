@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wanloom.config import Config, UserError
-from wanloom.model.attention import Kernel
+from wanloom.model.kernels import Kernel
 from wanloom.objective.flow import FlowConfig
 from wanloom.signals import StopSignal
 from wanloom.train.checkpoint import Checkpointer
