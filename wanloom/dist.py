@@ -6,6 +6,7 @@ rest needs. The one decision: a mistake on one rank is a mistake of the run: `to
 sentence, and `say_once` prints it once. Host values travel as JSON over gloo.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from wanloom.config import UserError, sentence_of
 
 TIMEOUT = timedelta(minutes=30)  # the first step of a large model compiles, a checkpoint is read
 SAID = "wanloom/said"
+TALLY = "wanloom/tally"
 WAIT_FOR_RANK_0 = 5.0  # seconds
 # what gloo (a plain RuntimeError) and NCCL (a DistBackendError, as for its other errors) say of the other end
 LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
@@ -37,6 +39,11 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes the run has."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -134,6 +141,23 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 def barrier() -> None:
     """Wait for every rank."""
     gather(None)
+
+
+class Tally:
+    """A number that the ranks count up together, from 0, each at its own time. All make the same ones in one order."""
+
+    _made = itertools.count()
+
+    def __init__(self) -> None:
+        self._key = f"{TALLY}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(self._made)}"
+        self._alone = 0
+
+    def add(self, number: int = 1) -> int:
+        """Count `number` more, 0 to ask; returns the sum of all ranks by now. Waits for no one."""
+        if world_size() > 1:
+            return dist.distributed_c10d._get_default_store().add(self._key, number)
+        self._alone += number
+        return self._alone
 
 
 def says_first(message: str) -> bool:

@@ -3,6 +3,8 @@
 import argparse
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from wanloom.signals import StopSignal
 
 if TYPE_CHECKING:
     from wanloom.data.encode import Encoders, PrepareConfig, Progress
+    from wanloom.data.prepare import Finished
 
 HELP = """Turn a folder of videos and images with captions into a folder to train on.
 
@@ -109,7 +112,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--workers": {
             "type": int,
             "metavar": "N",
-            "help": "files decoded at once; each holds about two clips in memory (half the cores, at most 8)",
+            "help": "files decoded at once by each process; each holds about two clips in memory (half the cores, "
+            "shared by the processes of a machine, at most 8)",
         },
         "--batch-size": {
             "type": int,
@@ -166,26 +170,51 @@ def load_encoders(pipeline: Path, device: str) -> "Encoders":
     return Encoders(vae.encode_batch, lambda caption, most: text.encode([caption], most)[0], text.count_tokens)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Prepare, with a progress bar and the report; 128 and the number of the signal when it was stopped."""
-    config = read_config(arguments)
+@contextmanager
+def one_thread(device: str) -> Iterator[None]:
+    """On a CPU a model rounds otherwise with another number of threads: with one, every machine and process agree."""
     import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if device == "cpu" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_alike(identity: dict[str, str]) -> None:
+    """Raise UserError unless all ranks would encode with the same weights on the same kind of device."""
+    from wanloom.dist import gather
+
+    for rank, other in enumerate(found := gather(identity)):
+        differs = [
+            f"{name} is {other[name]}, on rank 0 {found[0][name]}" for name in other if other[name] != found[0][name]
+        ]
+        if differs:
+            raise UserError(f"Rank {rank} would make other samples than rank 0: {'; '.join(differs)}.")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prepare, with a progress bar and the report on rank 0; 128 and the number of the signal when it was stopped."""
+    config = read_config(arguments)
     from rich.console import Console
 
     from wanloom.assets import find_pipeline
-    from wanloom.data.prepare import REPORT, check_folders, prepare
-    from wanloom.data.report import print_report
-    from wanloom.dist import pick_device
+    from wanloom.data.prepare import check_folders, prepare
+    from wanloom.dist import pick_device, rank, together
 
-    check_folders(arguments.input, arguments.out)  # before a large model is fetched
-    device = pick_device(arguments.device).type
-    pipeline = find_pipeline(arguments.model, PARTS)
-    identity = identify(pipeline, device)
-    console = Console(highlight=False)
+    with together():
+        check_folders(arguments.input, arguments.out)  # before a large model is fetched
+        device = pick_device(arguments.device).type
+        pipeline = find_pipeline(arguments.model, PARTS)
+        identity = identify(pipeline, device)
+    check_alike(identity)
+    console = Console(highlight=False, quiet=rank() != 0)
     started = time.monotonic()
     stop = StopSignal("the samples under way")
     try:
-        with stop, Bar(console, stop) as bar:
+        with stop, Bar(console, stop) as bar, one_thread(device):
             done = prepare(
                 arguments.input,
                 arguments.out,
@@ -198,20 +227,25 @@ def run(arguments: argparse.Namespace) -> int:
         message = f"Stopped. Run the same command again to go on: what is encoded is kept in {arguments.out}."
         console.print(message, soft_wrap=True)
         return 128 + (stop.received or signal.SIGINT)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "The GPU has too little memory for a batch: lower --batch-size or the size of the clips in a new folder."
-        ) from error
+    if rank() == 0:
+        tell(done, arguments, console, time.monotonic() - started)
+    return 0
+
+
+def tell(done: "Finished", arguments: argparse.Namespace, console: Any, seconds: float) -> None:
+    """Print the report, and how to go on."""
+    from wanloom.data.prepare import REPORT
+    from wanloom.data.report import print_report
+
     print_report(done.report, console)
     if done.was_complete:
         console.print(f"{arguments.out} was complete already, nothing was done.", soft_wrap=True)
     else:
         console.print(
-            f"{arguments.out} is ready after {time.monotonic() - started:.0f} s; all file names are in "
+            f"{arguments.out} is ready after {seconds:.0f} s; all file names are in "
             f"{arguments.out / REPORT}. Train on it with: wanloom train {arguments.model} data.path={arguments.out}",
             soft_wrap=True,
         )
-    return 0
 
 
 class Bar:

@@ -1,14 +1,16 @@
-"""Clips to encoded samples, in batches that any start would form alike.
+"""Clips to encoded samples, in batches that any start and any number of ranks would form alike.
 
-In: the plan, and what the spool has already. Out: batches of encoded samples in the spool. The one decision: a batch is
-filled in the order of the plan with clips of one shape, and never crosses a block of 64 files; so its members, and with
-them every bit of the result, do not depend on workers, kills or restarts, and blocks can be encoded apart.
+In: the blocks of a plan, and what is encoded already. Out: batches of encoded samples in the ledger. The one decision:
+a block is a few neighbouring files, chosen by the plan and the settings alone; a batch is filled in the order of the
+plan with clips of one shape and never crosses a block. So its members, and with them every bit of the result, do not
+depend on workers, kills, restarts or ranks, and each rank decodes and encodes blocks of its own.
 """
 
 import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +21,14 @@ from torch import Tensor
 
 from wanloom.config import Config, UserError
 from wanloom.data.framing import Frame, FramingConfig, aspect_change, choose_frame
+from wanloom.data.ledger import Ledger
 from wanloom.data.picture import Clip, MediaError
-from wanloom.data.plan import Entry, Plan
+from wanloom.data.plan import Entry
 from wanloom.data.readers import read_ahead
-from wanloom.data.spool import Spool
 from wanloom.data.tar import tar_pair
 from wanloom.data.video import TimingConfig, read_clips
+from wanloom.dist import local_world_size, world_size
 
-BLOCK = 64  # files; a batch never crosses a block
 MOST_CLIPS, MOST_PIXELS = 16, 4_000_000  # of a batch; one clip of 81 frames 480x832 has 32 million pixels
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -43,7 +45,7 @@ class PrepareConfig(Config):
     batch_size: int | None = None  # None: by `default_batch`
     dtype: str = "bf16"
     seed: int = 0
-    workers: int = Field(default_factory=lambda: min(8, max(1, (os.cpu_count() or 2) // 2)))
+    workers: int = Field(default_factory=lambda: min(8, max(1, (os.cpu_count() or 2) // 2 // local_world_size())))
     strict: bool = False
 
     @model_validator(mode="after")
@@ -68,7 +70,7 @@ class Encoders(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where it is: `stage` is "reading" or "encoding"."""
+    """Where it is, on rank 0 of all ranks together: `stage` is "reading" or "encoding"."""
 
     stage: str
     done: int  # files
@@ -82,20 +84,64 @@ def sample_key(source: str, number: int) -> str:
     return f"{stem}-{hashlib.blake2b(source.encode(), digest_size=5).hexdigest()}-{number:05d}"
 
 
-def encode_all(
+@dataclass
+class Block:
+    """Neighbouring files that one rank encodes, in batches of their own."""
+
+    number: int
+    entries: list[Entry]
+    files: int = 0  # read to the end
+    batches: int = 0  # in the ledger
+    keys: set[str] = field(default_factory=set)  # of the samples in the ledger
+
+
+def plan_blocks(entries: list[Entry], config: PrepareConfig) -> list[Block]:
+    """The files that are not dropped, in blocks of about one batch, so that few files also make work for many ranks."""
+    blocks: list[Block] = []
+    room = 0
+    for entry in entries:
+        if entry.drop:
+            continue
+        wish = most_files(entry.kind, config)
+        if not blocks or wish != room or len(blocks[-1].entries) == room:
+            blocks.append(Block(len(blocks), []))
+        blocks[-1].entries.append(entry)
+        room = wish
+    return blocks
+
+
+def most_files(kind: str, config: PrepareConfig) -> int:
+    """Files of a block: as many as a batch has clips at the largest size that the settings allow."""
+    timing, framing = config.timing, config.framing
+    frames = timing.frames if kind == "video" and timing.mode == "video" else 1
+    area = framing.area or (framing.height or 0) * (framing.width or 0)
+    return config.batch_size or default_batch(frames * area)
+
+
+def default_batch(pixels: int) -> int:
+    """Clips of so many pixels, over all frames, to encode together: many small ones, one large one."""
+    return max(1, min(MOST_CLIPS, MOST_PIXELS // pixels))
+
+
+def encode_blocks(
     source: Path,
-    plan: Plan,
+    blocks: list[Block],
+    numbers: Iterator[int],
     config: PrepareConfig,
     writer: "Writer",
-    on_progress: Callable[[Progress], None],
+    on_step: Callable[[Block], None],
 ) -> None:
-    """Encode what is not in the spool yet. Files before the newest encoded sample are finished: order is fixed."""
-    spool = writer.spool
-    last = max(spool.done.values(), default="")
-    jobs = [(i, entry) for i, entry in enumerate(plan.entries) if not entry.drop and entry.source >= last]
-    total = sum(1 for entry in plan.entries if not entry.drop)
+    """Encode what is not in the ledger yet of the blocks whose numbers come; `on_step` is called after every clip."""
+    ledger = writer.ledger
 
-    def read(job: tuple[int, Entry]) -> Iterator[Clip | MediaError | None]:
+    def jobs() -> Iterator[tuple[Block, Entry]]:
+        for number in numbers:
+            block = blocks[number]
+            if number not in ledger.finished:
+                find_begun(block, ledger)
+                yield from ((block, entry) for entry in block.entries[block.files :])
+
+    def read(job: tuple[Block, Entry]) -> Iterator[Clip | MediaError | None]:
         entry = job[1]
 
         def choose(width: float, height: float, number: int) -> Frame:
@@ -107,60 +153,74 @@ def encode_all(
             yield error
         yield None
 
-    finished, block = total - len(jobs), -1
-    on_progress(Progress("encoding", finished, total, len(spool.done)))
-    clips = read_ahead(jobs, read, config.workers)
+    # a rank that has taken files ahead keeps them from the others: no more than its share
+    left = sum(len(block.entries) for block in blocks) - ledger.files
+    clips = read_ahead(jobs(), read, max(1, min(config.workers, -(-left // world_size()))))
     try:
-        for (i, entry), result in clips:
-            if i // BLOCK != block:
-                writer.flush()
-                block = i // BLOCK
+        for (block, entry), result in clips:
             if isinstance(result, Clip):
-                key = sample_key(entry.source, result.number)
-                if key not in spool.done:
-                    writer.add(key, entry, result)
+                writer.add(block, entry, result)
             elif result is None:
-                finished += 1
+                writer.end_file(block)
             else:
                 if config.strict:
                     raise UserError(f"--strict: {entry.source} would be dropped: {result.kind}, {result}.")
-                spool.drop(entry.source, result.kind, str(result))
-            on_progress(Progress("encoding", finished, total, len(spool.done)))
-        writer.flush()
+                ledger.drop(entry.source, result.kind, str(result))
+            on_step(block)
     finally:
         clips.close()
 
 
-def default_batch(pixels: np.ndarray) -> int:
-    """Clips of this shape to encode together: many small ones, one large one."""
-    return max(1, min(MOST_CLIPS, MOST_PIXELS // (pixels.size // 3)))
+def find_begun(block: Block, ledger: Ledger) -> None:
+    """Go on where an earlier start left a block: files before the newest encoded sample are finished, as order is."""
+    batches = ledger.begun(block.number)
+    found = {key: source for batch in batches for key, source in batch.items()}
+    block.batches, block.keys = len(batches), set(found)
+    last = max(found.values(), default="")
+    block.files = sum(entry.source < last for entry in block.entries)
 
 
 class Writer:
     """Collects clips of one shape and encodes them together."""
 
-    def __init__(self, spool: Spool, config: PrepareConfig, encoders: Encoders, identity: dict[str, str]) -> None:
-        self.spool = spool
+    def __init__(self, ledger: Ledger, config: PrepareConfig, encoders: Encoders, identity: dict[str, str]) -> None:
+        self.ledger = ledger
         self.config = config
         self.encoders = encoders
         self.identity = identity
-        self.clips: list[tuple[str, Entry, Clip]] = []
+        self.clips: list[tuple[str, Entry, Clip]] = []  # all of one block
         self.text: tuple[str, Tensor, int] = ("", torch.empty(0), 0)  # of the latest caption
 
-    def add(self, key: str, entry: Entry, clip: Clip) -> None:
-        """Take a clip; the batch is encoded when it is full or the next clip has another shape."""
+    def add(self, block: Block, entry: Entry, clip: Clip) -> None:
+        """Take a clip, unless it is encoded; the batch goes when it is full or the next clip has another shape."""
+        key = sample_key(entry.source, clip.number)
+        if key in block.keys:
+            return
         if self.clips and self.clips[0][2].pixels.shape != clip.pixels.shape:
-            self.flush()
+            self.flush(block)
         self.clips.append((key, entry, clip))
-        if len(self.clips) >= (self.config.batch_size or default_batch(clip.pixels)):
-            self.flush()
+        if len(self.clips) >= (self.config.batch_size or default_batch(clip.pixels.size // 3)):
+            self.flush(block)
 
-    def flush(self) -> None:
-        """Encode the clips at hand and give them to the spool as one unit."""
+    def end_file(self, block: Block) -> None:
+        """A file gives no more; with its last file a block is finished."""
+        block.files += 1
+        if block.files == len(block.entries):
+            self.flush(block)
+            self.ledger.finish(block.number, block.batches, block.files, len(block.keys))
+
+    def flush(self, block: Block) -> None:
+        """Encode the clips at hand and keep them as one unit."""
         if not self.clips:
             return
         pixels = torch.from_numpy(np.stack([clip.pixels for _, _, clip in self.clips]))
-        batch = self.encoders.frames(pixels)
+        self.ledger.keep(block.number, block.batches, self._encode(self.encoders.frames(pixels)))
+        block.batches += 1
+        block.keys |= {key for key, _, _ in self.clips}
+        self.clips = []
+
+    def _encode(self, batch: Tensor) -> list[bytes]:
+        """The members of the shard, one for each clip at hand."""
         pairs = []
         for latents, (key, entry, clip) in zip(batch, self.clips, strict=True):
             text, num_tokens = self._encode_text(entry.caption)
@@ -170,8 +230,7 @@ class Writer:
             record = build_record(entry, clip, self.config, num_tokens, len(text)) | self.identity
             dtype = DTYPES[self.config.dtype]
             pairs.append(tar_pair(key, latents.to(dtype), text.to(dtype), record))
-        self.clips = []
-        self.spool.add(pairs)
+        return pairs
 
     def _encode_text(self, caption: str) -> tuple[Tensor, int]:
         if self.text[0] != caption:

@@ -3,12 +3,15 @@
 In: a folder of videos and images with captions, and encoders as callables. Out: `train/` and `val/` shards,
 `index.parquet`, `report.json`, `prepare.json` and Energon's metadata. The one decision: a prepared folder belongs to
 one input, one set of options and one model. What would change a byte is an error that says what changed; everything
-else (workers, a kill, a full disk, another place of the input) may change at any time.
+else (workers, ranks, a kill, a full disk, another place of the input) may change at any time. Rank 0 reads the input
+for the plan and makes the shards; every rank decodes and encodes.
 """
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,22 +20,38 @@ import torch
 
 import wanloom
 from wanloom.config import UserError
-from wanloom.data.encode import Encoders, PrepareConfig, Progress, Writer, encode_all
+from wanloom.data.crew import Crew
+from wanloom.data.encode import Block, Encoders, PrepareConfig, Progress, Writer, encode_blocks, plan_blocks
 from wanloom.data.energon import write_energon
+from wanloom.data.ledger import Ledger
 from wanloom.data.plan import Plan, build_plan, read_entries
 from wanloom.data.report import Report
 from wanloom.data.shards import DONE, INDEX, WORK, build_table, encode_index, index_rows
 from wanloom.data.spool import SPLITS, Spool
 from wanloom.data.tar import scan_tar
+from wanloom.dist import rank, together, world_size
 from wanloom.files import write_atomic
 
 FREE = {"workers", "strict"}  # settings that change no byte of the result
 REPORT = "report.json"
+PLAN = "plan.jsonl"  # in the work folder
 
 
 class Finished(NamedTuple):
-    report: dict[str, Any]
+    report: dict[str, Any]  # on rank 0, else empty
     was_complete: bool  # nothing was left to do
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run was asked for, the same on every rank."""
+
+    source: Path
+    out: Path
+    config: PrepareConfig
+    identity: dict[str, str]
+    load_encoders: Callable[[], Encoders]
+    on_progress: Callable[[Progress], None]
 
 
 def prepare(
@@ -43,20 +62,35 @@ def prepare(
     load_encoders: Callable[[], Encoders],
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Finished:
-    """Prepare `source` into `out`, or go on where an earlier start stopped.
+    """Prepare `source` into `out`, or go on where an earlier start stopped. Every rank of a run calls it.
 
     `identity` names the weights and the device; it is written into every sample. The encoders are loaded when there is
-    something to encode. Raises UserError for what a user can mend.
+    something to encode. Raises UserError, the same on every rank, for what a user can mend.
     """
-    check_folders(source, out)
+    request = Request(source, out, config, identity, load_encoders, on_progress)
+    finished = Finished({}, False)
+    with together(), _told(out), Crew() as crew:
+        if rank() == 0:
+            finished = _lead(request, crew)
+        else:
+            _follow(request, crew)
+    return finished
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """What a machine lacks, as a sentence."""
     try:
-        with Spool(out, config.shard_size << 20) as spool:
-            return _prepare(source, spool, config, identity, load_encoders, on_progress)
+        yield
     except OSError as error:  # reading the input has its own handling: this is the output folder
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason += "; free some space and run the same command again, nothing is lost"
         raise UserError(f"'{out}' cannot be written: {reason}.") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "The GPU has too little memory for a batch: lower --batch-size or the size of the clips in a new folder."
+        ) from error
 
 
 def check_folders(source: Path, out: Path) -> None:
@@ -74,43 +108,90 @@ def check_folders(source: Path, out: Path) -> None:
             raise UserError(f"'{out}' is not empty and was not made by prepare (it holds '{other[0]}').")
 
 
-def _prepare(
-    source: Path,
-    spool: Spool,
-    config: PrepareConfig,
-    identity: dict[str, str],
-    load_encoders: Callable[[], Encoders],
-    on_progress: Callable[[Progress], None],
-) -> Finished:
-    out = spool.out
-    settings = {**settings_of(config), **identity}
-    check_settings(out, settings)
-    saved = spool.work / "plan.jsonl"
+def _lead(request: Request, crew: Crew) -> Finished:
+    """Rank 0: the plan before the others begin, its share of the blocks, and the shards of all."""
+    check_folders(request.source, request.out)
+    with Spool(request.out, request.config.shard_size << 20) as spool:
+        settings = {**settings_of(request.config), **request.identity}
+        check_settings(request.out, settings)
+        plan = _plan(request, crew, settings, spool.work / PLAN)
+        if (request.out / DONE).exists():
+            crew.complete.add()
+            crew.planned.add()
+            spool.remove()
+            return Finished(_read(request.out / REPORT, "samples"), True)
+        spool.load()
+        blocks = plan_blocks(plan.entries, request.config)
+        total, ledger = sum(len(block.entries) for block in blocks), spool.ledger
+
+        def look(block: Block | None = None) -> None:
+            crew.check()
+            spool.collect()
+            own = block if block and block.number not in ledger.finished else Block(0, [])
+            now = Progress("encoding", ledger.files + own.files, total, ledger.samples + len(own.keys))
+            request.on_progress(now)
+
+        look()
+        crew.planned.add()
+        writer = Writer(ledger, request.config, request.load_encoders(), request.identity)
+        encode_blocks(request.source, blocks, crew.deal(len(blocks)), request.config, writer, look)
+        crew.ended.add()
+        crew.wait(lambda: crew.ended.add(0) == world_size() and len(ledger.finished) == len(blocks), look)
+        spool.collect()
+        spool.finish()
+        summary = _complete(spool, plan, settings)
+    crew.complete.add()
+    return Finished(summary, False)
+
+
+def _follow(request: Request, crew: Crew) -> None:
+    """Any other rank: its share of the blocks, between the plan and the end."""
+    request.on_progress(Progress("reading", 0, 0, 0))
+    crew.wait(lambda: crew.planned.add(0) > 0)
+    if crew.complete.add(0):
+        return
+    ledger = Ledger(request.out / WORK)
+    ledger.refresh()
+    blocks = plan_blocks(read_entries((ledger.work / PLAN).read_bytes()), request.config)
+    total = sum(len(block.entries) for block in blocks)
+
+    def look(block: Block) -> None:
+        crew.check()
+        request.on_progress(Progress("encoding", ledger.files, total, ledger.samples))
+
+    writer = Writer(ledger, request.config, request.load_encoders(), request.identity)
+    encode_blocks(request.source, blocks, crew.deal(len(blocks)), request.config, writer, look)
+    crew.ended.add()
+    crew.wait(lambda: crew.complete.add(0) > 0)  # a stop is for rank 0 to see: it may be at the last shards
+
+
+def _plan(request: Request, crew: Crew, settings: dict[str, Any], saved: Path) -> Plan:
+    """The plan of the input; from the first start on it is saved, and must be the same."""
+    config = request.config
+
+    def on_read(done: int, total: int) -> None:
+        crew.check()
+        request.on_progress(Progress("reading", done, total, 0))
+
     plan = build_plan(
-        source,
-        out,
+        request.source,
+        request.out,
         config.timing.mode,
         config.caption_key,
         config.val_fraction,
         config.seed,
         known=read_entries(saved.read_bytes()) if saved.exists() else (),
         workers=config.workers,
-        on_read=lambda done, total: on_progress(Progress("reading", done, total, 0)),
+        on_read=on_read,
     )
-    check_input(out, plan)
+    check_input(request.out, plan)
     if config.strict:
         refuse_drops(plan)
-    if (out / DONE).exists():
-        spool.remove()
-        return Finished(_read(out / REPORT, "samples"), True)
-    if not saved.exists():
+    if not saved.exists() and not (request.out / DONE).exists():
         # the plan last: where it is, the folder is known to be begun, and with what
-        write_atomic(spool.work / DONE, _dump({"settings": settings, "input": plan.fingerprint}))
+        write_atomic(saved.with_name(DONE), _dump({"settings": settings, "input": plan.fingerprint}))
         write_atomic(saved, plan.to_json())
-    spool.load()
-    encode_all(source, plan, config, Writer(spool, config, load_encoders(), identity), on_progress)
-    spool.finish()
-    return Finished(_complete(spool, plan, settings), False)
+    return plan
 
 
 def settings_of(config: PrepareConfig) -> dict[str, Any]:
@@ -159,8 +240,8 @@ def check_input(out: Path, plan: Plan) -> None:
     if begun is None or begun["input"] == plan.fingerprint:
         return
     detail = ""
-    if (out / WORK / "plan.jsonl").exists():
-        old = {e.source: (e.sha256, e.caption) for e in read_entries((out / WORK / "plan.jsonl").read_bytes())}
+    if (out / WORK / PLAN).exists():
+        old = {e.source: (e.sha256, e.caption) for e in read_entries((out / WORK / PLAN).read_bytes())}
         new = {e.source: (e.sha256, e.caption) for e in plan.entries}
         groups = {
             "new": sorted(new.keys() - old.keys()),
@@ -185,7 +266,7 @@ def refuse_drops(plan: Plan) -> None:
 
 def _complete(spool: Spool, plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
     """Index, report and metadata from the finished shards; the work folder goes last."""
-    out, report = spool.out, Report(plan, list(spool.drops.values()))
+    out, report = spool.out, Report(plan, list(spool.ledger.drops.values()))
     tables: list[pa.Table] = [build_table([])]
     starts: dict[str, list[int]] = {}
     for split in SPLITS:

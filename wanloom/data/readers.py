@@ -8,7 +8,7 @@ waits is bounded: a thread holds one finished result and works on the next, so m
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -43,10 +43,10 @@ class _Lane(Generic[J, R]):
                 continue
 
 
-def read_ahead(jobs: Sequence[J], work: Callable[[J], Iterator[R]], workers: int) -> Generator[tuple[J, R], None, None]:
+def read_ahead(jobs: Iterable[J], work: Callable[[J], Iterator[R]], workers: int) -> Generator[tuple[J, R], None, None]:
     """Results of `work(job)` for every job, in order, with `workers` jobs under way; an error of `work` is raised here.
 
-    Threads end with their next result once the generator is closed.
+    A job is asked for when a thread is free. Threads end with their next result once the generator is closed.
     """
     stop = threading.Event()
     waiting = iter(jobs)

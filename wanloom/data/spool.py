@@ -1,18 +1,19 @@
-"""The unfinished part of a prepared folder: what is encoded already, and the shards made of it.
+"""The unfinished part of a prepared folder: finished blocks, and the shards made of them.
 
-In: encoded samples, in order. Out: `OUT/.work` while it runs, whole shards in `OUT/train` and `OUT/val`. The one
-decision: each encoded batch is one small tar, renamed into place when it is on the disk; a shard is a few of them
-joined. So whenever the process dies, everything but the batch under way is kept, and which samples share a shard
-depends on their order and sizes alone. One process at a time holds the folder.
+In: batches of encoded samples, from all ranks. Out: whole shards in `OUT/train` and `OUT/val`. The one decision: each
+encoded batch is one small tar, and a shard is a few of them joined in the order of the blocks. So whenever a process
+dies, everything but the batches under way is kept, and which samples share a shard depends on their order and sizes
+alone. One rank joins; one run at a time holds the folder.
 """
 
 import errno
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from wanloom.config import UserError
+from wanloom.data.ledger import Ledger
 from wanloom.data.shards import DONE, WORK
 from wanloom.data.tar import END, scan_tar
 from wanloom.files import lock_folder, write_atomic
@@ -31,17 +32,17 @@ class Piece(NamedTuple):
 
 
 class Spool:
-    """Open with `with`; raises UserError when another process has the folder."""
+    """Open with `with`, on one rank; raises UserError when another process has the folder."""
 
     def __init__(self, out: Path, shard_bytes: int) -> None:
         self.out = out
         self.work = out / WORK
         self.shard_bytes = shard_bytes
-        self.done: dict[str, str] = {}  # key -> source of every encoded sample
-        self.drops: dict[str, dict[str, str]] = {}  # source -> what is in the report
+        self.ledger = Ledger(self.work)
+        self._keys: set[str] = set()  # of the samples that are in shards or queues
+        self._next = 0  # the first block that is in neither
         self._queues: dict[str, list[Piece]] = {split: [] for split in SPLITS}
         self._shards = {split: 0 for split in SPLITS}
-        self._batches = 0
         self._waiting: dict[Path, int] = {}  # batch file -> its samples that are not in a shard yet
         self._lock: TextIO | None = None
 
@@ -59,46 +60,38 @@ class Spool:
             self._lock.close()
 
     def load(self) -> None:
-        """Find out what is done: shards first, then batches that are in no shard yet."""
+        """Find out what is done: the shards, and what was logged. No rank may be writing yet."""
         for leftover in (*self.out.glob("*.tmp"), *self.out.glob("*/*.tmp")):
             leftover.unlink()
         for split in SPLITS:
             for shard in self.shards(split):
                 with shard.open("rb") as file:
-                    self.done |= {pair.key: pair.record["source"] for pair in scan_tar(file, str(shard))}
+                    self._keys |= {pair.key for pair in scan_tar(file, str(shard))}
                 self._shards[split] += 1
-        for path in sorted(self.work.glob("batch-*.tar")):
-            self._batches = int(path.stem.split("-")[1]) + 1
-            self._queue(path)
-        log = self.work / "drops.jsonl"
-        for line in log.read_text().splitlines() if log.exists() else []:
-            if line.endswith("}"):  # not cut off
-                drop = json.loads(line)
-                self.drops[drop["file"]] = drop
+        self.collect()
 
     def shards(self, split: str) -> list[Path]:
         """The finished shards of a split, in order."""
         return sorted((self.out / split).glob("shard-*.tar"))
 
-    def add(self, pairs: list[bytes]) -> None:
-        """Keep an encoded batch, then write the shards that are full."""
-        path = self.work / f"batch-{self._batches:09d}.tar"
-        self._batches += 1
-        write_atomic(path, pairs)
-        self._queue(path)
-        for split in SPLITS:
-            self._write_full(split)
-
-    def drop(self, file: str, kind: str, reason: str) -> None:
-        """Remember why a file gave no, or no more, samples."""
-        self.drops[file] = {"file": file, "kind": kind, "reason": reason}
-        with (self.work / "drops.jsonl").open("a") as log:
-            log.write("\n" + json.dumps(self.drops[file]))  # a line that was cut off before ends here
+    def collect(self) -> None:
+        """Take the blocks that are finished, as far as none is missing before them, and write the full shards."""
+        self.ledger.refresh()
+        while (batches := self.ledger.finished.get(self._next)) is not None:
+            for number in range(batches):
+                path = self.ledger.path(self._next, number)
+                if path.exists():  # else its samples are in shards
+                    self._queue(path)
+            self._next += 1
+            for split in SPLITS:
+                self._write_full(split)
 
     def finish(self) -> None:
-        """Write the last, partly filled shards."""
+        """Write the last, partly filled shards. Raises UserError when there are fewer samples than were encoded."""
+        lost = self.ledger.samples - len(self._keys)
+        if lost > 0:
+            raise UserError(f"{lost} encoded samples are gone from '{self.work}': delete '{self.out}' and start again.")
         for split in SPLITS:
-            self._write_full(split)
             if self._queues[split]:
                 self._write_shard(split, len(self._queues[split]))
 
@@ -110,9 +103,9 @@ class Spool:
         pieces: dict[str, list[Piece]] = {split: [] for split in SPLITS}
         with path.open("rb") as file:
             for pair in scan_tar(file, str(path)):
-                if pair.key not in self.done:  # else it was stopped between writing a shard and clearing up
+                if pair.key not in self._keys:  # else it was stopped between writing a shard and clearing up
                     pieces[pair.record["split"]].append(Piece(pair.key, path, pair.start, pair.stop))
-                    self.done[pair.key] = pair.record["source"]
+                    self._keys.add(pair.key)
         self._waiting[path] = sum(map(len, pieces.values()))
         for split in SPLITS:
             self._queues[split] += pieces[split]
