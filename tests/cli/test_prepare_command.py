@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +21,8 @@ from wanloom.data.encode import Encoders
 from wanloom.data.shapes import build_clip
 from wanloom.data.shards import Dataset
 from wanloom.sample.media import write_mp4
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,28 @@ def test_a_folder_becomes_latents_and_states(
         assert (sample.latents.float() - close).pow(2).mean() < 0.1 * close.pow(2).mean()  # H.264 is lossy
     assert main(["prepare", str(clips), str(out), "--model", str(tiny_pipeline), *SIZE, "--val-fraction", "0.2"]) == 0
     assert "complete already" in capsys.readouterr().out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_two_processes_make_the_bytes_of_one_and_print_once(clips: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """The model rounds by batch and by thread, and neither may differ."""
+    options = ["--model", str(tiny_pipeline), *SIZE, "--batch-size", "2", "--device", "cpu"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert main(["prepare", str(clips), str(tmp_path / "one"), *options]) == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "wanloom"]
+    command = [*launcher, "prepare", str(clips), str(tmp_path / "two"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert done.stdout.count("samples out") == done.stdout.count("is ready after") == 1
 
 
 @pytest.mark.parametrize(

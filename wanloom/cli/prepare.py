@@ -22,6 +22,8 @@ Every file is decoded, resampled in time, resized and cut, and encoded once by t
 by the model's text encoder. A file that cannot be used is listed in the report with the reason, it never stops the run.
 Stopped at any moment and started again with the same command, it goes on where it was, and the result is the same
 bytes. Files or captions that change in between, and options that would change the samples, need a new output folder.
+With --nproc N, or under torchrun, N processes share the files, each on a GPU of its own or on one thread of the CPU;
+the result is the same bytes for every N, and a stopped run may go on with another.
 
 captions   beside the file: NAME.json (key "caption" or --caption-key), NAME.jsonl, NAME.txt; or one table
            metadata.csv, metadata.jsonl or metadata.parquet in INPUT with a file column (file_name, file, path or
@@ -172,7 +174,7 @@ def load_encoders(pipeline: Path, device: str) -> "Encoders":
 
 @contextmanager
 def one_thread(device: str) -> Iterator[None]:
-    """On a CPU a model rounds otherwise with another number of threads: with one, every machine and process agree."""
+    """On a CPU a model rounds otherwise with another number of threads: with one, any number of processes agrees."""
     import torch
 
     before = torch.get_num_threads()

@@ -141,6 +141,7 @@ def _lead(request: Request, crew: Crew) -> Finished:
         spool.finish()
         summary = _complete(spool, plan, settings)
     crew.complete.add()
+    crew.check()  # others that were stopped while they waited for this are gone
     return Finished(summary, False)
 
 
@@ -155,14 +156,14 @@ def _follow(request: Request, crew: Crew) -> None:
     blocks = plan_blocks(read_entries((ledger.work / PLAN).read_bytes()), request.config)
     total = sum(len(block.entries) for block in blocks)
 
-    def look(block: Block) -> None:
+    def look(_: Block | None = None) -> None:
         crew.check()
         request.on_progress(Progress("encoding", ledger.files, total, ledger.samples))
 
     writer = Writer(ledger, request.config, request.load_encoders(), request.identity)
     encode_blocks(request.source, blocks, crew.deal(len(blocks)), request.config, writer, look)
     crew.ended.add()
-    crew.wait(lambda: crew.complete.add(0) > 0)  # a stop is for rank 0 to see: it may be at the last shards
+    crew.wait(lambda: crew.complete.add(0) > 0, look)
 
 
 def _plan(request: Request, crew: Crew, settings: dict[str, Any], saved: Path) -> Plan:
