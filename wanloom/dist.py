@@ -117,6 +117,15 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
 
+def highest(value: int, group: dist.ProcessGroup | None = None) -> int:
+    """The largest of what the ranks give."""
+    if world_size() == 1:
+        return value
+    most = torch.tensor([value])
+    dist.all_reduce(most, dist.ReduceOp.MAX, group)
+    return int(most)
+
+
 @contextmanager
 def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """A block without exchanges that every rank enters: a mistake on one rank is raised on all when it ends.
@@ -131,6 +140,8 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except (UserError, OSError) as error:
         cause = error
+    if not highest(int(cause is not None), group):
+        return
     found = gather(None if cause is None else sentence_of(cause), group)
     wrong = [i for i, message in enumerate(found) if message is not None]
     if wrong:

@@ -95,4 +95,4 @@ def test_the_average_follows_its_warm_up_and_then_its_decay():
         expected = {name: decay * x + (1 - decay) * params[name].detach().double() for name, x in expected.items()}
     assert decay == 0.5
     for name, x in expected.items():
-        torch.testing.assert_close(ema.tensors[name].double(), x, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ema.tensors()[name].double(), x, rtol=1e-6, atol=1e-6)

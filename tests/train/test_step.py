@@ -14,6 +14,7 @@ from wanloom.model.sequence import patchify
 from wanloom.model.weights import load_dit, state_dict_as
 from wanloom.objective.flow import FlowConfig
 from wanloom.objective.noise import draw_noise, draw_uniform
+from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.train.step import (
     NonFiniteError,
     Objective,
@@ -24,7 +25,7 @@ from wanloom.train.step import (
     train_step,
 )
 
-CPU = torch.device("cpu")
+ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
 TEXT_DIM = 64
 FLOW = FlowConfig(sampler="logit_normal", logit_std=1.5, shift=2.5, mix_uniform_ratio=0.2)
 EMPTY = torch.randn(1, TEXT_DIM, generator=torch.Generator().manual_seed(3))
@@ -84,7 +85,7 @@ def test_loss_and_every_gradient_equal_a_loop_over_diffusers(tiny_pipeline, tran
     assert (len(step.packs) > 1) == (budget < 1000)
     model = load_dit(tiny_pipeline)
     batch = build_batch(step, objective())
-    weighted, plain = forward_backward(model, batch, FLOW, CPU, bf16=False)
+    weighted, plain = forward_backward(model, ALONE, batch, FLOW, bf16=False)
 
     transformer.zero_grad()
     items = [item for pack in step.packs for item in pack]
@@ -107,7 +108,7 @@ def test_a_step_does_not_depend_on_the_packing(tiny_pipeline):
     for budget in (80, 130, 5000):
         model = load_dit(tiny_pipeline)
         batch = build_batch(read_step(budget), objective())
-        results.append(train_step(model, batch, FLOW, CPU, bf16=False, clip_norm=1.0))
+        results.append(train_step(model, ALONE, batch, FLOW, bf16=False, clip_norm=1.0))
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=1e-5)
 
@@ -115,7 +116,7 @@ def test_a_step_does_not_depend_on_the_packing(tiny_pipeline):
 @pytest.mark.parametrize(("budget", "ranks", "num_empty"), [(80, 2, 0), (130, 4, 0), (5000, 8, 1)])
 def test_gradients_and_losses_of_the_ranks_add_up_to_those_of_one(tiny_pipeline, budget, ranks, num_empty):
     def losses_of(batch):
-        weighted, plain = forward_backward(model, batch, FLOW, CPU, bf16=False)
+        weighted, plain = forward_backward(model, ALONE, batch, FLOW, bf16=False)
         return torch.stack([weighted.sum(), plain.sum()]).double() / batch.num_elements
 
     def gradients():
@@ -176,7 +177,7 @@ def test_bf16_computes_in_bf16_and_stays_near(tiny_pipeline):
     results, grads = [], []
     for bf16 in (False, True):
         model = load_dit(tiny_pipeline)
-        results.append(train_step(model, batch, FLOW, CPU, bf16=bf16, clip_norm=None))
+        results.append(train_step(model, ALONE, batch, FLOW, bf16=bf16, clip_norm=None))
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert all(p.grad.dtype == p.dtype == torch.float32 for p in model.parameters())
     assert results[0] != results[1]
@@ -190,11 +191,11 @@ def test_clipping_scales_all_gradients_alike():
     for p in params[:2]:
         p.grad = torch.randn(p.shape, generator=g)
     before = torch.cat([p.grad.flatten() for p in params[:2]])
-    assert clip_gradients(params, None).item() == pytest.approx(before.norm().item())
+    assert clip_gradients(params, ALONE, None).item() == pytest.approx(before.norm().item())
     assert torch.equal(torch.cat([p.grad.flatten() for p in params[:2]]), before)
-    assert clip_gradients(params, 0.5).item() == pytest.approx(before.norm().item())
+    assert clip_gradients(params, ALONE, 0.5).item() == pytest.approx(before.norm().item())
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in params[:2]]), before * 0.5 / before.norm())
-    clip_gradients(params, 10.0)
+    clip_gradients(params, ALONE, 10.0)
     assert torch.cat([p.grad.flatten() for p in params[:2]]).norm() == pytest.approx(0.5, rel=1e-4)
 
 
@@ -211,6 +212,6 @@ def test_what_is_not_finite_is_found_and_named(tiny_pipeline, what):
         expected = [item.sample.key for pack in step.packs for item in pack]
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(NonFiniteError, match=f"the {what} of step 2") as caught:
-        train_step(model, batch, FLOW, CPU, bf16=False, clip_norm=1.0)
+        train_step(model, ALONE, batch, FLOW, bf16=False, clip_norm=1.0)
     assert caught.value.keys == expected
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import shlex
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:  # torch is imported only when the command runs
 
     from wanloom.data.loader import Plan, Source
     from wanloom.model.dit import DiTConfig, WanDiT
+    from wanloom.parallel.mesh import Mesh
     from wanloom.recipes.run import Run
     from wanloom.train.loop import Parts, RunState
     from wanloom.train.metrics import ProgressLine
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from wanloom.config import UserError
+    from wanloom.dist import rank, together
     from wanloom.files import lock_folder
     from wanloom.recipes.run import load_run, use_mock
 
@@ -56,23 +59,28 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("Say where checkpoints and metrics go: run_dir=FOLDER.")
     run_dir = Path(config.run_dir)
     taken = f"Another run is training in {run_dir}: wait for it or stop it, or choose another run_dir."
-    with lock_folder(run_dir, taken):
+    with ExitStack() as held:
+        with together():
+            if rank() == 0:
+                held.enter_context(lock_folder(run_dir, taken))
         stopped = start(config, run_dir)
     if stopped is None:
         return 0
     words = ["wanloom", "train", arguments.recipe, *arguments.settings]
     words += ["--training-mode", arguments.training_mode] if arguments.training_mode else []
     words += ["--mock", arguments.mock] if arguments.mock else []
-    print(f"Stopped by a signal, and saved. To go on: {shlex.join(words)}", flush=True)
+    if rank() == 0:
+        print(f"Stopped by a signal, and saved. To go on: {shlex.join(words)}", flush=True)
     return 128 + stopped
 
 
 def start(run: "Run", run_dir: Path) -> int | None:
     """Train to the end, or to a signal, whose number is returned."""
     from wanloom.data.loader import Loader, Plan, open_sources
-    from wanloom.dist import pick_device
+    from wanloom.dist import pick_device, rank, together, world_size
     from wanloom.files import write_atomic
     from wanloom.model.flops import train_flops
+    from wanloom.parallel.mesh import Mesh, resolve_layout
     from wanloom.recipes.origin import check_origins
     from wanloom.recipes.run import dump_run, model_config
     from wanloom.train.checkpoint import Checkpointer
@@ -80,39 +88,51 @@ def start(run: "Run", run_dir: Path) -> int | None:
     from wanloom.train.metrics import Metrics, ProgressLine
     from wanloom.train.step import Objective, build_batch
 
-    config, device = model_config(run.model), pick_device()
-    sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
-    plan = Plan(sources, run.data.resolved(), run.batch, run.seed, lambda tokens: train_flops(config, tokens))
-    check_validation(run, sources)
-    kernel = choose_kernel(run, device)
+    with together():
+        config, device = model_config(run.model), pick_device()
+        layout = resolve_layout(run.parallel, world_size(), config, run.batch.samples)
+        sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
+        flops = partial(train_flops, config)
+        plan = Plan(sources, run.data.resolved(), run.batch, run.seed, flops, layout.data_ranks)
+        check_validation(run, sources)
+        kernel = choose_kernel(run, device)
+    mesh = Mesh(layout, device)
     checkpointer = Checkpointer(run_dir, run.checkpoint)
     newest = checkpointer.last()
-    state = resume_state(run, newest, plan)
-    progress = ProgressLine(state.step, run.train.steps, ranks=plan.ranks)
-    if state.step >= run.train.steps:
-        progress.say(f"{run_dir} is complete at step {state.step}; a higher train.steps goes on from there.")
-        return None
-    show_log(progress)
-    check_origins(run, progress.say)
-    progress.say(
-        f"{run.model} from {run.init} weights on {device.type} in {run.train.precision}, attention by {kernel}: "
-        f"{sum(len(index) for index in plan.indices):,} samples, {run.batch.samples} of them a step."
-    )
-    write_atomic(run_dir / "run.yaml", dump_run(run).encode())
-    parts = build_parts(run, config, device, newest, state, plan, sources, progress)
+    with together():
+        state = resume_state(run, newest, plan)
+        progress = ProgressLine(state.step, run.train.steps, ranks=plan.ranks, quiet=rank() > 0)
+        if state.step >= run.train.steps:
+            progress.say(f"{run_dir} is complete at step {state.step}; a higher train.steps goes on from there.")
+            return None
+        show_log(progress)
+        check_origins(run, progress.say)
+        where = device.type if layout.world == 1 else f"{layout.world} x {device.type} ({layout.describe()})"
+        progress.say(
+            f"{run.model} from {run.init} weights on {where} in {run.train.precision}, attention by {kernel}: "
+            f"{sum(len(index) for index in plan.indices):,} samples, {run.batch.samples} of them a step."
+        )
+        if rank() == 0:
+            write_atomic(run_dir / "run.yaml", dump_run(run).encode())
+    parts = build_parts(run, config, mesh, newest, state, plan, sources, progress)
+    with together():
+        empty = empty_text(run, run_dir, config.text_dim, device) if rank() == 0 else None
+    with together():
+        empty = empty if rank() == 0 else empty_text(run, run_dir, config.text_dim, device)
     objective = Objective(
         flow=run.flow,
         seed=run.seed,
         num_samples=run.batch.samples,
         caption_dropout=run.caption_dropout,
-        empty_text=empty_text(run, run_dir, config.text_dim, device),
+        empty_text=empty,
         channels=config.in_channels,
         text_dim=config.text_dim,
     )
     settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log)
     assemble = partial(build_batch, objective=objective)
-    with Loader(sources, plan, state.step, assemble, run.data.prefetch) as batches:
-        trainer = Trainer(parts, settings, state, batches, checkpointer, Metrics(run_dir, state.step), progress)
+    metrics = Metrics(run_dir, state.step) if rank() == 0 else None
+    with Loader(sources, plan, state.step, assemble, run.data.prefetch, mesh.data_rank) as batches:
+        trainer = Trainer(parts, settings, state, batches, checkpointer, metrics, progress)
         stopped = trainer.run()
     if stopped is None:
         progress.say(
@@ -188,7 +208,7 @@ def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
 def build_parts(
     run: "Run",
     config: "DiTConfig",
-    device: "torch.device",
+    mesh: "Mesh",
     newest: Path | None,
     state: "RunState",
     plan: "Plan",
@@ -205,15 +225,15 @@ def build_parts(
     from wanloom.train.loop import Parts
     from wanloom.train.optim import AdamW
 
-    model = build_model(run, config, device, fill=newest is None)
+    model = build_model(run, config, mesh, fill=newest is None)
     optimizer = AdamW(model.named_parameters(), run.optimizer)
     bf16 = run.train.precision == "bf16"
     parts = Parts(
         model=model,
+        mesh=mesh,
         optimizer=optimizer,
         ema=Ema(optimizer.named, run.ema.decay) if run.ema.decay else None,
-        device=device,
-        validate=build_validation(model, sources, run.batch.tokens_per_pack, device, bf16)
+        validate=build_validation(model, mesh, sources, run.batch.tokens_per_pack, bf16)
         if run.log.validate_every
         else None,
         facts={
@@ -230,21 +250,28 @@ def build_parts(
     return parts
 
 
-def build_model(run: "Run", config: "DiTConfig", device: "torch.device", fill: bool) -> "WanDiT":
-    """A model in fp32; without `fill` its values are left for a checkpoint."""
+def build_model(run: "Run", config: "DiTConfig", mesh: "Mesh", fill: bool) -> "WanDiT":
+    """The part of the model that is this rank's, in fp32; without `fill` its values are left for a checkpoint."""
     import torch
 
     from wanloom.assets import find_pipeline
     from wanloom.model.dit import WanDiT, init_weights
     from wanloom.model.weights import load_dit
+    from wanloom.parallel import params
+    from wanloom.parallel.apply import apply_layout
+
+    def apply(model: "WanDiT") -> None:
+        apply_layout(model, mesh, bf16=run.train.precision == "bf16")
 
     if fill and run.init == "pretrained":
-        return load_dit(find_pipeline(run.model, ("transformer",)), device=device, kernel=run.train.kernel)
+        path = find_pipeline(run.model, ("transformer",))
+        return load_dit(path, device=mesh.device, kernel=run.train.kernel, apply=apply, fill=params.fill)
     with torch.device("meta"):
         model = WanDiT(config, run.train.kernel)
-    model.to_empty(device=device)
+    apply(model)
+    model.to_empty(device=mesh.device)
     if fill:
-        init_weights(model, run.seed)
+        init_weights(model, run.seed, params.fill)
     return model
 
 

@@ -8,14 +8,18 @@ at five levels, so what moves is the model.
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wanloom.data.loader import Source
 from wanloom.data.packing import pack_samples
 from wanloom.data.shards import Row
-from wanloom.model.sequence import build_pack, grid_of, patchify
+from wanloom.model.dit import WanDiT
+from wanloom.model.sequence import build_pack, empty_pack, grid_of, patchify
 from wanloom.objective.flow import noisy_and_velocity
 from wanloom.objective.noise import draw_noise
+from wanloom.parallel.mesh import Mesh
+from wanloom.parallel.parts import share_of
+from wanloom.parallel.pipeline import predict
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 MAX_SAMPLES = 64  # of each source, from the start of its val split
@@ -25,9 +29,12 @@ Case = tuple[Source, Row, float]
 
 
 def build_validation(
-    model: nn.Module, sources: Sequence[Source], budget: int, device: torch.device, bf16: bool
+    model: WanDiT, mesh: Mesh, sources: Sequence[Source], budget: int, bf16: bool
 ) -> Callable[[], float] | None:
-    """What computes the held-out loss, in packs of `budget` tokens or of one sample; None without a val split."""
+    """What computes the held-out loss, in packs of `budget` tokens or of one sample; None without a val split.
+
+    Every rank calls it, and every rank gets the loss.
+    """
     cases: list[Case] = []
     for source in sources:
         index = source.rows("val")
@@ -36,33 +43,38 @@ def build_validation(
     if not cases:
         return None
     tokens = [row.tokens for _, row, _ in cases]
-    packs = pack_samples(tokens, max(budget, *tokens), [float(n) for n in tokens])
+    ranks = mesh.layout.data_ranks
+    packs = pack_samples(tokens, max(budget, *tokens), [float(n) for n in tokens], ranks)
 
-    @torch.no_grad()
     def validate() -> float:
-        error, count = 0.0, 0
-        for pack in packs:
-            squares, elements = _squared_error(model, [cases[i] for i in pack], device, bf16)
-            error, count = error + float(squares), count + elements
+        sums = torch.zeros(2, dtype=torch.float64)
+        for pack in packs[mesh.data_rank :: ranks]:
+            sums += _squared_error(model, mesh, [cases[i] for i in pack], bf16)
+        if mesh.layout.world > 1:
+            torch.distributed.all_reduce(sums)
+        error, count = sums.tolist()
         return error / count
 
     return validate
 
 
-def _squared_error(model: nn.Module, cases: Sequence[Case], device: torch.device, bf16: bool) -> tuple[Tensor, int]:
-    noisy, target, grids, texts = [], [], [], []
-    for source, row, sigma in cases:
-        sample = source.read(row)
+def _squared_error(model: WanDiT, mesh: Mesh, cases: Sequence[Case], bf16: bool) -> Tensor:
+    """Sum of squares and count of elements `(2,)` fp64 of this rank's tokens of a pack, which may have no sample."""
+    noisy, target = [], []
+    samples = [source.read(row) for source, row, _ in cases]
+    for sample, (_, _, sigma) in zip(samples, cases, strict=True):
         clean = sample.latents.float()
         noise = draw_noise(tuple(clean.shape), SEED, f"validation/{sample.key}/{sigma}", 0)
         mixed, velocity = noisy_and_velocity(patchify(clean), patchify(noise), sigma)
         noisy.append(mixed)
         target.append(velocity)
-        grids.append(grid_of(clean.shape))
-        texts.append(sample.text.float())
-    pack = build_pack(noisy, grids, texts).to(device)
-    sigmas = torch.tensor([sigma for _, _, sigma in cases], dtype=torch.float32, device=device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-        velocity = model(pack, sigmas)
-    wanted = torch.cat(target).to(device)
-    return (velocity.float() - wanted).square().sum(), wanted.numel()
+    grids, texts = [grid_of(sample.latents.shape) for sample in samples], [sample.text.float() for sample in samples]
+    pack = build_pack(noisy, grids, texts) if cases else empty_pack(model.config.in_channels, model.config.text_dim)
+    wanted = torch.cat(target) if cases else pack.tokens
+    share = share_of(pack, torch.tensor([sigma for _, _, sigma in cases], dtype=torch.float32), mesh)
+    velocity = predict(model, mesh, share.pack.to(mesh.device), share.sigma.to(mesh.device), bf16)
+    if velocity is None:
+        return torch.zeros(2, dtype=torch.float64)
+    wanted = wanted[share.tokens].to(mesh.device)
+    error = (velocity[: len(wanted)].float() - wanted).square().sum()
+    return torch.tensor([error.item(), wanted.numel()], dtype=torch.float64)

@@ -18,7 +18,7 @@ leaf module, the modulation tables too. Source: Wan, arXiv 2503.20314, and its p
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,9 @@ from wanloom.model.sequence import PATCH, Pack, Run, apply_rope, rope_table, run
 PATCH_SIZE = math.prod(PATCH)
 # parts whose arithmetic and weights stay fp32 when the rest is bf16
 FP32_PARTS = frozenset({"time_embedding", "time_projection", "modulation", "head", "norm3", "norm_q", "norm_k"})
+
+
+Fill = Callable[[Tensor, Tensor], object]  # sets a parameter, or the part of it that is here, from all of its values
 
 
 class DiTConfig(Config):
@@ -351,11 +354,12 @@ def cast_weights(model: WanDiT, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: WanDiT, seed: int) -> None:
+def init_weights(model: WanDiT, seed: int, fill: Fill = Tensor.copy_) -> None:
     """Random weights in the original's way, in place; each parameter's draws depend on its name and the seed alone.
 
     Linears Xavier-uniform with zero bias; text and time embedding N(0, 0.02); tables N(0, 1/dim); the head zero, so
     that a new model's velocity is zero; the patch embedding's bias is a convolution's, uniform in +-1/sqrt(fan in).
+    `fill(parameter, values)` sets a parameter of which there may be a part here.
     """
     for name, param in model.named_parameters():
         key = hashlib.blake2b(f"{seed}/init/{name}".encode(), digest_size=8).digest()
@@ -366,7 +370,7 @@ def init_weights(model: WanDiT, seed: int) -> None:
         elif "modulation" in name:
             value.normal_(0, param.shape[-1] ** -0.5, generator=generator)
         elif name == "patch_embedding.bias":
-            bound = model.patch_embedding.in_features**-0.5
+            bound = (model.config.in_channels * PATCH_SIZE) ** -0.5
             value.uniform_(-bound, bound, generator=generator)
         elif name.endswith("bias") or name == "head.head.weight":
             value.zero_()
@@ -374,4 +378,4 @@ def init_weights(model: WanDiT, seed: int) -> None:
             value.normal_(0, 0.02, generator=generator)
         else:
             nn.init.xavier_uniform_(value, generator=generator)
-        param.copy_(value)
+        fill(param, value)

@@ -6,6 +6,7 @@ the velocity and the loss share one layout; the model turns the head's own (row,
 Rotary embedding: Su et al. 2021, split over frame, row and column as in Wan 2.1 (head_dim 128 = 44 + 42 + 42).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -128,6 +129,12 @@ def build_pack(tokens: Sequence[Tensor], grids: Sequence[Grid], texts: Sequence[
         video_lens=tuple(t.shape[0] for t in tokens),
         text_lens=tuple(t.shape[0] for t in texts),
     )
+
+
+def empty_pack(channels: int, text_dim: int) -> Pack:
+    """A pack of no samples, for latents of so many channels: what a process without work starts from."""
+    positions = torch.zeros(0, len(PATCH), dtype=torch.int64)
+    return Pack(torch.zeros(0, channels * math.prod(PATCH)), positions, torch.zeros(0, text_dim), (), ())
 
 
 def rope_table(positions: Tensor, head_dim: int) -> Tensor:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wanloom.config import UserError
-from wanloom.model.dit import PATCH_SIZE, DiTConfig, WanDiT, cast_weights
+from wanloom.model.dit import PATCH_SIZE, DiTConfig, Fill, WanDiT, cast_weights
 from wanloom.model.published import (
     Stored,
     check_channels,
@@ -100,11 +101,17 @@ def state_dict_as(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]
 
 
 def load_dit(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", kernel: str = "auto"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    kernel: str = "auto",
+    apply: Callable[[WanDiT], None] = lambda model: None,
+    fill: Fill = Tensor.copy_,
 ) -> WanDiT:
     """A WanDiT with the weights at `path`; Linears in `dtype`, the parts that stay fp32 in fp32.
 
-    Raises UserError when there is no readable model, it is a variant that a WanDiT is not, or any tensor is missing,
+    `apply` may change the model, as layouts do, before it gets memory; `fill` then sets what is left of it. Raises
+    UserError when there is no readable model, it is a variant that a WanDiT is not, or any tensor is missing,
     unexpected or of another shape.
     """
     path = Path(path)
@@ -115,6 +122,8 @@ def load_dit(
         model = WanDiT(config_of(files, stored), kernel)
     cast_weights(model, dtype)
     places = match_names(model, stored, path)
+    shapes = {name: param.shape for name, param in model.named_parameters()}
+    apply(model)
     model.to_empty(device=device)
     for file in files:
         with open_tensors(file) as tensors, torch.no_grad():
@@ -124,7 +133,7 @@ def load_dit(
                 value = tensors.get_tensor(places[name].key)
                 if not value.is_floating_point():
                     raise UserError(f"{file}: '{places[name].key}' is {value.dtype}; quantised weights are not read.")
-                param.copy_(value.reshape(param.shape))
+                fill(param, value.reshape(shapes[name]))
     return model
 
 

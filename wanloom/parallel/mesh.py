@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -19,6 +20,7 @@ from wanloom.config import Config, UserError
 from wanloom.model.dit import DiTConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp_ring", "cp_ulysses", "tp")
+PARAM_AXES = ("dp_replicate", "fsdp", "tp")  # parameters of a stage are laid out over these; fsdp = dp_shard x cp
 LEFT = -1  # this axis takes what the others leave
 
 
@@ -154,19 +156,30 @@ class Mesh:
     dp_shard and cp in one, and tokens over AXES.
     """
 
-    def __init__(self, layout: Layout, device_type: str) -> None:
+    def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout = layout
+        self.device = device
         self.place = layout.coordinates(dist.get_rank() if layout.world > 1 else 0)
         self._params: DeviceMesh | None = None
         self._tokens: DeviceMesh | None = None
         if layout.world > 1:
             sizes = (layout.pp, layout.dp_replicate, layout.fsdp, layout.tp)
-            self._params = init_device_mesh(device_type, sizes, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
-            self._tokens = init_device_mesh(device_type, layout.sizes, mesh_dim_names=AXES)
+            self._params = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", *PARAM_AXES))
+            self._tokens = init_device_mesh(device.type, layout.sizes, mesh_dim_names=AXES)
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """The process group of one of AXES, or None where the axis has one rank."""
         return self._tokens[axis].get_group() if self._tokens and getattr(self.layout, axis) > 1 else None
+
+    def param_group(self, axis: str) -> dist.ProcessGroup | None:
+        """The process group of one of PARAM_AXES, or None where the axis has one rank."""
+        return self._params[axis].get_group() if self._params and getattr(self.layout, axis) > 1 else None
+
+    @property
+    def param_place(self) -> dict[str, int]:
+        """The place on PARAM_AXES."""
+        fsdp = self.place["dp_shard"] * self.layout.cp + self.cp_rank
+        return {"dp_replicate": self.place["dp_replicate"], "fsdp": fsdp, "tp": self.place["tp"]}
 
     @property
     def tp_mesh(self) -> DeviceMesh | None:

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wanloom.config import Config
+from wanloom.parallel.params import like, local
 
 
 class EmaConfig(Config):
@@ -25,12 +26,16 @@ class Ema:
 
     def __init__(self, named: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
-        self._params = list(named.values())
-        self.tensors: dict[str, Tensor] = {name: p.detach().clone() for name, p in named.items()}
+        self._params = dict(named)
+        self._averages = {name: local(p).clone() for name, p in named.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The average by parameter name, laid out as the parameters are, not copied."""
+        return {name: like(self._params[name], average) for name, average in self._averages.items()}
 
     @torch.no_grad()
     def update(self, count: int) -> None:
         """Move towards the weights; `count` updates of the optimizer came before the last one."""
         decay = min(self.decay, (1 + count) / (10 + count))
-        for average, param in zip(self.tensors.values(), self._params, strict=True):
-            average.lerp_(param, 1 - decay)
+        for name, average in self._averages.items():
+            average.lerp_(local(self._params[name]), 1 - decay)

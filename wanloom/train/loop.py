@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from wanloom.config import Config, UserError
+from wanloom.dist import gather, highest, rank, together
+from wanloom.model.dit import WanDiT
 from wanloom.model.kernels import Kernel
 from wanloom.objective.flow import FlowConfig
+from wanloom.parallel.mesh import Mesh
 from wanloom.signals import StopSignal
 from wanloom.train.checkpoint import Checkpointer
 from wanloom.train.ema import Ema
@@ -52,10 +54,10 @@ class RunState:
 class Parts:
     """What a run is made of."""
 
-    model: nn.Module
+    model: WanDiT
+    mesh: Mesh
     optimizer: AdamW
     ema: Ema | None
-    device: torch.device
     validate: Callable[[], float] | None
     facts: Mapping[str, Any]  # stored in every checkpoint: model, versions, fingerprint of the data
     recipe: str  # run.yaml
@@ -64,7 +66,7 @@ class Parts:
         """Every tensor of the run by its name in a checkpoint; not copies, so they can be filled too."""
         named = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         named |= {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
-        return named | ({f"ema.{name}": t for name, t in self.ema.tensors.items()} if self.ema else {})
+        return named | ({f"ema.{name}": t for name, t in self.ema.tensors().items()} if self.ema else {})
 
 
 @dataclass(frozen=True)
@@ -88,39 +90,45 @@ class Trainer:
     state: RunState
     batches: Iterable[Batch]
     checkpointer: Checkpointer
-    metrics: Metrics
+    metrics: Metrics | None  # of the first rank
     progress: ProgressLine
 
     def run(self) -> signal.Signals | None:
         """Take the steps that are left. Returns the signal that stopped the run, or None at its end.
 
-        Raises UserError when a loss or gradient is not finite, when the disk is full, and whatever `batches` raises;
-        in each case the save in the background is finished first.
+        Raises UserError, the same on every rank, when a loss or gradient is not finite, when the disk is full, and
+        whatever `batches` raises; in each case the save in the background is finished first.
         """
+        batches = iter(self.batches)
         try:
             with self.progress, StopSignal("this step and saving") as stop:
                 self._tick = time.monotonic()
-                for batch in self.batches:
-                    result = self._update(batch)
-                    self._count(batch, result)
-                    ends = self.state.step == self.settings.train.steps or stop.received is not None
-                    self._report()
-                    self.checkpointer.check()
+                while self.state.step < self.settings.train.steps:
+                    with together():
+                        batch = next(batches)
+                    self._count(batch, self._update(batch))
+                    received = highest(stop.received or 0)  # the ranks hear of it at different times
+                    record = self._record()
+                    with together():
+                        self._report(record)
+                        self.checkpointer.check()
+                    ends = self.state.step == self.settings.train.steps or received
                     if ends or self.state.step % self.checkpointer.config.every == 0:
                         self._save()
                     if ends:
                         self.checkpointer.wait()
-                        return stop.received
+                        return signal.Signals(received) if received else None
             return None
         finally:
             self.checkpointer.close()
-            self.metrics.close()
+            if self.metrics is not None:
+                self.metrics.close()
 
     def _update(self, batch: Batch) -> StepResult:
         parts, settings, done = self.parts, self.settings, self.state.step
         bf16 = settings.train.precision == "bf16"
         try:
-            result = train_step(parts.model, batch, settings.flow, parts.device, bf16, settings.clip_norm)
+            result = train_step(parts.model, parts.mesh, batch, settings.flow, bf16, settings.clip_norm)
         except NonFiniteError as error:
             self.checkpointer.wait()
             raise self._explain(error) from error
@@ -153,17 +161,16 @@ class Trainer:
         }
         state.window = {key: state.window.get(key, 0) + value for key, value in sums.items()}
 
-    def _report(self) -> None:
-        """Write a record when one is due."""
+    def _record(self) -> dict[str, float] | None:
+        """The record of the steps since the last one, when one is due; every rank makes it."""
         state, log = self.state, self.settings.log
-        self.progress.advance(state.step)
         validates = self.parts.validate is not None and state.step % max(log.validate_every, 1) == 0
         last = state.step == self.settings.train.steps
         # not at a stop: its records would differ from those of a run that was not stopped
         if not (last or validates or state.step % log.every == 0):
-            return
+            return None
         sums, state.window = state.window, {}
-        record = {"step": state.step}
+        record: dict[str, float] = {"step": state.step}
         means = ("loss", "weighted_loss", "grad_norm", "packing_efficiency", "balance")
         record |= {k: sums[k] / sums["steps"] for k in means}
         record |= {
@@ -173,16 +180,22 @@ class Trainer:
             "seconds": state.seconds,
             "tokens_per_second": sums["tokens"] / sums["seconds"],
             "model_tflops": sums["flops"] / sums["seconds"] / 1e12,
-            "peak_memory_gib": peak_memory_gib(self.parts.device),
+            "peak_memory_gib": max(gather(peak_memory_gib(self.parts.mesh.device))),
         }
         if validates and self.parts.validate is not None:
             record["val_loss"] = self.parts.validate()
             self._tick = time.monotonic()  # not part of the speed
-        self.metrics.write(record)
-        self.progress.show(record)
+        return record
+
+    def _report(self, record: dict[str, float] | None) -> None:
+        self.progress.advance(self.state.step)
+        if record is not None and self.metrics is not None:
+            self.metrics.write(record)
+            self.progress.show(record)
 
     def _save(self) -> None:
-        self.metrics.sync()
+        if self.metrics is not None:
+            self.metrics.sync()
         state = {**asdict(self.state), **self.parts.facts}
         self.checkpointer.save(self.state.step, self.parts.tensors(), state, self.parts.recipe)
 
@@ -191,7 +204,8 @@ class Trainer:
         keys = ", ".join(error.keys[:NAMED_KEYS])
         if len(error.keys) > NAMED_KEYS:
             path = self.checkpointer.run_dir / f"not_finite_step_{error.step + 1}.txt"
-            path.write_text("\n".join(error.keys) + "\n")
+            if rank() == 0:
+                path.write_text("\n".join(error.keys) + "\n")
             keys += f" and {len(error.keys) - NAMED_KEYS} more, all in {path}"
         return UserError(
             f"The {error.what} of step {error.step + 1} is not finite, with the samples {keys}. The weights were not "

@@ -114,10 +114,12 @@ class EventFile:
 
 
 class ProgressLine:
-    """A live line on a terminal; where there is none, a plain line for every record."""
+    """A live line on a terminal; where there is none, a plain line for every record; nothing when `quiet`."""
 
-    def __init__(self, start_step: int, num_steps: int, console: Console | None = None, ranks: int = 1) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(
+        self, start_step: int, num_steps: int, console: Console | None = None, ranks: int = 1, quiet: bool = False
+    ) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._num_steps, self._ranks = num_steps, ranks
         self._seen = start_step, time.monotonic()  # the last record's step, and when
         self._live: Progress | None = None

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wanloom.config import Config
+from wanloom.parallel.params import like, local
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,12 +49,16 @@ def learning_rate(config: ScheduleConfig, lr: float, step: int, num_steps: int) 
 
 
 class AdamW:
-    """torch's AdamW with its state by parameter name and the count of steps outside of it."""
+    """torch's AdamW with its state by parameter name and the count of steps outside of it.
+
+    Of a parameter that is split over ranks it sees the local values alone: an elementwise update needs no others.
+    """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
         self.named = dict(named)
-        decay = [p for p in self.named.values() if p.dim() == 2]
-        keep = [p for p in self.named.values() if p.dim() != 2]
+        self._local = {name: nn.Parameter(local(p)) for name, p in self.named.items()}
+        decay = [p for p in self._local.values() if p.dim() == 2]
+        keep = [p for p in self._local.values() if p.dim() != 2]
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
@@ -62,7 +67,7 @@ class AdamW:
             eps=config.eps,
             fused=True,
         )
-        for param in self.named.values():
+        for param in self._local.values():
             self._adamw.state[param] = {
                 "step": torch.zeros((), dtype=torch.float32, device=param.device),
                 "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
@@ -73,14 +78,22 @@ class AdamW:
         """One update with this learning rate; the gradients are dropped afterwards."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
+        for name, param in self.named.items():
+            self._local[name].data = local(param)  # FSDP may have moved it
+            self._local[name].grad = None if param.grad is None else local(param.grad)
+            param.grad = None
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """The moments as `exp_avg.<name>` and `exp_avg_sq.<name>`, not copied: to save them and to load into them."""
-        return {f"{key}.{name}": self._adamw.state[p][key] for key in MOMENTS for name, p in self.named.items()}
+        return {
+            f"{key}.{name}": like(self.named[name], self._adamw.state[p][key])
+            for key in MOMENTS
+            for name, p in self._local.items()
+        }
 
     def set_step_count(self, count: int) -> None:
         """How many updates the moments have seen (bias correction)."""
-        for param in self.named.values():
+        for param in self._local.values():
             self._adamw.state[param]["step"].fill_(count)

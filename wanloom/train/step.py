@@ -14,12 +14,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from wanloom.data.loader import Item, Step, Totals
-from wanloom.model.sequence import PATCH, Pack, build_pack, grid_of, patchify
+from wanloom.dist import gather
+from wanloom.model.dit import WanDiT
+from wanloom.model.sequence import PATCH, Pack, build_pack, empty_pack, grid_of, patchify
 from wanloom.objective.flow import FlowConfig, flow_loss, noisy_and_velocity, sample_sigma, stratify
 from wanloom.objective.noise import draw_noise, draw_uniform
+from wanloom.parallel.mesh import Mesh
+from wanloom.parallel.params import grad_norm, local, sum_copies
+from wanloom.parallel.parts import share_of
+from wanloom.parallel.pipeline import run_packs
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,8 @@ class NonFiniteError(ArithmeticError):
 def build_input(items: Sequence[Item], objective: Objective) -> Input:
     """Noise the samples of one pack; without samples it has no tokens."""
     if not items:
-        nothing = torch.zeros(0, objective.channels * math.prod(PATCH))
-        positions, text = torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, objective.text_dim)
-        return Input(Pack(nothing, positions, text, (), ()), nothing, torch.zeros(0))
+        pack = empty_pack(objective.channels, objective.text_dim)
+        return Input(pack, pack.tokens, torch.zeros(0))
     noisy, target, grids, texts, sigmas = [], [], [], [], []
     for item in items:
         clean = item.sample.latents.float()
@@ -119,47 +123,56 @@ def build_batch(step: Step, objective: Objective) -> Batch:
     )
 
 
-def forward_backward(
-    model: nn.Module, batch: Batch, flow: FlowConfig, device: torch.device, bf16: bool
-) -> tuple[Tensor, Tensor]:
-    """Add the gradients of the step's mean loss; returns the weighted and plain loss sums of each pack `(packs,)`."""
-    weighted, plain = [], []
-    for pack, target, sigma in batch.inputs:
-        pack, target, sigma = pack.to(device), target.to(device), sigma.to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            velocity = model(pack, sigma)
-        loss = flow_loss(velocity, target, sigma, pack.video_lens, flow)
-        (loss.weighted_sum / batch.num_elements).backward()
-        weighted.append(loss.weighted_sum.detach())
-        plain.append(loss.plain_sum)
-    return torch.stack(weighted), torch.stack(plain)
+def forward_backward(model: WanDiT, mesh: Mesh, batch: Batch, flow: FlowConfig, bf16: bool) -> tuple[Tensor, Tensor]:
+    """Add the gradients of the step's mean loss; returns the weighted and plain loss sums of each pack `(packs,)`.
+
+    The sums are those of this rank's tokens; the gradients are summed over the ranks that share or copy a parameter.
+    """
+    weighted, plain = torch.zeros(2, len(batch.inputs), device=mesh.device)
+    shares = [share_of(pack, sigma, mesh) for pack, _, sigma in batch.inputs]
+    packs = [(share.pack.to(mesh.device), share.sigma.to(mesh.device)) for share in shares]
+
+    def loss(i: int, velocity: Tensor) -> Tensor:
+        share, sigma = shares[i], packs[i][1]
+        target = batch.inputs[i].target[share.tokens].to(mesh.device)
+        sums = flow_loss(velocity[: len(target)], target, sigma, share.lens, flow)
+        weighted[i], plain[i] = sums.weighted_sum.detach(), sums.plain_sum
+        return sums.weighted_sum / batch.num_elements
+
+    run_packs(model, mesh, packs, loss, bf16)
+    sum_copies(model.parameters(), mesh)
+    return weighted, plain
 
 
-def clip_gradients(params: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+def clip_gradients(params: Sequence[nn.Parameter], mesh: Mesh, max_norm: float | None) -> Tensor:
     """The norm over all gradients before clipping; None only measures."""
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = get_total_norm(grads)
+    norm = grad_norm(params, mesh)
     if max_norm is not None:
-        clip_grads_with_norm_(params, max_norm, norm)
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for part in (local(p.grad) for p in params if p.grad is not None):
+            part.mul_(scale)
     return norm
 
 
 def train_step(
-    model: nn.Module,
-    batch: Batch,
-    flow: FlowConfig,
-    device: torch.device,
-    bf16: bool,
-    clip_norm: float | None,
+    model: WanDiT, mesh: Mesh, batch: Batch, flow: FlowConfig, bf16: bool, clip_norm: float | None
 ) -> StepResult:
-    """Gradients of one step, clipped and ready for the optimizer. Raises NonFiniteError."""
-    weighted, plain = forward_backward(model, batch, flow, device, bf16)
-    norm = clip_gradients(list(model.parameters()), clip_norm)
-    sums = torch.cat([weighted, plain, norm[None]]).tolist()  # the one wait for the device
-    count = len(batch.inputs)
-    bad = [i for i in range(count) if not math.isfinite(sums[i])]
-    if bad:
-        raise NonFiniteError("loss", batch.step, [key for i in bad for key in batch.keys[i]])
-    if not math.isfinite(sums[-1]):
-        raise NonFiniteError("gradient", batch.step, [key for keys in batch.keys for key in keys])
-    return StepResult(sum(sums[:count]) / batch.num_elements, sum(sums[count:-1]) / batch.num_elements, sums[-1])
+    """Gradients of one step, clipped and ready for the optimizer. Raises NonFiniteError, the same on every rank."""
+    weighted, plain = forward_backward(model, mesh, batch, flow, bf16)
+    norm = clip_gradients(list(model.parameters()), mesh, clip_norm)
+    totals = torch.stack([weighted.sum(), plain.sum()])
+    if mesh.layout.world > 1:
+        torch.distributed.all_reduce(totals)
+    *sums, weighted_sum, plain_sum, grad = torch.cat([weighted, totals, norm[None]]).tolist()  # the one wait
+    if not math.isfinite(weighted_sum):
+        bad = [key for i, value in enumerate(sums) if not math.isfinite(value) for key in batch.keys[i]]
+        raise NonFiniteError("loss", batch.step, unique(gather(bad)))
+    if not math.isfinite(grad):
+        bad = [key for keys in batch.keys for key in keys]
+        raise NonFiniteError("gradient", batch.step, unique(gather(bad)))
+    return StepResult(weighted_sum / batch.num_elements, plain_sum / batch.num_elements, grad)
+
+
+def unique(keys: Sequence[Sequence[str]]) -> list[str]:
+    """All keys once, in order; the ranks that share a pack all name it."""
+    return list(dict.fromkeys(key for some in keys for key in some))

@@ -1,0 +1,19 @@
+"""A layout applied to a model from outside, in one fixed order.
+
+In: a WanDiT on the meta device, the mesh, how to recompute and compile. Out: the same model, changed in place, to be
+given memory (`to_empty`) and values (`params.fill`). The one decision: the order is stages, tensor, context,
+recomputation, compilation, FSDP: each sees the module that those before it made, and none knows of the others.
+"""
+
+from wanloom.model.dit import WanDiT
+from wanloom.parallel.fsdp import apply_fsdp
+from wanloom.parallel.mesh import Mesh
+from wanloom.parallel.pipeline import apply_pipeline
+from wanloom.parallel.tensor import apply_tensor
+
+
+def apply_layout(model: WanDiT, mesh: Mesh, bf16: bool) -> None:
+    """Make the model the part of this rank; `bf16`: FSDP gathers the Linears of the blocks in bf16."""
+    apply_pipeline(model, mesh)
+    apply_tensor(model, mesh)
+    apply_fsdp(model, mesh, bf16)
