@@ -2,6 +2,7 @@
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from wanloom.model.attention import ATTENTION_OPS
 from wanloom.parallel.context import CONTEXT_OPS, ContextAttention
 
+TIMEOUT = timedelta(seconds=60)
 # of each layout the ranks of the ring groups and of the Ulysses groups; a rank's part is its place in the sorted list
 LAYOUTS = {
     "ulysses 2": ([], [[0, 1]]),
@@ -23,7 +25,7 @@ LAYOUTS = {
 
 
 def groups_of(lists: list[list[int]]) -> dict[int, dist.ProcessGroup]:
-    return {rank: group for ranks in lists for group in [dist.new_group(ranks)] for rank in ranks}
+    return {rank: group for ranks in lists for group in [dist.new_group(ranks, TIMEOUT)] for rank in ranks}
 
 
 def attend_part(attend: ContextAttention, tensors: dict, name: str, lens: torch.Tensor, part: int, parts: int) -> dict:
@@ -56,7 +58,7 @@ def exchanges_when_kept(attend: ContextAttention, tensors: dict, name: str, lens
 
 
 def main(folder: Path) -> None:
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=TIMEOUT)
     torch.set_num_threads(1)
     rank, packs = dist.get_rank(), json.loads((folder / "packs.json").read_text())
     tensors = load_file(folder / "packs.safetensors")
