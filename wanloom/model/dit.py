@@ -174,7 +174,8 @@ class Attention(nn.Module):
         self.o = nn.Linear(dim, dim)
         self.norm_q = RMSNorm(dim, config.eps)
         self.norm_k = RMSNorm(dim, config.eps)
-        self.attend = PackedAttention(kernel)
+        self.kernel = kernel
+        self.attend: nn.Module = PackedAttention(kernel)
 
     def forward(
         self,

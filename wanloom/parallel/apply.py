@@ -6,6 +6,7 @@ recomputation, compilation, FSDP: each sees the module that those before it made
 """
 
 from wanloom.model.dit import WanDiT
+from wanloom.parallel.context import apply_context
 from wanloom.parallel.fsdp import apply_fsdp
 from wanloom.parallel.mesh import Mesh
 from wanloom.parallel.pipeline import apply_pipeline
@@ -16,4 +17,5 @@ def apply_layout(model: WanDiT, mesh: Mesh, bf16: bool) -> None:
     """Make the model the part of this rank; `bf16`: FSDP gathers the Linears of the blocks in bf16."""
     apply_pipeline(model, mesh)
     apply_tensor(model, mesh)
+    apply_context(model, mesh)
     apply_fsdp(model, mesh, bf16)

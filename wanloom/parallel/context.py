@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wanloom.model.attention import packed_backward, packed_forward, shapes
+from wanloom.model.dit import Attention, WanDiT
+from wanloom.parallel.mesh import Mesh
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:
@@ -298,3 +300,13 @@ ring_attend.register_autograd(backward_of_ring, setup_context=keep_for_backward)
 
 # beside ATTENTION_OPS, what is worth keeping where the rest of a block is recomputed: it saves the exchange too
 CONTEXT_OPS = (torch.ops.wanloom.ring_attend.default,)
+
+
+def apply_context(model: WanDiT, mesh: Mesh) -> None:
+    """Let the self-attention of every block span the ranks that share a pack, in place."""
+    ring, ulysses = mesh.group("cp_ring"), mesh.group("cp_ulysses")
+    if ring is None and ulysses is None:
+        return
+    for name, module in model.blocks.named_modules():
+        if name.endswith("self_attn") and isinstance(module, Attention):
+            module.attend = ContextAttention(module.kernel, ring, ulysses)
