@@ -24,8 +24,9 @@ from wanloom.model.dit import WanDiT
 from wanloom.model.flops import forward_flops
 from wanloom.model.weights import state_dict_as
 from wanloom.objective.noise import draw_noise, draw_uniform
-from wanloom.train.checkpoint import find_checkpoint, list_checkpoints, load_weights, read_state
+from wanloom.train.checkpoint import load_weights
 from wanloom.train.metrics import read_metrics
+from wanloom.train.saved import find_checkpoint, list_checkpoints, read_state
 
 TIMES = {"seconds", "tokens_per_second", "model_tflops", "peak_memory_gib"}
 SMALL = [

@@ -2,21 +2,19 @@
 
 import json
 import resource
+import zlib
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
 from wanloom.config import UserError
 from wanloom.model.dit import DiTConfig
 from wanloom.train import checkpoint as module
-from wanloom.train.checkpoint import (
-    CheckpointConfig,
-    Checkpointer,
-    find_checkpoint,
-    list_checkpoints,
-    load_tensors,
-    load_weights,
-)
+from wanloom.train.checkpoint import CheckpointConfig, Checkpointer, load_tensors, load_weights
+from wanloom.train.pieces import CHUNK
+from wanloom.train.saved import find_checkpoint, list_checkpoints, read_state
 
 CONFIG = DiTConfig(dim=8, ffn_dim=8, num_heads=1, num_layers=1)
 
@@ -53,11 +51,33 @@ def test_tensors_come_back_bit_for_bit(tmp_path, monkeypatch, file_bytes):
     assert torch.equal(load_weights(folder, ema=True)[1]["a.weight"], saved["ema.a.weight"])
 
 
+def test_a_file_is_what_torch_and_safetensors_take(tmp_path):
+    """Also of several types, a scalar, nothing, and more than one chunk."""
+    tensors = build_tensors() | {
+        "model.half": torch.randn(5).bfloat16(),
+        "model.double": torch.randn(3, 2).double(),
+        "model.scalar": torch.randn(()),
+        "model.none": torch.randn(0, 3),
+        "model.large": torch.randn(CHUNK // 4 + 3),
+        "model.turned": torch.randn(4, 3).T,
+    }
+    save_steps(tmp_path, [1], tensors=tensors)
+    folder = find_checkpoint(tmp_path)
+    files = list(folder.glob("*.safetensors"))
+    plain = load_file(files[0])
+    assert len(files) == 1 and all(torch.equal(plain[name], tensors[name]) for name in tensors | plain)
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    load(loaded, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    load_tensors(folder, loaded := {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
 def test_what_is_saved_is_the_moment_of_the_call(tmp_path):
     tensors = build_tensors()
     expected = {name: t.clone() for name, t in tensors.items()}
     checkpointer = Checkpointer(tmp_path, CheckpointConfig())
-    checkpointer.save(1, tensors, {"step": 1}, "")
+    checkpointer.save(1, tensors, {"step": 1, "model": {}}, "")
     for tensor in tensors.values():
         tensor.zero_()
     checkpointer.wait()
@@ -100,21 +120,85 @@ def damage_state(folder):
     return "state.json cannot be read"
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_remove, damage_state])
+def damage_add(folder):
+    (folder / "more.safetensors").write_bytes(b"x")
+    return "more.safetensors does not belong to it"
+
+
+@pytest.mark.parametrize("damage", [damage_add, damage_truncate, damage_flip, damage_remove, damage_state])
 def test_damage_is_named_and_the_last_whole_one_is_offered(tmp_path, damage):
     save_steps(tmp_path, [1, 2, 3])
     newest = find_checkpoint(tmp_path)
     damage_truncate(tmp_path / "checkpoints" / "step_0000002")
     expected = damage(newest)
-    for load in (lambda: load_tensors(newest, build_tensors()), lambda: load_weights(newest, ema=False)):
+    for read in (lambda: load_tensors(newest, build_tensors()), lambda: load_weights(newest, ema=False)):
         with pytest.raises(UserError) as caught:
-            load()
+            read()
         message = str(caught.value)
         assert expected in message and str(newest) in message
         assert f"{tmp_path / 'checkpoints' / 'step_0000001'}, is whole" in message
     damage_flip(tmp_path / "checkpoints" / "step_0000001")
     with pytest.raises(UserError, match="no older whole checkpoint"):
         load_tensors(newest, build_tensors())
+
+
+ODD_STATES = {
+    "[1, 2]": "it is not an object",
+    '{"step": 3, "model": {}}': "files: Field required",
+    '{"step": "3", "model": {}, "files": {}}': "step: Input should be a valid integer",
+    '{"step": 3, "model": {}, "files": {}, "tokens": null}': "tokens: Input",
+    '{"step": 3, "model": {}, "files": {"../a.safetensors": {"bytes": 1, "crc32": 1}}}': "files.../a.safetensors",
+    '{"step": 3, "model": {}, "files": {"a.safetensors": {"bytes": 1}}}': "files.a.safetensors.crc32: Field required",
+    "[" * 100_000: "recursion",
+    "\x00": "state.json cannot be read",
+}
+
+
+@pytest.mark.parametrize("text", ODD_STATES, ids=range(len(ODD_STATES)))
+def test_an_odd_state_is_a_sentence(tmp_path, text):
+    save_steps(tmp_path, [3])
+    folder = find_checkpoint(tmp_path)
+    (folder / "state.json").write_text(text)
+    for read in (lambda: load_tensors(folder, build_tensors()), lambda: read_state(folder)):
+        with pytest.raises(UserError, match=r"is damaged: state\.json cannot be read \(") as caught:
+            read()
+        assert ODD_STATES[text] in str(caught.value)
+
+
+def rewrite(folder, header):
+    """Put another file in the place of the only one, and its sums in state.json, as its own program would."""
+    file = next(folder.glob("*.safetensors"))
+    save_file({"model.b": torch.zeros(7)}, file, metadata=header)
+    state = json.loads((folder / "state.json").read_text())
+    state["files"] = {file.name: {"bytes": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        "{",
+        "[]",
+        '{"model.c": {}}',
+        '{"model.b": 3}',
+        '{"model.b": {"saved_offsets": "x"}}',
+        '{"model.b": {"saved_offsets": [1]}}',
+        '{"model.b": {"saved_offsets": [-1]}}',
+        '{"model.b": {"saved_offsets": [0, 0]}}',
+        '{"model.b": {"saved_offsets": [0.5]}}',
+        '{"model.b": {"saved_offsets": [1000000000000000000000000]}}',
+    ],
+)
+def test_an_odd_header_is_a_sentence(tmp_path, sharding):
+    save_steps(tmp_path, [3])
+    folder = find_checkpoint(tmp_path)
+    rewrite(folder, {"DCP_SHARDING_INFO": sharding})
+    for read in (lambda: load_tensors(folder, {"model.b": torch.ones(7)}), lambda: load_weights(folder, ema=False)):
+        with pytest.raises(UserError, match="headers of its files cannot be read"):
+            read()
+    rewrite(folder, {"DCP_SHARDING_INFO": '{"model.b": {"saved_offsets": [0]}}'})
+    load_tensors(folder, tensors := {"model.b": torch.ones(7)})
+    assert tensors["model.b"].eq(0).all()
 
 
 def test_the_one_before_is_so_by_its_number(tmp_path):
@@ -131,7 +215,7 @@ def test_the_one_before_is_so_by_its_number(tmp_path):
 def test_a_checkpoint_of_another_model_is_named(tmp_path):
     save_steps(tmp_path, [1])
     other = build_tensors() | {"model.b": torch.zeros(8), "model.c": torch.zeros(1)}
-    with pytest.raises(UserError, match=r"does not fit this model: 2 tensors differ, such as model\.c, model\.b"):
+    with pytest.raises(UserError, match=r"does not fit this model: 2 tensors differ, such as model\.b, model\.c"):
         load_tensors(find_checkpoint(tmp_path), other)
     save_steps(tmp_path, [2], tensors={name: t for name, t in build_tensors().items() if "ema" not in name})
     with pytest.raises(UserError, match="no averaged weights"):
@@ -152,7 +236,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
     try:
-        checkpointer.save(2, build_tensors(2), {"step": 2}, "")
+        checkpointer.save(2, build_tensors(2), {"step": 2, "model": {}}, "")
         with pytest.raises(UserError) as caught:
             checkpointer.wait()
     finally:

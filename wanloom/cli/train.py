@@ -179,8 +179,8 @@ def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
 
     from wanloom.config import UserError, build_config, load_yaml
     from wanloom.recipes.run import MAY_CHANGE, Run, changed_keys
-    from wanloom.train.checkpoint import read_state
     from wanloom.train.loop import RunState
+    from wanloom.train.saved import read_state
 
     if newest is None:
         return RunState()

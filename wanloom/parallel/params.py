@@ -43,13 +43,15 @@ def split_axes(tensor: Tensor) -> set[str]:
 def box_of(tensor: Tensor) -> tuple[slice, ...]:
     """Where the local values lie in the whole tensor.
 
-    Tensor parallelism cuts first and FSDP then cuts its part, both in equal parts of which the last are smaller.
+    Axes cut one after the other, each in equal parts of which the last are smaller: first those of tensor parallelism,
+    then FSDP, whose placement then has a split factor, cuts their parts. torch's own answer differs between versions.
     """
     box = [slice(0, size) for size in tensor.shape]
     if isinstance(tensor, DTensor):
-        place = tensor.device_mesh.get_coordinate() or []
-        sizes = tensor.device_mesh.shape
-        for index, size, placement in reversed(list(zip(place, sizes, tensor.placements, strict=True))):
+        places = tensor.device_mesh.get_coordinate() or []
+        cuts = list(zip(places, tensor.device_mesh.shape, tensor.placements, strict=True))
+        late = [cut for cut in cuts if hasattr(cut[2], "split_factor")]
+        for index, size, placement in [cut for cut in cuts if cut not in late] + late[::-1]:
             if isinstance(placement, Replicate):
                 continue
             dim = placement.dim  # pyright: ignore[reportAttributeAccessIssue]

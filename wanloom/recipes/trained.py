@@ -14,7 +14,8 @@ from torch import Tensor
 
 from wanloom.config import UserError, build_config
 from wanloom.model.dit import DiTConfig, WanDiT, cast_weights
-from wanloom.train.checkpoint import find_checkpoint, load_weights, read_state
+from wanloom.train.checkpoint import load_weights
+from wanloom.train.saved import find_checkpoint, read_state
 
 
 @dataclass(frozen=True)

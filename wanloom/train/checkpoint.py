@@ -1,41 +1,43 @@
 """Checkpoints: RUN/checkpoints/step_0001000/, whole or not there at all.
 
-In: named tensors, the state of the run and its recipe. Out: a torch.distributed.checkpoint folder of safetensors files
-(no pickle), state.json and run.yaml. The one decision: a checkpoint is written beside its place by a background thread
-from a copy, each file and the folder synced, then renamed; so a kill at any moment leaves the last whole one. Every
-file's size and checksum is in state.json, and a damaged one is named, never skipped quietly.
+In: named tensors, whole or spread over the ranks, the state of the run and its recipe. Out: a
+torch.distributed.checkpoint folder of safetensors files (no pickle), state.json and run.yaml. The one decision: a
+checkpoint is written beside its place by a background thread of every rank from a copy, each file and the folder
+synced, then renamed by rank 0 when every rank is done; so a kill at any moment leaves the last whole one.
 Tensors: `model.<name>`, `ema.<name>`, `optimizer.exp_avg.<name>`, `optimizer.exp_avg_sq.<name>`.
 """
 
 import json
 import os
-import re
 import shutil
+import time
+import uuid
 import warnings
-import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import takewhile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from wanloom.config import Config, UserError, build_config
+from wanloom.config import Config, UserError, build_config, sentence_of
+from wanloom.dist import gather, rank, together, world_size
 from wanloom.files import write_atomic
 from wanloom.model.dit import DiTConfig
+from wanloom.parallel.params import local
+from wanloom.train.pieces import Box, Stored, share, write_pieces
+from wanloom.train.saved import FOLDER, damaged, find_damage, list_checkpoints, read_state
 
-FOLDER = "checkpoints"
 PARTIAL = ".partial"
-FILE_BYTES = 4 * 2**30  # a file is put together in memory before it is written
-NAME = re.compile(r"step_\d{7,}")
+FILE_BYTES = 2**30  # of a file, and of its block of memory for the copies
+ALIGN = 64  # bytes, of a tensor in the copy
+WRITE_TIMEOUT = timedelta(hours=4)  # of the slowest rank's disk; a rank that is gone is noticed at once
+SEEN_TIMEOUT = 10.0  # seconds until a folder of rank 0 must show on the other machines
 
 # one process without a process group is meant, not forgotten
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -48,49 +50,21 @@ class CheckpointConfig(Config):
     keep: int = Field(default=2, ge=1)
 
 
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    folder = run_dir / FOLDER
-    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of a run folder, or the checkpoint folder itself. Raises UserError if there is none."""
-    if (path / "state.json").is_file():
-        return path
-    if not path.is_dir():
-        raise UserError(f"There is no folder {path}: give a run folder or one of its checkpoints.")
-    found = list_checkpoints(path)
-    if not found:
-        raise UserError(
-            f"{path} holds no checkpoint: give the folder of a run that has saved one (run_dir of the run)."
-        )
-    return found[-1]
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state of the run at this checkpoint. Raises UserError when state.json is missing or broken."""
-    try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise _damaged(checkpoint, f"state.json cannot be read ({error})") from error
-
-
 def load_tensors(checkpoint: Path, into: Mapping[str, Tensor]) -> None:
-    """Fill the tensors in place. Raises UserError for a damaged checkpoint, or one of another model."""
-    damage = find_damage(checkpoint)
-    if damage:
-        raise _damaged(checkpoint, damage)
-    stored = stored_tensors(checkpoint)
-    missing = sorted(set(into) - set(stored))
-    wrong = [name for name in into if name in stored and tuple(stored[name].size) != tuple(into[name].shape)]
-    if missing or wrong:
-        names = ", ".join((missing + wrong)[:5])
-        raise UserError(
-            f"{checkpoint} does not fit this model: {len(missing + wrong)} tensors differ, such as {names}."
-        )
-    load(dict(into), storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    """Fill the tensors in place, each rank its pieces; all ranks call it together, with names of their own.
+
+    Raises UserError, the same on every rank, for a damaged checkpoint, or one of another model.
+    """
+    found = [damage for damage in gather(find_damage(checkpoint, rank(), world_size())) if damage]
+    if found:
+        raise UserError(gather(str(damaged(checkpoint, found[0])) if rank() == 0 else "")[0])
+    with together():
+        stored = _open_stored(checkpoint)
+        wrong = [name for name, tensor in into.items() if not _fits(stored, name, tensor)]
+        if wrong:
+            names = ", ".join(sorted(wrong)[:5])
+            raise UserError(f"{checkpoint} does not fit this model: {len(wrong)} tensors differ, such as {names}.")
+        stored.fill({n: local(t) for n, t in into.items()}, {n: Box.of(t) for n, t in into.items()})
 
 
 def load_weights(checkpoint: Path, ema: bool) -> tuple[DiTConfig, dict[str, Tensor]]:
@@ -98,130 +72,155 @@ def load_weights(checkpoint: Path, ema: bool) -> tuple[DiTConfig, dict[str, Tens
     config = build_config(DiTConfig, read_state(checkpoint)["model"])
     damage = find_damage(checkpoint)
     if damage:
-        raise _damaged(checkpoint, damage)
+        raise damaged(checkpoint, damage)
     prefix = "ema." if ema else "model."
-    stored = stored_tensors(checkpoint)
-    state = {
-        name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
-        for name in sorted(stored)
+    stored = _open_stored(checkpoint)
+    weights = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in sorted(stored.tensors.items())
         if name.startswith(prefix)
     }
-    if not state:
+    if not weights:
         raise UserError(f"{checkpoint} has no averaged weights: the run was trained without ema.decay.")
-    load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
-    return config, {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    stored.fill(weights, {name: Box.of(tensor) for name, tensor in weights.items()})
+    return config, {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
 
-def stored_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
-    """Size and type of every tensor in a checkpoint, from the headers of its files."""
-    stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    return {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words with the file's name, or None; reads every file."""
+def _open_stored(checkpoint: Path) -> Stored:
     try:
-        files = json.loads((checkpoint / "state.json").read_text())["files"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        return f"state.json cannot be read ({error})"
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _checksum(path) != expected["crc32"]:
-            return f"the content of {name} has changed"
-    return None
+        return Stored(checkpoint)
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise damaged(checkpoint, f"the headers of its files cannot be read ({error})") from error
 
 
-def _damaged(checkpoint: Path, damage: str) -> UserError:
-    found = list_checkpoints(checkpoint.parent.parent)
-    older = takewhile(lambda p: p.name != checkpoint.name, found)
-    whole = next((p for p in reversed(list(older)) if find_damage(p) is None), None)
-    advice = (
-        f"The one before it, {whole}, is whole: to go on from there, delete {checkpoint} and start again."
-        if whole
-        else "There is no older whole checkpoint."
-    )
-    return UserError(f"The checkpoint {checkpoint} is damaged: {damage}. {advice}")
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            value = zlib.crc32(block, value)
-    return value
+def _fits(stored: Stored, name: str, tensor: Tensor) -> bool:
+    entry = stored.tensors.get(name)
+    return entry is not None and entry.size == tensor.shape and entry.properties.dtype == tensor.dtype
 
 
 class Checkpointer:
-    """Writes the checkpoints of a run in the background, one at a time, and keeps the newest."""
+    """Writes the checkpoints of a run in the background, one at a time, and keeps the newest.
+
+    All ranks make one together and save together. Raises UserError when the ranks do not see the same `run_dir`.
+    """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         self.run_dir = run_dir
         self.config = config
-        self._staged: dict[str, Tensor] = {}
+        self._group = _build_group()
+        self._boxes: dict[str, Box] = {}
+        self._files: dict[str, int] = {}
+        self._staged: dict[str, Tensor] | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._saving: tuple[int, Future[None]] | None = None
-        (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
-        for leftover in (run_dir / FOLDER).glob(f"*{PARTIAL}"):
-            shutil.rmtree(leftover)
+        self._saving: Future[None] | None = None
+        self._last = self._open_folder()
+
+    def _open_folder(self) -> Path | None:
+        """Clear what a kill has left, see that it is one folder for all. Returns its newest checkpoint."""
+        folder, token, newest = self.run_dir / FOLDER, None, None
+        with together(self._group):
+            if rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                for leftover in folder.glob(f"*{PARTIAL}"):
+                    shutil.rmtree(leftover)
+                token = folder / f"shared-{uuid.uuid4().hex}{PARTIAL}"
+                token.mkdir()
+                newest = next(reversed(list_checkpoints(self.run_dir)), None)
+        told = gather([token and token.name, newest and newest.name], self._group)[0]
+        try:
+            with together(self._group):
+                if not _appears(folder / told[0]):
+                    raise UserError(
+                        f"{self.run_dir} is not the same folder for all processes: run_dir must be on a disk that all "
+                        "machines share."
+                    )
+        finally:
+            if token is not None:
+                token.rmdir()
+        return folder / told[1] if told[1] else None
 
     def last(self) -> Path | None:
         """The newest checkpoint; it was whole when it got its name, `load_tensors` checks whether it still is."""
-        found = list_checkpoints(self.run_dir)
-        return found[-1] if found else None
+        return self._last
+
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Agree on who writes which piece and take the memory for the copies; all ranks together, once, at the start.
+
+        `save` does it when it was not done. The names, layouts and sizes stay the same from then on.
+        """
+        boxes = {name: Box.of(tensor) for name, tensor in tensors.items()}
+        mine = {name: tensors[name] for name in share(boxes, self._group)}
+        self._boxes = {name: boxes[name] for name in mine}
+        self._files = split_files({name: local(tensor).nbytes for name, tensor in mine.items()})
+        self._staged = allocate_copies({name: local(tensor) for name, tensor in mine.items()}, self._files)
 
     @torch.no_grad()
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], recipe: str) -> None:
-        """Copy the tensors and write them in the background; after the save before. Raises UserError if that failed."""
-        self.wait()
-        if self._staged.keys() != tensors.keys():
-            self._staged = {name: torch.empty_like(t, device="cpu") for name, t in tensors.items()}
-        for name, tensor in tensors.items():
-            self._staged[name].copy_(tensor)
-        self._saving = step, self._pool.submit(self._write, step, dict(state), recipe)
+        """Copy the pieces and write them in the background; after the save before. Raises UserError if that failed.
 
-    def check(self) -> None:
-        """Raises UserError if the save in the background has failed."""
-        if self._saving is not None and self._saving[1].done():
-            self.wait()
+        All ranks save the same step together. `state` and `recipe` count on rank 0.
+        """
+        self.wait()
+        if self._staged is None:
+            self.prepare(tensors)
+        devices = set[torch.device]()
+        for name, copy in (self._staged or {}).items():
+            piece = local(tensors[name])
+            copy.copy_(piece, non_blocking=True)
+            devices.add(piece.device)
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+        self._saving = self._pool.submit(self._write, step, dict(state), recipe)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in the background is known to have failed; `wait` then raises the reason.
+
+        It asks nobody: other ranks may know a little later. They must agree on it before any of them calls `wait`.
+        """
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def wait(self) -> None:
-        """Wait until the last save is on disk. Raises UserError if it failed."""
-        if self._saving is None:
-            return
-        (step, saving), self._saving = self._saving, None
-        try:
+        """Wait until the last save is on disk. Raises UserError, the same on every rank, if it failed on any."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
             saving.result()
-        except (OSError, CheckpointException) as error:
-            shutil.rmtree(self._partial(step), ignore_errors=True)
-            reason = _reason(error)
-            raise UserError(
-                f"The checkpoint of step {step} could not be written: {reason}. {self.describe_last()} Make room or "
-                "choose another disk for run_dir, then start the same command again to go on from there."
-            ) from error
 
     def describe_last(self) -> str:
         """One sentence on the newest whole checkpoint."""
-        last = self.last()
-        return f"The last whole checkpoint is {last}." if last else "No checkpoint was saved before."
+        return f"The last whole checkpoint is {self._last}." if self._last else "No checkpoint was saved before."
 
     def close(self) -> None:
         """Wait for the thread; an error of the save is raised by `wait`, not here."""
         self._pool.shutdown(wait=True)
 
-    def _partial(self, step: int) -> Path:
-        return self.run_dir / FOLDER / f"step_{step:07d}{PARTIAL}"
-
     def _write(self, step: int, state: dict[str, Any], recipe: str) -> None:
-        partial = self._partial(step)
-        partial.mkdir()
-        writer = HuggingFaceStorageWriter(str(partial), split_files(self._staged), save_distributed=True)
-        save(dict(self._staged), storage_writer=writer, no_dist=True)
-        files = sorted(partial.glob("*.safetensors"))
-        state["files"] = {p.name: {"bytes": p.stat().st_size, "crc32": _checksum(p)} for p in files}
+        partial = self.run_dir / FOLDER / f"step_{step:07d}{PARTIAL}"
+        own = dict[str, dict[str, int]]()
+        try:
+            with together(self._group):
+                if rank() == 0:
+                    partial.mkdir()
+            with together(self._group):
+                own = write_pieces(partial, self._staged or {}, self._boxes, self._files)
+                sync_folder(partial)
+            files = gather(own, self._group)
+            with together(self._group):
+                if rank() == 0:
+                    state["files"] = {name: file for of_rank in files for name, file in of_rank.items()}
+                    self._finish(partial, state, recipe)
+        except (UserError, OSError) as error:
+            if rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"The checkpoint of step {step} could not be written: {sentence_of(error)} {self.describe_last()} Make "
+                "room or choose another disk for run_dir, then start the same command again to go on from there."
+            ) from error
+        self._last = partial.with_suffix("")
+
+    def _finish(self, partial: Path, state: dict[str, Any], recipe: str) -> None:
+        """Give a checkpoint its name, now that its files are there, and drop those that are too many."""
         write_atomic(partial / "run.yaml", recipe.encode())
         write_atomic(partial / "state.json", json.dumps(state, indent=1).encode())
         sync_folder(partial)
@@ -234,14 +233,40 @@ class Checkpointer:
             shutil.rmtree(doomed)
 
 
-def split_files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Which file, from 1, each tensor goes to."""
-    out, file, size = {}, 1, 0
-    for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > FILE_BYTES:
-            file, size = file + 1, 0
+def _build_group() -> dist.ProcessGroup | None:
+    """A group of all ranks for the threads: their exchanges must not mix with those of training."""
+    if world_size() == 1:
+        return None
+    group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def split_files(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Which file, from 1, each piece goes to, by its size in bytes."""
+    out, file, total = {}, 1, 0
+    for name, size in sizes.items():
+        if total and total + size > FILE_BYTES:
+            file, total = file + 1, 0
         out[name] = file
-        size += tensor.nbytes
+        total += size
+    return out
+
+
+def allocate_copies(pieces: Mapping[str, Tensor], files: Mapping[str, int]) -> dict[str, Tensor]:
+    """A tensor on the host for each piece, one block of memory a file; pinned for pieces on a GPU."""
+    # a block for each piece would cost up to twice the memory: pinned blocks have sizes of powers of two
+    begins, totals = dict[str, int](), dict[int, int]()
+    for name, piece in pieces.items():
+        begins[name] = totals.get(files[name], 0)
+        totals[files[name]] = begins[name] + -(-piece.nbytes // ALIGN) * ALIGN
+    pinned = any(piece.is_cuda for piece in pieces.values())
+    # written once, so that the first save does not wait for pages
+    blocks = {file: torch.empty(n, dtype=torch.uint8, pin_memory=pinned).zero_() for file, n in totals.items()}
+    out = {}
+    for name, piece in pieces.items():
+        block = blocks[files[name]][begins[name] : begins[name] + piece.nbytes]
+        out[name] = block.view(piece.dtype).view(piece.shape)
     return out
 
 
@@ -254,9 +279,11 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _reason(error: OSError | CheckpointException) -> str:
-    if isinstance(error, CheckpointException):
-        causes = [wrapped[0] for wrapped in error.failures.values()]
-        first = causes[0]
-        return first.strerror or str(first) if isinstance(first, OSError) else str(first)
-    return error.strerror or str(error)
+def _appears(path: Path) -> bool:
+    """Whether a path that rank 0 has made is here too; a network disk may show it a little later."""
+    deadline = time.monotonic() + SEEN_TIMEOUT
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

@@ -28,6 +28,7 @@ from wanloom.train.metrics import LogConfig, Metrics, ProgressLine, peak_memory_
 from wanloom.train.optim import AdamW, ScheduleConfig, learning_rate
 from wanloom.train.step import Batch, NonFiniteError, StepResult, train_step
 
+SAVE_FAILED = 2**16  # among numbers of signals
 NAMED_KEYS = 16  # samples named in the error; the file beside it has them all
 
 
@@ -102,16 +103,19 @@ class Trainer:
         batches = iter(self.batches)
         try:
             with self.progress, StopSignal("this step and saving") as stop:
+                self.checkpointer.prepare(self.parts.tensors())
                 self._tick = time.monotonic()
                 while self.state.step < self.settings.train.steps:
                     with together():
                         batch = next(batches)
                     self._count(batch, self._update(batch))
-                    received = highest(stop.received or 0)  # the ranks hear of it at different times
+                    # the ranks hear of either at different times
+                    received = highest(SAVE_FAILED if self.checkpointer.failed else stop.received or 0)
                     record = self._record()
                     with together():
                         self._report(record)
-                        self.checkpointer.check()
+                    if received == SAVE_FAILED:
+                        self.checkpointer.wait()
                     ends = self.state.step == self.settings.train.steps or received
                     if ends or self.state.step % self.checkpointer.config.every == 0:
                         self._save()
@@ -194,8 +198,9 @@ class Trainer:
             self.progress.show(record)
 
     def _save(self) -> None:
-        if self.metrics is not None:
-            self.metrics.sync()
+        with together():
+            if self.metrics is not None:
+                self.metrics.sync()
         state = {**asdict(self.state), **self.parts.facts}
         self.checkpointer.save(self.state.step, self.parts.tensors(), state, self.parts.recipe)
 

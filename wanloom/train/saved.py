@@ -1,0 +1,132 @@
+"""What checkpoints a run has, and whether they are whole.
+
+In: the folder of a run, or RUN/checkpoints/step_0001000/. Out: paths, the state of the run, or one sentence on what is
+damaged. The one decision: state.json names every file with its size and checksum, and nothing else counts; a damaged
+checkpoint is named with the whole one before it, never skipped quietly.
+"""
+
+import json
+import re
+import zlib
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from wanloom.config import Config, UserError
+
+FOLDER = "checkpoints"
+NAME = re.compile(r"step_\d{7,}")
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.safetensors$")]  # never a path
+
+
+class FileSum(Config):
+    """What a file must be."""
+
+    bytes: int
+    crc32: int
+
+
+class SavedState(Config):
+    """What state.json must say; there may be more."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int
+    files: dict[FileName, FileSum]
+    model: dict[str, Any] = Field(default_factory=dict)
+    data: Any = None
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    window: dict[str, float] = Field(default_factory=dict)
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    folder = run_dir / FOLDER
+    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The newest checkpoint of a run folder, or the checkpoint folder itself. Raises UserError if there is none."""
+    if (path / "state.json").is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"There is no folder {path}: give a run folder or one of its checkpoints.")
+    found = list_checkpoints(path)
+    if not found:
+        raise UserError(
+            f"{path} holds no checkpoint: give the folder of a run that has saved one (run_dir of the run)."
+        )
+    return found[-1]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The state of the run at this checkpoint. Raises UserError when state.json is missing or broken."""
+    try:
+        return _parse_state(checkpoint)
+    except ValueError as error:
+        raise damaged(checkpoint, str(error)) from error
+
+
+def _parse_state(checkpoint: Path) -> dict[str, Any]:
+    """Raises ValueError, which says what is wrong with state.json."""
+    try:
+        return SavedState.model_validate(json.loads((checkpoint / "state.json").read_bytes())).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        reason = f"{place}: {first['msg']}" if place else "it is not an object"
+        raise ValueError(f"state.json cannot be read ({reason})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"state.json cannot be read ({error})") from error
+
+
+def find_damage(checkpoint: Path, first: int = 0, stride: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in a few words with the file's name, or None.
+
+    Reads every file; with `first` and `stride` only each `stride`-th of them, so that the ranks can share them.
+    """
+    try:
+        files = _parse_state(checkpoint)["files"]
+        strangers = {path.name for path in checkpoint.glob("*.safetensors")} - set(files)
+        if strangers:
+            return f"{min(strangers)} does not belong to it"
+        for name in sorted(files)[first::stride]:
+            path, expected = checkpoint / name, files[name]
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if _checksum(path) != expected["crc32"]:
+                return f"the content of {name} has changed"
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read ({error.strerror})" if error.filename else str(error)
+    return None
+
+
+def damaged(checkpoint: Path, damage: str) -> UserError:
+    """What to tell of a damaged checkpoint; reads those before it until one is whole."""
+    found = list_checkpoints(checkpoint.parent.parent)
+    older = takewhile(lambda p: p.name != checkpoint.name, found)
+    whole = next((p for p in reversed(list(older)) if find_damage(p) is None), None)
+    advice = (
+        f"The one before it, {whole}, is whole: to go on from there, delete {checkpoint} and start again."
+        if whole
+        else "There is no older whole checkpoint."
+    )
+    return UserError(f"The checkpoint {checkpoint} is damaged: {damage}. {advice}")
+
+
+def _checksum(path: Path) -> int:
+    """The CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            value = zlib.crc32(block, value)
+    return value
