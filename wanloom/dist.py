@@ -28,6 +28,7 @@ TALLY = "wanloom/tally"
 WAIT_FOR_RANK_0 = 5.0  # seconds
 # what gloo (a plain RuntimeError) and NCCL (a DistBackendError, as for its other errors) say of the other end
 LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
+LOST += ("timeout caused pair closure", "Connect timeout", "connectFullMesh failed")
 LOST += ("ncclRemoteError", "communicator was aborted", "Watchdog caught")
 
 

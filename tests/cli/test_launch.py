@@ -16,13 +16,14 @@ ROOT = Path(__file__).parents[2]
 START = "import sys; from wanloom.cli.launch import run_processes as r; sys.exit(r(2, sys.argv[2:], int(sys.argv[1])))"
 # waits to be stopped, then "saves" for a second; or does what its rank is told to
 WORKER = """
-import os, pathlib, sys, time
+import contextlib, os, pathlib, sys, time
 from wanloom.signals import StopSignal
 rank, out = os.environ["RANK"], pathlib.Path(sys.argv[1])
+joined = contextlib.nullcontext()
 if "follow" in sys.argv:
-    from wanloom.dist import follow_launcher
-    follow_launcher()
-with StopSignal("saving") as stop:
+    from wanloom.dist import process_group
+    joined = process_group()
+with joined, StopSignal("saving") as stop:
     (out / f"began-{rank}").write_text(os.environ["WORLD_SIZE"] + " " + str(os.getpid()))
     if rank == "1" and "dies" in sys.argv:
         os.kill(os.getpid(), 9)
@@ -37,7 +38,7 @@ with StopSignal("saving") as stop:
         sys.exit(2)
     while not stop.received or "busy" in sys.argv:
         time.sleep(0.05)
-    time.sleep(1)
+    time.sleep(1)  # a second signal would end this
     (out / f"saved-{rank}").touch()
 sys.exit(128 + stop.received)
 """
@@ -60,10 +61,11 @@ def start(tmp_path, monkeypatch):
     yield begin
     for process in started:
         process.kill()
-        process.communicate()
     for pid in pids(tmp_path):
         if is_running(pid):
             os.kill(pid, signal.SIGKILL)
+    for process in started:
+        process.communicate()
 
 
 def pids(folder: Path) -> list[int]:
@@ -110,6 +112,15 @@ def test_a_second_signal_stops_at_once(start, tmp_path):
     assert process.returncode == 130
     assert "KeyboardInterrupt" in errors  # the worker's; a command turns it into a sentence
     assert not list(tmp_path.glob("saved-*")) and not any(is_running(pid) for pid in pids(tmp_path))
+
+
+def test_a_scheduler_may_signal_the_processes_too(start, tmp_path):
+    process = start()
+    wait_for(lambda: have_begun(tmp_path))
+    for pid in (*pids(tmp_path), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143 and len(list(tmp_path.glob("saved-*"))) == 2
 
 
 def test_a_killed_launcher_leaves_nothing_behind(start, tmp_path):
