@@ -6,8 +6,7 @@ import pytest
 import yaml
 
 from wanloom.cli import main
-from wanloom.cli.show import show_plan
-from wanloom.recipes.run import load_run, model_config, use_mock
+from wanloom.recipes.run import load_run
 
 
 def test_a_recipe_is_printed_as_a_recipe(tmp_path, capsys):
@@ -30,14 +29,31 @@ def test_the_published_models_are_shown_without_their_weights(capsys):
     assert abs(flops / (4 * 5035.1) - 1) < 0.01
 
 
-def test_a_plan_for_several_ranks_says_how_even_they_are(capsys):
-    run = load_run("tiny", use_mock([], "17x64x64,1x64x64"), None)
-    show_plan(run, model_config(run.model), ranks=4)
+def test_a_layout_is_shown_with_what_a_rank_holds(capsys):
+    words = ["wan2.1-t2v-14b", "init=random", "--mock=81x480x832,1x480x832*4", "batch.samples=80"]
+    axes = ["parallel.cp=8", "parallel.tp=2", "parallel.dp_replicate=2", "ema.decay=0.99"]
+    assert main(["show", *words, "--world=64", *axes]) == 0
     out = capsys.readouterr().out
-    balance = float(out.split("# ranks: 4, balance ")[1].split(":")[0])
-    assert 1 <= balance < 1.1
-    show_plan(run, model_config(run.model))
-    assert "balance" not in capsys.readouterr().out
+    assert "# layout of 64: dp_replicate 2 x dp_shard 2 x cp_ring 2 x cp_ulysses 4 x tp 2; data ranks: 4" in out
+    assert "rank 0 with 0, 2, 4, 6, inside a machine of 8" in out and "rank 0 with 0, 32, across machines of 8" in out
+    held = int(out.split("a rank holds at most ")[1].split(" ")[0].replace(",", ""))
+    assert 14_288_491_584 / 32 < held < 14_288_491_584 / 32 * 1.03, "over dp_shard, cp and tp; norms are not split"
+    assert f"parameters {held * 4 / 2**30:.2f}" in out and f"moments {held * 8 / 2**30:.2f}" in out
+    assert "2,048 tokens of a pack of 32,760" in out
+    packs = float(out.split("# data rank: ")[1].split(" ")[0])
+    assert packs == pytest.approx(float(out.split(" packs\n")[0].split(" ")[-1]) / 4, rel=0.02)
+    balance, padding = (float(out.split(word)[1].split(" ")[0].split("%")[0]) for word in ("balance ", "padding "))
+    assert 1 <= balance < 1.1 and 0 < padding < 0.5
+    assert main(["show", *words, "--world=64", *axes, "--per-node=4"]) == 0
+    assert "rank 0 with 0, 2, 4, 6, across machines of 4" in capsys.readouterr().out
+
+
+def test_a_layout_that_cannot_be_is_a_sentence(capsys):
+    assert main(["show", "wan2.1-t2v-1.3b", "--world=8", "parallel.cp=8", "parallel.context=ulysses"]) == 2
+    out, error = capsys.readouterr()
+    assert not out and "Ulysses over 8 ranks does not divide the 12 heads" in error
+    assert main(["show", "tiny", "--world=0"]) == 2
+    assert capsys.readouterr().err == "wanloom: --world is 0: it counts from 1.\n"
 
 
 def test_runs_and_folders_are_summarised(tmp_path, prepared, capsys):

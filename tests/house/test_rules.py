@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from wanloom.cli import COMMANDS
 
@@ -171,6 +172,21 @@ def test_documented_commands_exist(path):
         assert words[1] in COMMANDS, f"{path.name}: {words}"
         options = {word.split("=")[0] for word in words[2:] if word.startswith("--")}
         assert options <= known_options(words[1]) | {"--help"}, f"{path.name}: {words}"
+
+
+def fenced(path: Path, kind: str) -> list[str]:
+    """The blocks of a page that are of one kind."""
+    return re.findall(rf"```{kind}\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda p: p.name)
+def test_documented_files_can_be_read(path):
+    """YAML is YAML, and a shell finds no fault with scripts and commands."""
+    for block in fenced(path, "yaml"):
+        assert all(isinstance(part, dict) for part in yaml.safe_load_all(block)), path.name
+    for block in fenced(path, "sh"):
+        result = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True)
+        assert result.returncode == 0 and not result.stderr, f"{path.name}: {result.stderr}"
 
 
 def known_options(command: str) -> set[str]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from wanloom.data.loader import Source
-    from wanloom.model.dit import DiTConfig
+    from wanloom.model.dit import DiTConfig, WanDiT
+    from wanloom.parallel.mesh import Layout
     from wanloom.recipes.run import Run
 
 HELP = """Print what a recipe, a run or a prepared folder holds.
@@ -15,9 +16,20 @@ HELP = """Print what a recipe, a run or a prepared folder holds.
   wanloom show tiny data.path=prepared     every setting, with parameters, data and FLOPs; itself a valid recipe
   wanloom show runs/first                  how far a run is, and its checkpoints
   wanloom show prepared                    samples, sizes and captions of a training set
+  wanloom show wan2.1-t2v-14b --world 64   the layout of 64 processes, and what each of them holds
 """
 NUM_CAPTIONS = 3
 STEPS_PLANNED = 20  # enough for a mean of packs per step
+GIB = 2**30
+PER_NODE = 8
+AXIS_WORDS = {
+    "pp": "stages of blocks, packs pass through them",
+    "dp_replicate": "copies of the model, their gradients are summed once a step",
+    "dp_shard": "parts of every parameter (over cp too), gathered block by block; every rank has its own packs",
+    "cp_ring": "parts of a packed sequence, keys and values go round",
+    "cp_ulysses": "parts of a packed sequence, exchanged for heads in attention",
+    "tp": "parts of every layer",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", metavar="key.path=value", nargs="*", help="settings that replace the recipe's")
     parser.add_argument("--training-mode", choices=("pretrain", "finetune"), help="as for `wanloom train`")
     parser.add_argument("--mock", metavar="SHAPES", help="as for `wanloom train`")
+    parser.add_argument("--world", type=int, metavar="N", help="show the layout of a recipe over N processes")
+    parser.add_argument("--per-node", type=int, metavar="N", help="processes of a machine, for --world (8)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,9 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     path = Path(arguments.target)
     if arguments.target in recipe_names() or not path.is_dir():
-        show_recipe(load_run(arguments.target, use_mock(arguments.settings, arguments.mock), arguments.training_mode))
+        recipe = load_run(arguments.target, use_mock(arguments.settings, arguments.mock), arguments.training_mode)
+        for name in ("world", "per_node"):
+            if (number := getattr(arguments, name)) is not None and number < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {number}: it counts from 1.")
+        show_recipe(recipe, arguments.world, arguments.per_node or PER_NODE)
         return 0
-    if arguments.settings or arguments.mock or arguments.training_mode:
+    if arguments.settings or arguments.mock or arguments.training_mode or arguments.world:
         raise UserError(f"{path} is a folder: settings can only be given for a recipe.")
     if (path / "checkpoints").is_dir():
         show_run(path)
@@ -44,30 +62,72 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def show_recipe(run: "Run") -> None:
+def show_recipe(run: "Run", world: int | None, per_node: int) -> None:
     """The resolved settings as YAML, and what follows from them as YAML comments."""
     import torch
 
     from wanloom.model.dit import WanDiT
+    from wanloom.parallel.mesh import resolve_layout
     from wanloom.recipes.run import dump_run, model_config
 
     config = model_config(run.model)
+    layout = resolve_layout(run.parallel, world, config, run.batch.samples) if world else None
     with torch.device("meta"):
-        params = sum(p.numel() for p in WanDiT(config).parameters())
+        model = WanDiT(config)
+    params = sum(p.numel() for p in model.parameters())
     copies = 5 if run.ema.decay else 4  # weights, gradients, two moments, average
     print(dump_run(run), end="")
-    print(f"# parameters: {params:,}; with gradients, moments and average {params * 4 * copies / 2**30:.2f} GiB")
+    print(f"# parameters: {params:,}; with gradients, moments and average {params * 4 * copies / GIB:.2f} GiB")
+    if layout:
+        show_layout(layout, per_node)
+        show_memory(run, model, layout)
     if run.data.path or run.data.sources or run.data.mock:
-        show_plan(run, config)
+        show_plan(run, config, layout)
     else:
         print("# data: none given; add data.path=FOLDER to see samples, packs and FLOPs of a step")
 
 
-def show_plan(run: "Run", config: "DiTConfig", ranks: int = 1) -> None:
-    """Samples, packs and FLOPs of a step over `ranks` data ranks, planned from the index alone."""
+def show_layout(layout: "Layout", per_node: int) -> None:
+    """The axes that are used, and which ranks work together with rank 0 on each."""
+    from wanloom.parallel.mesh import AXES
+
+    print(f"# layout of {layout.world}: {layout.describe()}; data ranks: {layout.data_ranks}")
+    for axis, size in zip(AXES, layout.sizes, strict=True):
+        if size == 1:
+            continue
+        others = {name: 0 for name in AXES if name != axis}
+        group = [r for r in range(layout.world) if others.items() <= layout.coordinates(r).items()]
+        ranks = ", ".join(map(str, group)) if size <= 4 else f"{group[0]}, {group[1]}, ... {group[-1]}"
+        where = "inside a machine" if per_node % (group[-1] + group[1]) == 0 else "across machines"
+        print(f"#   {axis} {size}: {AXIS_WORDS[axis]}; rank 0 with {ranks}, {where} of {per_node}")
+
+
+def show_memory(run: "Run", model: "WanDiT", layout: "Layout") -> None:
+    """What the rank that has most holds, in GiB."""
+    from wanloom.parallel.memory import KEPT, activation_bytes, held_params, state_bytes
+
+    bf16 = run.train.precision == "bf16"
+    firsts = range(0, layout.world, layout.world // layout.pp)  # of each stage: the other ranks hold as much, or less
+    held = [held_params(model, layout, rank) for rank in firsts]
+    states = [state_bytes(part, layout, bool(run.ema.decay), bf16) for part in held]
+    most = max(states, key=lambda state: state.total)
+    numbers = sum(part.numel for part in held[states.index(most)].values())
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in most._asdict().items() if size)
+    print(f"# a rank holds at most {numbers:,} parameters, {most.total / GIB:.2f} GiB: {parts}")
+    pack = run.batch.tokens_per_pack
+    sizes = (f"{name} {activation_bytes(model.config, layout, pack, name, bf16) / GIB:.2f}" for name in KEPT)
+    print(
+        f"# activations on a rank, {-(-pack // (layout.cp * layout.tp)):,} tokens of a pack of {pack:,}, in GiB "
+        f"(estimate), by what is recomputed: {', '.join(sizes)}"
+    )
+
+
+def show_plan(run: "Run", config: "DiTConfig", layout: "Layout | None" = None) -> None:
+    """Samples, packs and FLOPs of a step, planned from the index alone; and how even they are over a layout."""
     from wanloom.data.loader import Plan, open_sources
     from wanloom.model.flops import train_flops
 
+    ranks = layout.data_ranks if layout else 1
     sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
     plan = Plan(sources, run.data.resolved(), run.batch, run.seed, lambda tokens: train_flops(config, tokens), ranks)
     for source, weight in zip(sources, plan.shares(), strict=True):
@@ -80,9 +140,16 @@ def show_plan(run: "Run", config: "DiTConfig", ranks: int = 1) -> None:
     efficiency = tokens / (num_packs * run.batch.tokens_per_pack)
     print(f"# step: {run.batch.samples} samples, {tokens / len(steps):,.0f} tokens, {num_packs / len(steps):.1f} packs")
     print(f"# packs: {efficiency:.1%} full; step: {flops / len(steps) / 1e12:,.3f} model TFLOP")
-    if ranks > 1:
+    if layout:
         balance = sum(step.balance for step in totals) / len(steps)
-        print(f"# ranks: {ranks}, balance {balance:.3f}: how much longer a step takes than with equal packs")
+        parts = layout.cp * layout.tp
+        lens = [sum(plan.tokens(position) for position in pack) for packs in steps for pack in packs]
+        filler = sum(-length % parts or (0 if length else parts) for length in lens)
+        print(
+            f"# data rank: {num_packs / len(steps) / ranks:.1f} packs and {tokens / len(steps) / ranks:,.0f} tokens a "
+            f"step; balance {balance:.3f} (how much longer a step takes than with equal packs), padding "
+            f"{filler / (tokens + filler):.3%}"
+        )
     print(f"# run: {run.train.steps:,} steps, {run.train.steps * run.batch.samples:,} samples")
 
 

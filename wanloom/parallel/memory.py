@@ -1,0 +1,145 @@
+"""What a layout asks of each rank, before anything is started: which parameters it holds, and how much memory that is.
+
+In: a model on the meta device, a layout, a rank. Out: numbers and bytes. The one decision: what a rank holds follows
+from the rules that the code applies: the stages, the table of tensor parallelism, FSDP's equal parts of the first dim;
+a test compares it with the model that `apply_layout` makes. Bytes of activations are an estimate: what the backward
+pass of a block keeps, without the allocator's slack and the kernels' workspace.
+"""
+
+import math
+from typing import NamedTuple
+
+from wanloom.model.dit import DiTConfig, WanDiT, keeps_fp32
+from wanloom.parallel.mesh import Layout
+from wanloom.parallel.pipeline import stage_blocks
+from wanloom.parallel.plan import BLOCK, ROOT, Style
+
+FP32 = 4  # bytes; of weights, gradients, both moments and the average
+FIRST_STAGE = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")
+LAST_STAGE = ("head",)
+
+
+class Kept(NamedTuple):
+    """What a block keeps of a token until its backward pass."""
+
+    streams: int  # values of dim in fp32
+    halves: int  # values of dim in the dtype of the Linears
+    hidden: int  # values of ffn_dim in that dtype
+    attentions: int  # attentions of which the log-sum-exp is kept, one fp32 value a head
+    gathers: int  # values of dim of which tensor parallelism keeps all of the group's
+
+
+# by what is recomputed: everything but the input, everything but self-attention, all but Linears and attention, nothing
+KEPT = {
+    "full": Kept(1, 0, 0, 0, 0),
+    "attention": Kept(1, 1, 0, 1, 0),
+    "cheap": Kept(1, 9, 1, 2, 0),
+    "none": Kept(8, 11, 2, 2, 3),
+}
+
+
+class Held(NamedTuple):
+    """A parameter as a rank has it."""
+
+    numel: int
+    copies: int  # how many ranks of the run have the very same values
+    in_block: bool
+    is_sharded: bool  # FSDP gathers it
+
+
+class States(NamedTuple):
+    """Bytes that a rank holds from step to step, and what it needs beside them within one."""
+
+    parameters: int
+    gradients: int
+    moments: int
+    average: int
+    working: int  # whole values and gradients of the blocks at work, and of what is outside of the blocks
+
+    @property
+    def total(self) -> int:
+        """All of them at their peak."""
+        return sum(self)
+
+
+def held_params(model: WanDiT, layout: Layout, rank: int) -> dict[str, Held]:
+    """The parameters of the whole `model` that a rank holds a part of, by name; the last parts may be empty."""
+    place = layout.coordinates(rank)
+    blocks = stage_blocks(model.config.num_layers, layout.pp, place["pp"])
+    cp_rank = place["cp_ring"] * layout.cp_ulysses + place["cp_ulysses"]
+    index = place["dp_shard"] * layout.cp + cp_rank
+    held = {}
+    for name, param in model.named_parameters():
+        if not is_on_stage(name, blocks, place["pp"], layout.pp):
+            continue
+        shape, copies = list(param.shape), layout.dp_replicate
+        dim = tensor_dim(name) if layout.tp > 1 else None
+        if dim is None:
+            copies *= layout.tp
+        else:
+            shape[dim] //= layout.tp
+        in_block = name.startswith("blocks.")
+        is_sharded = layout.dp_replicate * layout.fsdp > 1 and not (in_block and keeps_fp32(name))
+        if is_sharded:
+            part = -(-shape[0] // layout.fsdp)
+            shape[0] = min(max(shape[0] - index * part, 0), part)
+        else:
+            copies *= layout.fsdp
+        held[name] = Held(math.prod(shape), copies, in_block, is_sharded)
+    return held
+
+
+def is_on_stage(name: str, blocks: range, stage: int, stages: int) -> bool:
+    """Whether a stage has a parameter."""
+    first, *rest = name.split(".")
+    if first == "blocks":
+        return int(rest[0]) in blocks
+    return (first in FIRST_STAGE and stage == 0) or (first in LAST_STAGE and stage == stages - 1)
+
+
+def tensor_dim(name: str) -> int | None:
+    """The dim over which tensor parallelism splits a parameter, or None for one that it copies."""
+    module, _, kind = name.rpartition(".")
+    style: Style | None = ROOT.get(module)
+    if module.startswith("blocks."):
+        style = BLOCK.get(module.split(".", 2)[2])
+    if style in ("column", "norm"):
+        return 0
+    return 1 if style in ("row", "row_all") and kind == "weight" else None
+
+
+def state_bytes(held: dict[str, Held], layout: Layout, has_average: bool, bf16: bool) -> States:
+    """Bytes of a rank that holds these parameters."""
+    own = FP32 * sum(part.numel for part in held.values())
+    return States(own, own, 2 * own, own if has_average else 0, working_bytes(held, layout, bf16))
+
+
+def working_bytes(held: dict[str, Held], layout: Layout, bf16: bool) -> int:
+    """What the passes over the blocks need beside the stored fp32 weights and gradients."""
+    item = 2 if bf16 else FP32
+    sharded = [(name, part.numel * layout.fsdp, part.in_block) for name, part in held.items() if part.is_sharded]
+    if not sharded:  # torch.autocast keeps a bf16 copy of the weights that it has met
+        return 2 * sum(part.numel for part in held.values() if part.in_block) if bf16 else 0
+    blocks: dict[str, int] = {}
+    for name, numel, in_block in sharded:
+        if in_block:
+            number = name.split(".")[1]
+            blocks[number] = blocks.get(number, 0) + numel
+    block, outside = max(blocks.values()), sum(numel for _, numel, in_block in sharded if not in_block)
+    at_once = 2 if layout.pp == 1 else len(blocks)  # the next one is gathered ahead; a pipeline keeps them gathered
+    return block * (at_once * item + item + FP32) + outside * FP32
+
+
+def kept_bytes(config: DiTConfig, recompute: str, bf16: bool, tp: int = 1) -> int:
+    """Bytes that a block keeps for each token of a rank's residual stream."""
+    kept, item = KEPT[recompute], 2 if bf16 else FP32
+    values = config.dim * (kept.streams * FP32 + (kept.halves + kept.gathers * (tp - 1)) * item)
+    return values + kept.hidden * config.ffn_dim * item + kept.attentions * config.num_heads * FP32
+
+
+def activation_bytes(config: DiTConfig, layout: Layout, tokens_per_pack: int, recompute: str, bf16: bool) -> int:
+    """Bytes of activations on the rank that has most: a full pack, or as many as a first stage has under way."""
+    tokens = -(-tokens_per_pack // (layout.cp * layout.tp))
+    blocks = len(stage_blocks(config.num_layers, layout.pp, 0))
+    at_work = 0 if recompute == "none" else kept_bytes(config, "none", bf16, layout.tp)
+    return tokens * (layout.pp * blocks * kept_bytes(config, recompute, bf16, layout.tp) + at_work)
