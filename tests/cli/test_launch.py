@@ -152,6 +152,27 @@ def test_processes_that_die_are_started_again(start, tmp_path):
     assert process.returncode == 9
 
 
+def test_training_stops_and_goes_on(tmp_path):
+    run_dir = tmp_path / "run"
+    words = ["train", "tiny", "--mock=1x64x64", f"run_dir={run_dir}", "batch.samples=4", "log.every=1", "--nproc=2"]
+    env = {key: value for key, value in os.environ.items() if key != "RANK"} | {"OMP_NUM_THREADS": "1"}
+
+    def begin(steps: int) -> subprocess.Popen:
+        command = [sys.executable, "-m", "wanloom", *words, f"train.steps={steps}"]
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    process = begin(1_000_000)
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file() and (run_dir / "metrics.jsonl").read_text())
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in errors, errors
+    assert out.endswith("Stopped by a signal, and saved. To go on: the same command again\n")
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    process = begin(int(checkpoint.name.removeprefix("step_")) + 1)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and f"Going on from {checkpoint}" in out and "Done: " in out, errors
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from wanloom.config import UserError
-    from wanloom.dist import rank, together
+    from wanloom.dist import rank, together, world_size
     from wanloom.files import lock_folder
     from wanloom.recipes.run import load_run, use_mock
 
@@ -70,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     words += ["--training-mode", arguments.training_mode] if arguments.training_mode else []
     words += ["--mock", arguments.mock] if arguments.mock else []
     if rank() == 0:
-        print(f"Stopped by a signal, and saved. To go on: {shlex.join(words)}", flush=True)
+        how = shlex.join(words) if world_size() == 1 else "the same command again"
+        print(f"Stopped by a signal, and saved. To go on: {how}", flush=True)
     return 128 + stopped
 
 
