@@ -50,6 +50,17 @@ def seconds(block) -> float:
     return time.perf_counter() - began
 
 
+def longest_stop(checkpointer: Checkpointer, state: dict[str, Tensor], step: int) -> float:
+    """The longest time that the thread of training cannot go on while the other one writes."""
+    checkpointer.save(step, state, {"step": step, "model": {}}, "")
+    longest, last, before = 0.0, time.perf_counter(), checkpointer.last()
+    while checkpointer.last() == before:
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    checkpointer.wait()
+    return longest
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.1)
@@ -72,9 +83,11 @@ def main() -> None:
             held = seconds(lambda i=i, fixed=fixed: checkpointer.save(i, state, fixed, ""))
             saves["wanloom, held up"].append(held)
             saves["wanloom, on disk"].append(held + seconds(checkpointer.wait))
+        stop = longest_stop(checkpointer, state, arguments.rounds)
         checkpointer.close()
     print(f"{size:.2f} GB, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}")
     print(f"memory for the copy, once at the start: {prepare:.3f} s")
+    print(f"longest stop of the other thread while a save is written: {stop:.3f} s")
     for name, taken in saves.items():
         print(f"{name:18} first {taken[0]:.3f}  least {min(taken):.3f}  median {statistics.median(taken):.3f} s")
     held = saves["wanloom, held up"]

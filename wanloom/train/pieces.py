@@ -88,7 +88,7 @@ def share(boxes: Mapping[str, Box], group: dist.ProcessGroup | None) -> list[str
             continue
         writer = min(ranks, key=lambda i: (load[i], i))
         load[writer] += volume
-        if len(held) == 1 or writer == rank():
+        if writer == rank():
             mine.append(name)
     wrong = [name for (name, shape), volume in found.items() if volume != prod(shape)]
     if wrong:
