@@ -115,3 +115,11 @@ def test_a_pack_whose_lengths_disagree_is_an_error(change):
     Pack(**good)
     with pytest.raises(ValueError, match="disagree"):
         Pack(**(good | change))
+
+
+def test_rope_compiled_is_real_and_the_same():
+    x, table = torch.randn(5, 2, 24), rope_table(torch.randint(0, 50, (5, 3)), 24)
+    graphs = []
+    compiled = torch.compile(apply_rope, backend=lambda g, _: graphs.append(g) or g, fullgraph=True)
+    torch.testing.assert_close(compiled(x, table), apply_rope(x, table), rtol=1e-6, atol=1e-6)
+    assert "complex" not in graphs[0].code
