@@ -18,13 +18,12 @@ def apply_fsdp(model: WanDiT, mesh: Mesh, bf16: bool) -> None:
     """Shard the model in place; nothing where there is one data rank and no context parallelism."""
     if mesh.fsdp_mesh is None:
         return
-    reshard = mesh.layout.pp == 1  # a pipeline has several packs under way, each would gather the block again
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else whole
     for block in model.blocks.values():
         kept = {p for name, p in block.named_parameters() if keeps_fp32(name)}
-        fully_shard(block, mesh=mesh.fsdp_mesh, reshard_after_forward=reshard, mp_policy=half, ignored_params=kept)
-    fully_shard(model, mesh=mesh.fsdp_mesh, reshard_after_forward=reshard, mp_policy=whole)
+        fully_shard(block, mesh=mesh.fsdp_mesh, reshard_after_forward=True, mp_policy=half, ignored_params=kept)
+    fully_shard(model, mesh=mesh.fsdp_mesh, reshard_after_forward=True, mp_policy=whole)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -1,0 +1,33 @@
+"""The layouts that are run."""
+
+from layouts.runs import Case
+
+CASES = (
+    Case("dp 2", 2, {"dp_replicate": 2}),
+    Case("fsdp 2", 2),
+    Case("fsdp 4", 4),
+    Case("fsdp 8 with idle ranks", 8, samples=8),
+    Case("hsdp 2x2", 4, {"dp_replicate": 2}),
+    Case("tp 2", 2, {"tp": 2}),
+    Case("ulysses 2", 2, {"cp": 2, "context": "ulysses"}),
+    Case("ring 2", 2, {"cp": 2, "context": "ring"}),
+    Case("ring 3", 3, {"cp": 3, "context": "ring"}),
+    Case("ring 2 x ulysses 2", 4, {"cp": 4, "cp_ulysses": 2}),
+    Case("pp 2", 2, {"pp": 2}),
+    Case("pp 3", 3, {"pp": 3}),
+    Case("fsdp 2 x cp 2", 4, {"cp": 2}),
+    Case("fsdp 2 x tp 2", 4, {"tp": 2}),
+    Case("fsdp 2 x cp 2 x tp 2", 8, {"cp": 2, "tp": 2}),
+    Case("pp 2 x fsdp 2", 4, {"pp": 2}),
+    Case("pp 2 x hsdp 2x1 x tp 2", 8, {"pp": 2, "dp_replicate": 2, "tp": 2}),
+    Case("bf16 fsdp 2", 2, bf16=True),
+    Case("bf16 fsdp 2 x tp 2", 4, {"tp": 2}, bf16=True),
+    Case("bf16 pp 2 x fsdp 2", 4, {"pp": 2}, bf16=True),
+)
+# the loss is right and a gradient wrong: what a comparison of losses would let through
+FAULTS = (
+    Case("tp without the sum over copies", 2, {"tp": 2}, fault="sum_copies"),
+    Case("fsdp without the sum over copies", 2, fault="sum_copies"),
+    Case("fsdp that divides by its ranks", 2, fault="divide"),
+    Case("tp whose all-reduce has no adjoint", 2, {"tp": 2}, fault="all_reduce"),
+)

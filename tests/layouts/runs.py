@@ -1,0 +1,119 @@
+"""A short run of a tiny model on any layout: what the workers do and what one process does.
+
+The task has clips and images of four sizes with captions of unequal length, more than one pack a step, and weights that
+are nowhere zero or one, so that a gradient that is wrong anywhere shows.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanloom.data.loader import Loader, Plan
+from wanloom.data.mock import MockDataset
+from wanloom.data.order import SourceConfig
+from wanloom.data.packing import BatchConfig
+from wanloom.dist import rank
+from wanloom.evaluate.validation import build_validation
+from wanloom.model.dit import DiTConfig, WanDiT
+from wanloom.model.flops import train_flops
+from wanloom.objective.flow import FlowConfig
+from wanloom.parallel import params
+from wanloom.parallel.apply import apply_layout
+from wanloom.parallel.mesh import Mesh, ParallelConfig, resolve_layout
+from wanloom.train.ema import Ema
+from wanloom.train.optim import AdamW, OptimizerConfig
+from wanloom.train.step import Objective, build_batch, train_step
+
+MODEL = DiTConfig(dim=48, ffn_dim=80, num_heads=4, num_layers=3, text_dim=24)
+SHAPES = "5x32x48,1x32x32*2,9x16x32,1x48x32"
+SAMPLES, BUDGET, STEPS, LR = 10, 30, 3, 3e-4  # 4 packs a step, of unequal length
+FLOW = FlowConfig()
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout, and what is done on it."""
+
+    name: str
+    world: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    bf16: bool = False
+    samples: int = SAMPLES
+    fault: str = ""  # what is broken on purpose
+
+
+@dataclass
+class Result:
+    """What one rank has after the steps; tensors are its own parts."""
+
+    gradients: dict[str, Tensor]  # of the first step, before clipping
+    weights: dict[str, Tensor]  # after the last
+    averages: dict[str, Tensor]
+    facts: dict[str, Any]  # boxes of the tensors, losses, norms, keys
+
+
+def initial(name: str, shape: torch.Size) -> Tensor:
+    """Weights by name, the same on every layout."""
+    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
+    values = 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(key))
+    return values + 1 if "norm" in name and name.endswith("weight") else values
+
+
+def build(mesh: Mesh, case: Case) -> WanDiT:
+    with torch.device("meta"):
+        model = WanDiT(MODEL)
+    apply_layout(model, mesh, bf16=case.bf16)
+    model.to_empty(device=CPU)
+    for name, param in model.named_parameters():
+        params.fill(param, initial(name, param.shape))
+    return model
+
+
+def batches(mesh: Mesh, samples: int, start: int = 0) -> Loader[Any]:
+    sources = [MockDataset(SHAPES, MODEL.text_dim, size=25, val_size=3)]
+    config = BatchConfig(samples=samples, tokens_per_pack=BUDGET)
+    plan = Plan(sources, [SourceConfig(path="")], config, 7, partial(train_flops, MODEL), mesh.layout.data_ranks)
+    empty = torch.randn(2, MODEL.text_dim, generator=torch.Generator().manual_seed(3))
+    objective = Objective(FLOW, 7, samples, 0.3, empty, MODEL.in_channels, MODEL.text_dim)
+    return Loader(sources, plan, start, partial(build_batch, objective=objective), rank=mesh.data_rank)
+
+
+def run(case: Case, first: Callable[[WanDiT], None] = lambda model: None) -> Result:
+    """Three steps of the case on this rank; `first` sees the model before them."""
+    layout = resolve_layout(ParallelConfig(**case.parallel), case.world, MODEL, case.samples)
+    mesh = Mesh(layout, CPU)
+    model = build(mesh, case)
+    first(model)
+    optimizer = AdamW(model.named_parameters(), OptimizerConfig(lr=LR))
+    ema = Ema(optimizer.named, 0.9)
+    validate = build_validation(
+        model, mesh, [MockDataset(SHAPES, MODEL.text_dim, size=1, val_size=3)], BUDGET, case.bf16
+    )
+    assert validate is not None
+    facts: dict[str, Any] = {"steps": [], "keys": [], "packs": [], "rank": rank(), "data_rank": mesh.data_rank}
+    gradients: dict[str, Tensor] = {}
+    with batches(mesh, case.samples) as loader:
+        for number, batch in zip(range(STEPS), loader, strict=False):
+            result = train_step(model, mesh, batch, FLOW, case.bf16, clip_norm=None if number == 0 else 0.5)
+            if number == 0:
+                gradients = {n: params.local(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+            facts["steps"].append([*result])
+            facts["keys"].append([key for keys in batch.keys for key in keys])
+            facts["packs"].append(len(batch.inputs))
+            optimizer.step(LR)
+            ema.update(number)
+    facts["val_loss"] = validate()
+    named = dict(model.named_parameters())
+    facts["boxes"] = {n: [[part.start, part.stop] for part in params.box_of(p)] for n, p in named.items()}
+    facts["shapes"] = {n: list(p.shape) for n, p in named.items()}
+    facts["dtypes"] = {n: str(p.dtype) for n, p in named.items()}
+    facts["missing"] = [n for n in named if n not in gradients]
+    weights = {n: params.local(p).clone() for n, p in named.items()}
+    averages = {n: params.local(t).clone() for n, t in ema.tensors().items()}
+    return Result(gradients, weights, averages, facts)

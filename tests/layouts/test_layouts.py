@@ -1,0 +1,133 @@
+"""Every layout against one process: every gradient, the weights after three steps, the average, the held-out loss.
+
+The processes are started once and run all cases; each case is then a test of what its ranks wrote.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from layouts.cases import CASES, FAULTS
+from layouts.runs import STEPS, Case, Result, run
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parents[1]
+WORLD = 8
+BOUND = 1e-5  # relative, in fp32
+BF16_BOUND = 6e-2  # other orders of bf16 sums; the gradients of the keys are small, measured 0.044
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """Folder with a folder for each case."""
+    out = tmp_path_factory.mktemp("layouts")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    for name in ("RANK", "WORLD_SIZE"):
+        environment.pop(name, None)
+    worker = Path(__file__).with_name("worker.py")
+    processes = []
+    for rank in range(WORLD):
+        command = [sys.executable, str(worker), str(rank), f"127.0.0.1:{store.port}", str(out)]
+        with (out / f"error-{rank}.txt").open("wb") as errors:
+            processes.append(subprocess.Popen(command, env=environment, stderr=errors))
+    try:
+        for process in processes:
+            process.wait(timeout=600)
+    finally:
+        for process in processes:
+            process.kill()
+    return out
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """The run of one process, by (bf16, samples)."""
+    found: dict[tuple[bool, int], Result] = {}
+
+    def get(case: Case) -> Result:
+        key = case.bf16, case.samples
+        if key not in found:
+            found[key] = run(Case("one process", 1, bf16=case.bf16, samples=case.samples))
+        return found[key]
+
+    return get
+
+
+def read(folder: Path, rank: int) -> Result:
+    facts = folder / f"facts-{rank}.json"
+    assert facts.exists(), f"rank {rank} did not finish:\n" + (folder.parent / f"error-{rank}.txt").read_text()
+    kinds = (load_file(folder / f"{kind}-{rank}.safetensors") for kind in ("gradients", "weights", "averages"))
+    return Result(*kinds, json.loads(facts.read_text()))
+
+
+def box(result: Result, name: str) -> tuple[slice, ...]:
+    return tuple(slice(*part) for part in result.facts["boxes"][name])
+
+
+def distances(results: list[Result], reference: Result, kind: str) -> dict[str, float]:
+    """Of every parameter, over every rank's part of it: the norm of the difference over the norm of the reference."""
+    found: dict[str, float] = {}
+    for result in results:
+        for name, part in getattr(result, kind).items():
+            whole = getattr(reference, kind)[name].double()
+            difference = (part.double() - whole[box(result, name)]).norm() / whole.norm()
+            found[name] = max(found.get(name, 0.0), difference.item())
+    return found
+
+
+def covered(results: list[Result], kind: str) -> dict[str, int]:
+    """Of every parameter, how many of its values some rank has."""
+    found = {}
+    for name in {name for result in results for name in result.facts["shapes"]}:
+        holders = [result for result in results if name in result.facts["shapes"]]
+        seen = torch.zeros(holders[0].facts["shapes"][name], dtype=torch.bool)
+        for result in holders:
+            if name in getattr(result, kind):
+                seen[box(result, name)] = True
+        found[name] = int(seen.sum())
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_layout_equals_one_process(case, written, alone):
+    reference = alone(case)
+    results = [read(written / case.name, rank) for rank in range(case.world)]
+    bound = BF16_BOUND if case.bf16 else BOUND
+    sizes = {name: value.numel() for name, value in reference.weights.items()}
+    for kind in ("gradients", "weights", "averages"):
+        assert covered(results, kind) == sizes
+        off = {name: d for name, d in distances(results, reference, kind).items() if not d <= bound}
+        assert not off, f"{kind}: {off}"
+    for result in results:
+        assert not result.facts["missing"]
+        assert set(result.facts["dtypes"].values()) == {"torch.float32"}
+        assert result.facts["val_loss"] == pytest.approx(reference.facts["val_loss"], rel=bound)
+        for got, wanted in zip(result.facts["steps"], reference.facts["steps"], strict=True):
+            assert got == pytest.approx(wanted, rel=bound)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_samples_of_a_step_are_the_same_on_any_layout(case, written, alone):
+    reference = alone(case)
+    results = [read(written / case.name, rank) for rank in range(case.world)]
+    by_data_rank = {result.facts["data_rank"]: result.facts["keys"] for result in results}
+    assert all(result.facts["keys"] == by_data_rank[result.facts["data_rank"]] for result in results)
+    assert len({tuple(result.facts["packs"]) for result in results}) == 1
+    for number in range(STEPS):
+        got = sorted(key for keys in by_data_rank.values() for key in keys[number])
+        assert got == sorted(reference.facts["keys"][number])
+
+
+@pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.name)
+def test_a_wrong_gradient_is_seen_though_the_loss_is_right(case, written, alone):
+    reference = alone(case)
+    results = [read(written / case.name, rank) for rank in range(case.world)]
+    first, wanted = results[0].facts["steps"][0], reference.facts["steps"][0]
+    assert first[:2] == pytest.approx(wanted[:2], rel=BOUND)
+    assert max(distances(results, reference, "gradients").values()) > 0.1
