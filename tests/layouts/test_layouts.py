@@ -33,7 +33,15 @@ def written(tmp_path_factory):
     worker = Path(__file__).with_name("worker.py")
     processes = []
     for rank in range(WORLD):
-        command = [sys.executable, str(worker), str(rank), f"127.0.0.1:{store.port}", str(out)]
+        command = [
+            sys.executable,
+            "-Werror::FutureWarning",
+            "-Werror::UserWarning",
+            str(worker),
+            str(rank),
+            f"127.0.0.1:{store.port}",
+            str(out),
+        ]
         with (out / f"error-{rank}.txt").open("wb") as errors:
             processes.append(subprocess.Popen(command, env=environment, stderr=errors))
     try:

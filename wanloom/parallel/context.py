@@ -24,12 +24,7 @@ from torch import Tensor, nn
 
 from wanloom.model.attention import packed_backward, packed_forward, shapes
 from wanloom.model.dit import Attention, WanDiT
-from wanloom.parallel.mesh import Mesh
-
-
-def resolve_group(name: str) -> dist.ProcessGroup:
-    """Operators take names: a compiled graph can hold them."""
-    return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore
+from wanloom.parallel.mesh import Mesh, resolve_group
 
 
 class ContextAttention(nn.Module):

@@ -7,11 +7,16 @@ the blocks is gathered in fp32. Weights and the reduction are fp32, and nothing 
 loss was divided by the element count of the whole step, so ranks with fewer tokens weigh what they should.
 """
 
+import warnings
+
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from wanloom.model.dit import WanDiT, keeps_fp32
 from wanloom.parallel.mesh import Mesh
+
+# a block's result is a view, which nothing changes in place
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 
 
 def apply_fsdp(model: WanDiT, mesh: Mesh, bf16: bool) -> None:

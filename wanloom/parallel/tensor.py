@@ -8,46 +8,78 @@ reduced over the ranks, one number a token, and no heads are gathered. Megatron-
 parallel: Korthikanti et al. 2022.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as collectives
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from wanloom.model.dit import RMSNorm, WanDiT
-from wanloom.parallel.mesh import Mesh
+from wanloom.parallel.mesh import Mesh, resolve_group
 from wanloom.parallel.plan import BLOCK, ROOT, Style
 
 
-class AllReduce(torch.autograd.Function):
-    """Sum over the ranks, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _sum(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sum(grads[0], ctx.group), None
+# torch before 2.13 has them under the names that it has deprecated since
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def _sum(x: Tensor, group: ProcessGroup) -> Tensor:
-    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
+@torch.library.custom_op("wanloom::sum_ranks", mutates_args=())
+def sum_ranks(x: Tensor, group: str) -> Tensor:
+    """The sum over the ranks; the gradient is summed too."""
+    out = x.contiguous().clone()
+    dist.all_reduce(out, group=resolve_group(group))
+    return out
 
 
-def gather_tokens(x: Tensor, group: ProcessGroup) -> Tensor:
+@torch.library.custom_op("wanloom::gather_tokens", mutates_args=())
+def gather_tokens(x: Tensor, group: str) -> Tensor:
     """`(T/tp, dim)` of every rank -> `(T, dim)`."""
-    return collectives.wait_tensor(collectives.all_gather_tensor_autograd(x.contiguous(), 0, group))
+    ranks = resolve_group(group)
+    out = x.new_empty(dist.get_world_size(ranks) * len(x), *x.shape[1:])
+    ALL_GATHER(out, x.contiguous(), group=ranks)
+    return out
 
 
-def scatter_tokens(x: Tensor, group: ProcessGroup) -> Tensor:
+@torch.library.custom_op("wanloom::scatter_tokens", mutates_args=())
+def scatter_tokens(x: Tensor, group: str) -> Tensor:
     """`(T, dim)`, a part of the sum on every rank -> the sum `(T/tp, dim)` of the rank's own tokens."""
-    return collectives.wait_tensor(collectives.reduce_scatter_tensor_autograd(x.contiguous(), "sum", 0, group))
+    ranks = resolve_group(group)
+    out = x.new_empty(len(x) // dist.get_world_size(ranks), *x.shape[1:])
+    REDUCE_SCATTER(out, x.contiguous(), group=ranks)
+    return out
+
+
+@sum_ranks.register_fake
+def _(x, group):
+    return x.new_empty(x.shape)
+
+
+@gather_tokens.register_fake
+def _(x, group):
+    return x.new_empty(dist.get_world_size(resolve_group(group)) * x.shape[0], *x.shape[1:])
+
+
+@scatter_tokens.register_fake
+def _(x, group):
+    return x.new_empty(x.shape[0] // dist.get_world_size(resolve_group(group)), *x.shape[1:])
+
+
+def keep_group(ctx, inputs, output) -> None:
+    ctx.group = inputs[1]
+
+
+def adjoint_is(operator: Callable[[Tensor, str], Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    return lambda ctx, grad: (operator(grad, ctx.group), None)
+
+
+sum_ranks.register_autograd(adjoint_is(sum_ranks), setup_context=keep_group)
+gather_tokens.register_autograd(adjoint_is(scatter_tokens), setup_context=keep_group)
+scatter_tokens.register_autograd(adjoint_is(gather_tokens), setup_context=keep_group)
 
 
 def values(param: Tensor) -> Tensor:
@@ -74,12 +106,12 @@ class RowLinear(nn.Module):
         super().__init__()
         self.weight = split_param(linear.weight, mesh, 1)
         self.bias = linear.bias
-        self.group = mesh.get_group()
+        self.group = mesh.get_group().group_name
         self.tokens = tokens
 
     def forward(self, input: Tensor) -> Tensor:
         part = F.linear(input, values(self.weight))
-        whole = scatter_tokens(part, self.group) if self.tokens else AllReduce.apply(part, self.group)
+        whole = scatter_tokens(part, self.group) if self.tokens else sum_ranks(part, self.group)
         return whole + self.bias.to(whole.dtype)
 
 
@@ -91,11 +123,11 @@ class SplitRMSNorm(nn.Module):
         self.weight = split_param(norm.weight, mesh, 0)
         self.eps = norm.eps
         self.dim = norm.weight.numel()
-        self.group = mesh.get_group()
+        self.group = mesh.get_group().group_name
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
-        squares = AllReduce.apply(x.square().sum(-1, keepdim=True), self.group)
+        squares = sum_ranks(x.square().sum(-1, keepdim=True), self.group)
         return x * torch.rsqrt(squares / self.dim + self.eps) * values(self.weight).float()
 
 
@@ -121,7 +153,7 @@ def apply_tensor(model: WanDiT, mesh: Mesh) -> None:
 def _apply(parent: nn.Module, name: str, style: Style, mesh: DeviceMesh) -> None:
     module: Any = parent.get_submodule(name)
     if style == "gather":
-        group = mesh.get_group()
+        group = mesh.get_group().group_name
 
         def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             whole = gather_tokens(args[0], group)
