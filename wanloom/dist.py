@@ -115,7 +115,7 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     padded[: len(data)] = data
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group)
-    return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
+    return [json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
 
 def highest(value: int, group: dist.ProcessGroup | None = None) -> int:

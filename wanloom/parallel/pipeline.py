@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from wanloom.model.dit import Stream, WanDiT, fold_text
 from wanloom.model.sequence import Pack
@@ -54,6 +55,12 @@ def run_packs(model: WanDiT, mesh: Mesh, packs: Sequence[tuple[Pack, Tensor]], l
     stage = _Stage(model, mesh, packs, bf16)
     ahead = min(mesh.layout.pp - 1 - mesh.place["pp"], len(packs))
     flights: deque[Flight] = deque()
+
+    def backward(flight: Flight, grads: Stream | None, is_last: bool) -> None:
+        if isinstance(model, FSDPModule):  # copies of the model are summed once a step
+            model.set_requires_all_reduce(is_last)
+        stage.backward(flight, grads)
+
     for i in range(ahead):
         received = stage.exchange(receive_stream=i)[0]
         flights.append(stage.forward(i, received, loss))
@@ -63,12 +70,12 @@ def run_packs(model: WanDiT, mesh: Mesh, packs: Sequence[tuple[Pack, Tensor]], l
         flights.append(stage.forward(i, received, loss))
         _, grads = stage.exchange(send_stream=flights[-1], receive_grads=flights[0])
         gone = flights.popleft()
-        stage.backward(gone, grads)
         following = i + 1 if i + 1 < len(packs) else None
+        backward(gone, grads, is_last=following is None and not flights)
         received = stage.exchange(receive_stream=following, send_grads=gone)[0]
     while flights:
         gone = flights.popleft()
-        stage.backward(gone, stage.exchange(receive_grads=gone)[1])
+        backward(gone, stage.exchange(receive_grads=gone)[1], is_last=not flights)
         stage.exchange(send_grads=gone)
 
 

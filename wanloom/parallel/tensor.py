@@ -22,7 +22,6 @@ from wanloom.model.dit import RMSNorm, WanDiT
 from wanloom.parallel.mesh import Mesh, resolve_group
 from wanloom.parallel.plan import BLOCK, ROOT, Style
 
-
 # torch before 2.13 has them under the names that it has deprecated since
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
