@@ -9,13 +9,18 @@ from wanloom.model.dit import WanDiT
 from wanloom.parallel.context import apply_context
 from wanloom.parallel.fsdp import apply_fsdp
 from wanloom.parallel.mesh import Mesh
+from wanloom.parallel.offload import apply_offload
 from wanloom.parallel.pipeline import apply_pipeline
+from wanloom.parallel.recompute import Recompute, apply_recompute
 from wanloom.parallel.tensor import apply_tensor
 
 
-def apply_layout(model: WanDiT, mesh: Mesh, bf16: bool) -> None:
+def apply_layout(model: WanDiT, mesh: Mesh, bf16: bool, recompute: Recompute = "none", offload: bool = False) -> None:
     """Make the model the part of this rank; `bf16`: FSDP gathers the Linears of the blocks in bf16."""
     apply_pipeline(model, mesh)
     apply_tensor(model, mesh)
     apply_context(model, mesh)
+    apply_recompute(model, recompute, offload)
+    if offload:
+        apply_offload(model)
     apply_fsdp(model, mesh, bf16)

@@ -294,7 +294,7 @@ def backward_of_ring(ctx, grad_out, _):
 ring_attend.register_autograd(backward_of_ring, setup_context=keep_for_backward)
 
 # beside ATTENTION_OPS, what is worth keeping where the rest of a block is recomputed: it saves the exchange too
-CONTEXT_OPS = (torch.ops.wanloom.ring_attend.default,)
+CONTEXT_OPS = (torch.ops.wanloom.ring_attend.default, torch.ops.wanloom.exchange.default)
 
 
 def apply_context(model: WanDiT, mesh: Mesh) -> None:

@@ -13,6 +13,7 @@ from wanloom.model.dit import DiTConfig, WanDiT, keeps_fp32
 from wanloom.parallel.mesh import Layout
 from wanloom.parallel.pipeline import stage_blocks
 from wanloom.parallel.plan import BLOCK, ROOT, Style
+from wanloom.parallel.recompute import Recompute
 
 FP32 = 4  # bytes; of weights, gradients, both moments and the average
 FIRST_STAGE = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")
@@ -27,14 +28,16 @@ class Kept(NamedTuple):
     hidden: int  # values of ffn_dim in that dtype
     attentions: int  # attentions of which the log-sum-exp is kept, one fp32 value a head
     gathers: int  # values of dim of which tensor parallelism keeps all of the group's
+    exchanges: int  # values of dim more where Ulysses exchanges them
 
 
-# by what is recomputed: everything but the input, everything but self-attention, all but Linears and attention, nothing
-KEPT = {
-    "full": Kept(1, 0, 0, 0, 0),
-    "attention": Kept(1, 1, 0, 1, 0),
-    "cheap": Kept(1, 9, 1, 2, 0),
-    "none": Kept(8, 11, 2, 2, 3),
+# By what is recomputed: all but the input, all but self-attention, all but Linears and attention, nothing. The last is
+# that of the CPU; a fused RMS norm, as on CUDA, keeps three streams fewer.
+KEPT: dict[Recompute, Kept] = {
+    "full": Kept(1, 0, 0, 0, 0, 0),
+    "attention": Kept(1, 1, 0, 1, 0, 4),
+    "cheap": Kept(1, 9, 1, 2, 3, 4),
+    "none": Kept(9, 11, 2, 2, 3, 1),
 }
 
 
@@ -130,16 +133,18 @@ def working_bytes(held: dict[str, Held], layout: Layout, bf16: bool) -> int:
     return block * (at_once * item + item + FP32) + outside * FP32
 
 
-def kept_bytes(config: DiTConfig, recompute: str, bf16: bool, tp: int = 1) -> int:
+def kept_bytes(config: DiTConfig, recompute: Recompute, bf16: bool, tp: int = 1, ulysses: int = 1) -> int:
     """Bytes that a block keeps for each token of a rank's residual stream."""
     kept, item = KEPT[recompute], 2 if bf16 else FP32
-    values = config.dim * (kept.streams * FP32 + (kept.halves + kept.gathers * (tp - 1)) * item)
+    halves = kept.halves + kept.gathers * (tp - 1) + kept.exchanges * (ulysses > 1)
+    values = config.dim * (kept.streams * FP32 + halves * item)
     return values + kept.hidden * config.ffn_dim * item + kept.attentions * config.num_heads * FP32
 
 
-def activation_bytes(config: DiTConfig, layout: Layout, tokens_per_pack: int, recompute: str, bf16: bool) -> int:
+def activation_bytes(config: DiTConfig, layout: Layout, tokens_per_pack: int, recompute: Recompute, bf16: bool) -> int:
     """Bytes of activations on the rank that has most: a full pack, or as many as a first stage has under way."""
     tokens = -(-tokens_per_pack // (layout.cp * layout.tp))
     blocks = len(stage_blocks(config.num_layers, layout.pp, 0))
-    at_work = 0 if recompute == "none" else kept_bytes(config, "none", bf16, layout.tp)
-    return tokens * (layout.pp * blocks * kept_bytes(config, recompute, bf16, layout.tp) + at_work)
+    split = layout.tp, layout.cp_ulysses
+    at_work = 0 if recompute == "none" else kept_bytes(config, "none", bf16, *split)
+    return tokens * (layout.pp * blocks * kept_bytes(config, recompute, bf16, *split) + at_work)

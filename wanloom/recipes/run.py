@@ -21,6 +21,7 @@ from wanloom.model.dit import CONFIGS, DiTConfig
 from wanloom.model.weights import read_config
 from wanloom.objective.flow import PRESETS, FlowConfig
 from wanloom.parallel.mesh import ParallelConfig
+from wanloom.parallel.recompute import Recompute
 from wanloom.train.checkpoint import CheckpointConfig
 from wanloom.train.ema import EmaConfig
 from wanloom.train.loop import TrainConfig
@@ -43,6 +44,8 @@ MAY_CHANGE = (
     "log.*",
     "data.*",
     "parallel.*",
+    "recompute",
+    "offload",
 )
 
 
@@ -65,6 +68,8 @@ class Run(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     parallel: ParallelConfig = ParallelConfig()
+    recompute: Recompute = "none"  # what the backward pass computes again instead of keeping it: saves memory
+    offload: bool = False  # what is kept for the backward pass waits in host memory
 
 
 def recipe_names() -> list[str]:
