@@ -45,6 +45,7 @@ class Case:
     parallel: dict[str, Any] = field(default_factory=dict)
     bf16: bool = False
     samples: int = SAMPLES
+    options: dict[str, Any] = field(default_factory=dict)  # of apply_layout: recompute, offload, compile
     fault: str = ""  # what is broken on purpose
 
 
@@ -68,7 +69,7 @@ def initial(name: str, shape: torch.Size) -> Tensor:
 def build(mesh: Mesh, case: Case) -> WanDiT:
     with torch.device("meta"):
         model = WanDiT(MODEL)
-    apply_layout(model, mesh, bf16=case.bf16)
+    apply_layout(model, mesh, case.bf16, **case.options)
     model.to_empty(device=CPU)
     for name, param in model.named_parameters():
         params.fill(param, initial(name, param.shape))
