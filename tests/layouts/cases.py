@@ -1,6 +1,6 @@
 """The layouts that are run."""
 
-from layouts.runs import Case
+from layouts.runs import MODEL, Case
 
 CASES = (
     Case("dp 2", 2, {"dp_replicate": 2}),
@@ -40,3 +40,14 @@ FAULTS = (
     Case("fsdp that divides by its ranks", 2, fault="divide"),
     Case("tp whose all-reduce has no adjoint", 2, {"tp": 2}, fault="all_reduce"),
 )
+SAVED = (
+    Case("saved on fsdp 4", 4),
+    Case("saved on pp 2 x tp 2", 4, {"pp": 2, "tp": 2}),
+)
+# each goes on from each of these
+RESUMED = (
+    Case("cp 2 x tp 2", 4, {"cp": 2, "tp": 2}),
+    Case("pp 2 x fsdp 2", 4, {"pp": 2}),
+    Case("one process", 1),
+)
+ANOTHER = Case("another model on fsdp 2", 2, model=MODEL.model_copy(update={"ffn_dim": 96}))

@@ -5,7 +5,7 @@ are nowhere zero or one, so that a gradient that is wrong anywhere shows.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,8 +26,9 @@ from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import Mesh, ParallelConfig, resolve_layout
 from wanloom.train.ema import Ema
+from wanloom.train.loop import Parts
 from wanloom.train.optim import AdamW, OptimizerConfig
-from wanloom.train.step import Objective, build_batch, train_step
+from wanloom.train.step import Batch, Objective, StepResult, build_batch, train_step
 
 MODEL = DiTConfig(dim=48, ffn_dim=80, num_heads=4, num_layers=3, text_dim=24)
 SHAPES = "5x32x48,1x32x32*2,9x16x32,1x48x32"
@@ -47,6 +48,7 @@ class Case:
     samples: int = SAMPLES
     options: dict[str, Any] = field(default_factory=dict)  # of apply_layout: recompute, offload, compile
     fault: str = ""  # what is broken on purpose
+    model: DiTConfig = MODEL
 
 
 @dataclass
@@ -68,7 +70,7 @@ def initial(name: str, shape: torch.Size) -> Tensor:
 
 def build(mesh: Mesh, case: Case) -> WanDiT:
     with torch.device("meta"):
-        model = WanDiT(MODEL)
+        model = WanDiT(case.model)
     apply_layout(model, mesh, case.bf16, **case.options)
     model.to_empty(device=CPU)
     for name, param in model.named_parameters():
@@ -85,36 +87,59 @@ def batches(mesh: Mesh, samples: int, start: int = 0) -> Loader[Any]:
     return Loader(sources, plan, start, partial(build_batch, objective=objective), rank=mesh.data_rank)
 
 
-def run(case: Case, first: Callable[[WanDiT], None] = lambda model: None) -> Result:
-    """Three steps of the case on this rank; `first` sees the model before them."""
-    layout = resolve_layout(ParallelConfig(**case.parallel), case.world, MODEL, case.samples)
+def build_parts(case: Case) -> Parts:
+    """What a run of the case is made of, on this rank."""
+    layout = resolve_layout(ParallelConfig(**case.parallel), case.world, case.model, case.samples)
     mesh = Mesh(layout, CPU)
     model = build(mesh, case)
-    first(model)
     optimizer = AdamW(model.named_parameters(), OptimizerConfig(lr=LR))
-    ema = Ema(optimizer.named, 0.9)
     validate = build_validation(
         model, mesh, [MockDataset(SHAPES, MODEL.text_dim, size=1, val_size=3)], BUDGET, case.bf16
     )
-    assert validate is not None
-    facts: dict[str, Any] = {"steps": [], "keys": [], "packs": [], "rank": rank(), "data_rank": mesh.data_rank}
-    gradients: dict[str, Tensor] = {}
-    with batches(mesh, case.samples) as loader:
-        for number, batch in zip(range(STEPS), loader, strict=False):
-            result = train_step(model, mesh, batch, FLOW, case.bf16, clip_norm=None if number == 0 else 0.5)
-            if number == 0:
-                gradients = {n: params.local(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
-            facts["steps"].append([*result])
-            facts["keys"].append([key for keys in batch.keys for key in keys])
-            facts["packs"].append(len(batch.inputs))
-            optimizer.step(LR)
-            ema.update(number)
-    facts["val_loss"] = validate()
-    named = dict(model.named_parameters())
+    return Parts(
+        model, mesh, optimizer, Ema(optimizer.named, 0.9), validate, {"model": case.model.model_dump()}, "seed: 7\n"
+    )
+
+
+def take_steps(parts: Parts, case: Case, first: int, last: int) -> Iterator[tuple[Batch, StepResult]]:
+    """Steps `first` to `last` (not taken); the caller sees each before its update. The very first is not clipped."""
+    assert parts.ema is not None
+    with batches(parts.mesh, case.samples, first) as loader:
+        for number, batch in zip(range(first, last), loader, strict=False):
+            clip = None if number == 0 else 0.5
+            yield batch, train_step(parts.model, parts.mesh, batch, FLOW, case.bf16, clip)
+            parts.optimizer.step(LR)
+            parts.ema.update(number)
+
+
+def result_of(parts: Parts, gradients: dict[str, Tensor], facts: dict[str, Any]) -> Result:
+    """What this rank has now, and where it belongs."""
+    named = dict(parts.model.named_parameters())
+    facts["rank"] = rank()
+    facts["data_rank"] = parts.mesh.data_rank
     facts["boxes"] = {n: [[part.start, part.stop] for part in params.box_of(p)] for n, p in named.items()}
     facts["shapes"] = {n: list(p.shape) for n, p in named.items()}
     facts["dtypes"] = {n: str(p.dtype) for n, p in named.items()}
     facts["missing"] = [n for n in named if n not in gradients]
     weights = {n: params.local(p).clone() for n, p in named.items()}
-    averages = {n: params.local(t).clone() for n, t in ema.tensors().items()}
+    assert parts.ema is not None
+    averages = {n: params.local(t).clone() for n, t in parts.ema.tensors().items()}
     return Result(gradients, weights, averages, facts)
+
+
+def run(case: Case, first: Callable[[WanDiT], None] = lambda model: None) -> Result:
+    """Three steps of the case on this rank; `first` sees the model before them."""
+    parts = build_parts(case)
+    first(parts.model)
+    facts: dict[str, Any] = {"steps": [], "keys": [], "packs": []}
+    gradients: dict[str, Tensor] = {}
+    for batch, result in take_steps(parts, case, 0, STEPS):
+        if not gradients:
+            named = parts.model.named_parameters()
+            gradients = {n: params.local(p.grad).clone() for n, p in named if p.grad is not None}
+        facts["steps"].append([*result])
+        facts["keys"].append([key for keys in batch.keys for key in keys])
+        facts["packs"].append(len(batch.inputs))
+    assert parts.validate is not None
+    facts["val_loss"] = parts.validate()
+    return result_of(parts, gradients, facts)

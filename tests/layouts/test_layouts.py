@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from layouts.cases import CASES, FAULTS
+from layouts.cases import ANOTHER, CASES, FAULTS, RESUMED, SAVED
+from layouts.resume import LAST, SAVED_AT, run_whole
 from layouts.runs import STEPS, Case, Result, run
 from safetensors.torch import load_file
 
@@ -69,7 +70,8 @@ def alone():
 
 def read(folder: Path, rank: int) -> Result:
     facts = folder / f"facts-{rank}.json"
-    assert facts.exists(), f"rank {rank} did not finish:\n" + (folder.parent / f"error-{rank}.txt").read_text()
+    errors = next(path for path in (up / f"error-{rank}.txt" for up in folder.parents) if path.exists())
+    assert facts.exists(), f"rank {rank} did not finish:\n" + errors.read_text()
     kinds = (load_file(folder / f"{kind}-{rank}.safetensors") for kind in ("gradients", "weights", "averages"))
     return Result(*kinds, json.loads(facts.read_text()))
 
@@ -139,3 +141,29 @@ def test_a_wrong_gradient_is_seen_though_the_loss_is_right(case, written, alone)
     first, wanted = results[0].facts["steps"][0], reference.facts["steps"][0]
     assert first[:2] == pytest.approx(wanted[:2], rel=BOUND)
     assert max(distances(results, reference, "gradients").values()) > 0.1
+
+
+@pytest.fixture(scope="session")
+def whole():
+    return run_whole()
+
+
+@pytest.mark.parametrize("case", RESUMED, ids=lambda case: case.name)
+@pytest.mark.parametrize("saved", SAVED, ids=lambda case: case.name)
+def test_a_run_goes_on_in_another_layout(saved, case, written, whole):
+    results = [read(written / saved.name / case.name, rank) for rank in range(case.world)]
+    for kind in ("weights", "averages"):
+        assert covered(results, kind) == {name: value.numel() for name, value in whole.weights.items()}
+        off = {name: d for name, d in distances(results, whole, kind).items() if not d <= BOUND}
+        assert not off, f"{kind}: {off}"
+    for result in results:
+        for got, wanted in zip(result.facts["steps"], whole.facts["steps"][SAVED_AT:LAST], strict=True):
+            assert got == pytest.approx(wanted, rel=BOUND)
+
+
+@pytest.mark.parametrize("saved", SAVED, ids=lambda case: case.name)
+def test_a_checkpoint_of_another_model_is_one_sentence_on_all_ranks(saved, written):
+    found = {read(written / saved.name / ANOTHER.name, rank).facts["sentence"] for rank in range(ANOTHER.world)}
+    (checkpoint,) = (written / saved.name / "checkpoints").iterdir()
+    (sentence,) = found
+    assert sentence.startswith(f"{checkpoint} does not fit this model: 36 tensors differ, such as ema.blocks.0.ffn.0.b")

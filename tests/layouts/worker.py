@@ -3,12 +3,15 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from layouts.cases import CASES, FAULTS
+from layouts.cases import ANOTHER, CASES, FAULTS, RESUMED, SAVED
+from layouts.resume import be_another, go_on, save
 from layouts.runs import Case, Result, run
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
@@ -51,19 +54,40 @@ def run_with_fault(case: Case) -> Result:
         setattr(place, name, right)
 
 
+@contextmanager
+def ranks_of(case: Case, name: str, number: int, store: dist.Store) -> Iterator[bool]:
+    """A block for the ranks of a case, joined to one another; False for the others."""
+    if number >= case.world:
+        yield False
+        return
+    os.environ.update(RANK=str(number), WORLD_SIZE=str(case.world))
+    if case.world > 1:
+        prefix = dist.PrefixStore(name, store)
+        dist.init_process_group("gloo", store=prefix, rank=number, world_size=case.world, timeout=PATIENCE)
+    yield True
+    if case.world > 1:
+        dist.destroy_process_group()
+
+
 def main() -> None:
     number, address, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
     host, port = address.split(":")
     store = dist.TCPStore(host, int(port), is_master=False, timeout=PATIENCE)
     for case in (*CASES, *FAULTS):
-        if number >= case.world:
-            continue
-        os.environ.update(RANK=str(number), WORLD_SIZE=str(case.world))
-        prefix = dist.PrefixStore(case.name, store)
-        dist.init_process_group("gloo", store=prefix, rank=number, world_size=case.world, timeout=PATIENCE)
-        write(run_with_fault(case) if case.fault else run(case), out / case.name, number)
-        dist.destroy_process_group()
+        with ranks_of(case, case.name, number, store) as joined:
+            if joined:
+                write(run_with_fault(case) if case.fault else run(case), out / case.name, number)
+    for saved in SAVED:
+        folder = out / saved.name
+        with ranks_of(saved, saved.name, number, store) as joined:
+            if joined:
+                save(saved, folder)
+        for case in (*RESUMED, ANOTHER):
+            # no rank begins before it has saved, and the save of a rank ends when that of all has
+            with ranks_of(case, f"{saved.name}/{case.name}", number, store) as joined:
+                if joined:
+                    write((be_another if case is ANOTHER else go_on)(case, folder), folder / case.name, number)
 
 
 if __name__ == "__main__":
