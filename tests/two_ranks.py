@@ -10,7 +10,7 @@ import torch.distributed
 from wanloom import cli
 from wanloom.cli import show
 from wanloom.config import UserError
-from wanloom.dist import barrier, gather, process_group, rank, says_first, together
+from wanloom.dist import gather, process_group, rank, says_first, together
 
 
 def agree(out: Path) -> None:
@@ -36,17 +36,17 @@ def agree(out: Path) -> None:
         except UserError as error:
             seen["system"] = str(error)
         seen["same"] = says_first("the same")
-        barrier()
+        gather(None)
         seen["other"] = says_first(f"other words, {me}")
     (out / f"{me}.json").write_text(json.dumps(seen))
 
 
 def lose(_) -> int:
     """Rank 1 dies while rank 0 waits for it."""
-    barrier()
+    gather(None)
     if rank() == 1:
         os._exit(7)
-    barrier()
+    gather(None)
     return 0
 
 

@@ -150,11 +150,6 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         raise UserError(where + found[wrong[0]]) from cause
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    gather(None)
-
-
 class Tally:
     """A number that the ranks count up together, from 0, each at its own time. All make the same ones in one order."""
 

@@ -213,7 +213,7 @@ def fill_sizes(arguments: argparse.Namespace, model_config: "DiTConfig", name: s
     """Asked sizes, completed by the defaults of the model. Raises UserError where a model has none."""
     from wanloom.model.dit import CONFIGS
 
-    known = next((DEFAULTS[key] for key, config in CONFIGS.items() if config == model_config), None)
+    known = next((DEFAULTS.get(key) for key, config in CONFIGS.items() if config == model_config), None)
     asked = (arguments.height, arguments.width, arguments.frames)
     if known is None and None in asked:
         raise UserError(

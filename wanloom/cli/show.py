@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     from wanloom.recipes.run import load_run, recipe_names, use_mock
 
     path = Path(arguments.target)
+    if arguments.per_node and not arguments.world:
+        raise UserError("--per-node is for a layout: say with --world how many processes there are.")
     if arguments.target in recipe_names() or not path.is_dir():
         recipe = load_run(arguments.target, use_mock(arguments.settings, arguments.mock), arguments.training_mode)
         for name in ("world", "per_node"):

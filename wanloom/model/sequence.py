@@ -40,7 +40,7 @@ class Pack:
     tokens: Tensor
     positions: Tensor
     text: Tensor
-    video_lens: tuple[int, ...]  # tokens of each sample; sums to T
+    video_lens: tuple[int, ...]  # tokens of each sample; sums to the rows of positions
     text_lens: tuple[int, ...]  # text states of each sample; sums to L, 0 is allowed
     part: Part | None = None
 

@@ -304,4 +304,4 @@ def apply_context(model: WanDiT, mesh: Mesh) -> None:
         return
     for name, module in model.blocks.named_modules():
         if name.endswith("self_attn") and isinstance(module, Attention):
-            module.attend = ContextAttention(module.kernel, ring, ulysses)
+            module.attend = ContextAttention(module.attend.kernel, ring, ulysses)

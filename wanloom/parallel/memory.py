@@ -129,8 +129,8 @@ def working_bytes(held: dict[str, Held], layout: Layout, bf16: bool) -> int:
             number = name.split(".")[1]
             blocks[number] = blocks.get(number, 0) + numel
     block, outside = max(blocks.values()), sum(numel for _, numel, in_block in sharded if not in_block)
-    at_once = 2 if layout.pp == 1 else len(blocks)  # the next one is gathered ahead; a pipeline keeps them gathered
-    return block * (at_once * item + item + FP32) + outside * FP32
+    # one at work, the next one gathered ahead, and the gradient of one in both precisions
+    return block * (3 * item + FP32) + outside * FP32
 
 
 def kept_bytes(config: DiTConfig, recompute: Recompute, bf16: bool, tp: int = 1, ulysses: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""One optimizer step: samples to model inputs, forward and backward over the packs, clip, update.
+"""One optimizer step: samples to model inputs, forward and backward over the packs, clipped gradients.
 
 In: a `Step` of the loader. Out: what happened, as host numbers. The one decision: everything that is random about a
 sample is keyed by its name and draw number, so `build_batch` can run in the loader's thread and gives the same inputs
