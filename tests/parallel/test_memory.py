@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wanloom.model.dit import CONFIGS, Block, Conditions, DiTConfig, WanDiT, rope_table
-from wanloom.model.sequence import runs
+from wanloom.model.modulation import build_layout
 from wanloom.parallel import memory
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.memory import activation_bytes, held_params, kept_bytes, state_bytes
@@ -85,7 +85,7 @@ def saved_bytes(config: DiTConfig, tokens: int) -> float:
         rotation=rope_table(torch.zeros(tokens, 3, dtype=torch.int64), config.dim // config.num_heads),
         video_lens=torch.tensor([tokens]),
         sequence_lens=torch.tensor([tokens]),
-        token_runs=tuple(runs((tokens,))),
+        layout=build_layout((tokens,), torch.device("cpu")),
         dtype=torch.float32,
     )
     own |= {t.untyped_storage().data_ptr() for t in cond if isinstance(t, torch.Tensor)}  # kept once for all blocks

@@ -262,7 +262,7 @@ def build_model(run: "Run", config: "DiTConfig", mesh: "Mesh", fill: bool) -> "W
     from wanloom.parallel.apply import apply_layout
 
     def apply(model: "WanDiT") -> None:
-        apply_layout(model, mesh, run.train.precision == "bf16", run.recompute, run.offload)
+        apply_layout(model, mesh, run.train.precision == "bf16", run.recompute, run.offload, run.compile)
 
     if fill and run.init == "pretrained":
         path = find_pipeline(run.model, ("transformer",))

@@ -27,8 +27,9 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from wanloom.config import Config
-from wanloom.model.attention import PackedAttention, split
-from wanloom.model.sequence import PATCH, Pack, Run, apply_rope, rope_table, runs
+from wanloom.model.attention import PackedAttention
+from wanloom.model.modulation import TokenLayout, add_gated, build_layout, modulate_norm
+from wanloom.model.sequence import PATCH, Pack, apply_rope, rope_table
 
 PATCH_SIZE = math.prod(PATCH)
 # parts whose arithmetic and weights stay fp32 when the rest is bf16
@@ -76,7 +77,7 @@ class Conditions(NamedTuple):
     rotation: Tensor  # (T, head_dim/2, 2) fp32, of queries and keys
     video_lens: Tensor  # of the tokens that attend here
     sequence_lens: Tensor  # what self-attention spans
-    token_runs: tuple[Run, ...]  # of the residual stream
+    layout: TokenLayout  # of the residual stream
     dtype: torch.dtype  # in which the Linears run
 
 
@@ -126,39 +127,6 @@ class Modulation(nn.Module):
     def forward(self, e: Tensor) -> tuple[Tensor, ...]:
         """`e (N, rows or 1, dim)` -> `rows` tensors `(N, dim)`."""
         return (self.weight.float() + e).unbind(1)
-
-
-def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: tuple[Run, ...], eps: float) -> Tensor:
-    """`layer_norm(x) * (1 + scale) + shift` with one scale and shift per sample: `x (T, dim)`, `scale (N, dim)`."""
-    scale, shape = scale + 1, x.shape[-1:]
-    samples = [run.samples for run in layout]
-    rows = zip(split_runs(x, layout), split(shift, samples), split(scale, samples), samples, strict=True)
-    out = []
-    for part, offset, factor, count in rows:
-        if not len(part):  # the samples have no token here
-            continue
-        if count == 1:  # as the norm's own affine: one pass over memory, and nothing more kept for the backward pass
-            out.append(F.layer_norm(part, shape, factor[0], offset[0], eps))
-        else:
-            normed = F.layer_norm(part, shape, eps=eps).unflatten(0, (count, -1))
-            out.append(torch.addcmul(offset[:, None], normed, factor[:, None]).flatten(0, 1))
-    return out[0] if len(out) == 1 else torch.cat(out)
-
-
-def add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: tuple[Run, ...]) -> Tensor:
-    """`x + y * gate` with one gate per sample: `x`, `y (T, dim)`, `gate (N, dim)`."""
-    samples = [run.samples for run in layout]
-    out = []
-    for x_part, y_part, factor in zip(split_runs(x, layout), split_runs(y, layout), split(gate, samples), strict=True):
-        if not len(x_part):
-            continue
-        shape = (factor.shape[0], -1)
-        out.append(torch.addcmul(x_part.unflatten(0, shape), y_part.unflatten(0, shape), factor[:, None]).flatten(0, 1))
-    return out[0] if len(out) == 1 else torch.cat(out)
-
-
-def split_runs(x: Tensor, layout: tuple[Run, ...]) -> Sequence[Tensor]:
-    return split(x, [run.samples * run.lens[0] for run in layout])
 
 
 class Attention(nn.Module):
@@ -212,7 +180,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cond: Conditions) -> Tensor:
         """The residual stream `x (T, dim)` fp32, in and out."""
-        layout, lens = cond.token_runs, cond.sequence_lens
+        layout, lens = cond.layout, cond.sequence_lens
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = self.modulation(cond.modulation)
         y = modulate_norm(x, shift_attn, scale_attn, layout, self.eps).to(cond.dtype)
         x = add_gated(x, self.self_attn(y, y, lens, lens, rotation=cond.rotation), gate_attn, layout)
@@ -231,7 +199,7 @@ class Head(nn.Module):
         self.head = Linear32(config.dim, config.out_channels * PATCH_SIZE)
         self.modulation = Modulation(2, config.dim)
 
-    def forward(self, x: Tensor, e: Tensor, layout: tuple[Run, ...]) -> Tensor:
+    def forward(self, x: Tensor, e: Tensor, layout: TokenLayout) -> Tensor:
         """`x (T, dim)`, `e (N, dim)` -> tokens `(T, C*4)`, ordered (channel, row, column)."""
         shift, scale = self.modulation(e[:, None])
         tokens = self.head(modulate_norm(x, shift, scale, layout, self.eps))
@@ -280,13 +248,13 @@ class WanDiT(nn.Module):
             rotation=rope_table(pack.positions, self.config.dim // self.config.num_heads),
             video_lens=torch.tensor(pack.video_lens),
             sequence_lens=torch.tensor(pack.sequence_lens),
-            token_runs=tuple(runs(pack.token_lens)),
+            layout=build_layout(pack.token_lens, stream.x.device),
             dtype=dtype,
         )
         x = stream.x
         for block in self.blocks.values():
             x = block(x, cond)
-        return self.head(x, stream.e, cond.token_runs) if self.has_head else stream._replace(x=x)
+        return self.head(x, stream.e, cond.layout) if self.has_head else stream._replace(x=x)
 
     def embed(self, pack: Pack, sigma: Tensor, text_rows: list[int], dtype: torch.dtype) -> Stream:
         """The stream before the first block."""

@@ -20,6 +20,7 @@ from wanloom.data.packing import BatchConfig
 from wanloom.model.dit import CONFIGS, DiTConfig
 from wanloom.model.weights import read_config
 from wanloom.objective.flow import PRESETS, FlowConfig
+from wanloom.parallel.compile import Compile
 from wanloom.parallel.mesh import ParallelConfig
 from wanloom.parallel.recompute import Recompute
 from wanloom.train.checkpoint import CheckpointConfig
@@ -46,6 +47,7 @@ MAY_CHANGE = (
     "parallel.*",
     "recompute",
     "offload",
+    "compile",
 )
 
 
@@ -70,6 +72,7 @@ class Run(Config):
     parallel: ParallelConfig = ParallelConfig()
     recompute: Recompute = "none"  # what the backward pass computes again instead of keeping it: saves memory
     offload: bool = False  # what is kept for the backward pass waits in host memory
+    compile: Compile = "none"  # `block`: every block through torch.compile; minutes at the start, then faster
 
 
 def recipe_names() -> list[str]:

@@ -1,0 +1,101 @@
+"""What differs between the samples of a pack, applied to their tokens: shift and scale of a norm, and gates.
+
+In: tokens `(T, dim)` and tables `(N, dim)`, one row per sample. Out: tokens. The one decision: two forms of the same
+thing. Eager goes run by run, on views, and never has a table written out per token. A compiled block takes the row of
+each token by its index, which the compiler puts into its kernels, and other lengths are the same graph; the gradient of
+a table is summed sample by sample, as additions by index would come in any order and wait for each other.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wanloom.model.attention import split
+from wanloom.model.sequence import Run, runs
+
+
+class TokenLayout(NamedTuple):
+    """Which tokens belong to which sample, in the forms that are asked for."""
+
+    runs: tuple[Run, ...]
+    lens: Tensor  # (N,) int64 on the CPU
+    rows: Tensor  # (T,) int64, the sample of each token
+
+
+def build_layout(lens: Sequence[int], device: torch.device) -> TokenLayout:
+    """From the tokens of each sample; 0 is allowed."""
+    host = torch.tensor(lens)
+    return TokenLayout(tuple(runs(lens)), host, torch.repeat_interleave(host, output_size=sum(lens)).to(device))
+
+
+def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: TokenLayout, eps: float) -> Tensor:
+    """`layer_norm(x) * (1 + scale) + shift` with one scale and shift per sample: `x (T, dim)`, `scale (N, dim)`."""
+    scale, shape = scale + 1, x.shape[-1:]
+    if torch.compiler.is_compiling():
+        return torch.addcmul(spread(shift, layout), F.layer_norm(x, shape, eps=eps), spread(scale, layout))
+    samples = [run.samples for run in layout.runs]
+    rows = zip(split_runs(x, layout), split(shift, samples), split(scale, samples), samples, strict=True)
+    out = []
+    for part, offset, factor, count in rows:
+        if not len(part):  # the samples have no token here
+            continue
+        if count == 1:  # as the norm's own affine: one pass over memory, and nothing more kept for the backward pass
+            out.append(F.layer_norm(part, shape, factor[0], offset[0], eps))
+        else:
+            normed = F.layer_norm(part, shape, eps=eps).unflatten(0, (count, -1))
+            out.append(torch.addcmul(offset[:, None], normed, factor[:, None]).flatten(0, 1))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: TokenLayout) -> Tensor:
+    """`x + y * gate` with one gate per sample: `x`, `y (T, dim)`, `gate (N, dim)`."""
+    if torch.compiler.is_compiling():
+        return torch.addcmul(x, y, spread(gate, layout))
+    samples = [run.samples for run in layout.runs]
+    out = []
+    for x_part, y_part, factor in zip(split_runs(x, layout), split_runs(y, layout), split(gate, samples), strict=True):
+        if not len(x_part):
+            continue
+        shape = (factor.shape[0], -1)
+        out.append(torch.addcmul(x_part.unflatten(0, shape), y_part.unflatten(0, shape), factor[:, None]).flatten(0, 1))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def split_runs(x: Tensor, layout: TokenLayout) -> Sequence[Tensor]:
+    return split(x, [run.samples * run.lens[0] for run in layout.runs])
+
+
+def spread(table: Tensor, layout: TokenLayout) -> Tensor:
+    """The row of each token: `(N, dim)` -> `(T, dim)`."""
+    return Spread.apply(table, layout.rows, layout.lens)
+
+
+class Spread(torch.autograd.Function):
+    """Rows by index; their gradients summed sample by sample."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Tensor, lens: Tensor) -> Tensor:
+        ctx.save_for_backward(lens)
+        return table.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return torch.ops.wanloom.sum_samples(grads[0], *ctx.saved_tensors), None, None
+
+
+@torch.library.custom_op("wanloom::sum_samples", mutates_args=())
+def sum_samples(x: Tensor, lens: Tensor) -> Tensor:
+    """The sum over the tokens of each sample: `(T, dim)`, lens `(N,)` on the CPU -> `(N, dim)`."""
+    groups = list(runs(lens.tolist()))
+    parts = split(x, [run.samples * run.lens[0] for run in groups])
+    return torch.cat(
+        [part.unflatten(0, (run.samples, run.lens[0])).sum(1) for run, part in zip(groups, parts, strict=True)]
+    )
+
+
+@sum_samples.register_fake
+def _(x, lens):
+    return x.new_empty(lens.shape[0], x.shape[1])
