@@ -212,6 +212,16 @@ def test_the_one_before_is_so_by_its_number(tmp_path):
         load_tensors(folder / "step_9999999", build_tensors())
 
 
+def test_values_are_rounded_to_the_dtype_that_is_asked_for(tmp_path):
+    save_steps(tmp_path, [1])
+    exact, rounded = build_tensors(7), {name: tensor.bfloat16() for name, tensor in build_tensors(7).items()}
+    for tensors in (exact, rounded):
+        load_tensors(find_checkpoint(tmp_path), tensors)
+    assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
+    with pytest.raises(UserError, match="does not fit"):
+        load_tensors(find_checkpoint(tmp_path), {"model.b": torch.zeros(7, dtype=torch.int64)})
+
+
 def test_a_checkpoint_of_another_model_is_named(tmp_path):
     save_steps(tmp_path, [1])
     other = build_tensors() | {"model.b": torch.zeros(8), "model.c": torch.zeros(1)}

@@ -5,6 +5,7 @@ of the pipeline whose VAE and text encoder belong to it, which the recipe beside
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from wanloom.config import UserError, build_config
 from wanloom.model.dit import DiTConfig, WanDiT, cast_weights
-from wanloom.train.checkpoint import load_weights
+from wanloom.train.checkpoint import load_tensors, load_weights
 from wanloom.train.saved import find_checkpoint, read_state
 
 
@@ -32,13 +33,26 @@ class Trained:
         """The weights by parameter name, or their average. Raises UserError when there is none, or for damage."""
         return load_weights(self.path, ema)[1]
 
-    def load_model(self, ema: bool, dtype: torch.dtype, device: torch.device, kernel: str = "auto") -> WanDiT:
-        """The model, its Linears in `dtype`."""
+    def load_model(
+        self,
+        ema: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernel: str = "auto",
+        apply: Callable[[WanDiT], None] = lambda model: None,
+    ) -> WanDiT:
+        """The model, its Linears in `dtype`; `apply` may change it, as layouts do, before it gets memory and values.
+
+        Several processes call it together. Raises UserError, the same on all of them, for damage.
+        """
         with torch.device("meta"):
             model = WanDiT(self.config, kernel)
-        model.load_state_dict(self.load_weights(ema), assign=True)
         cast_weights(model, dtype)
-        return model.to(device)
+        apply(model)
+        model.to_empty(device=device)
+        kind = "ema" if ema else "model"
+        load_tensors(self.path, {f"{kind}.{name}": param.detach() for name, param in model.named_parameters()})
+        return model
 
 
 def open_trained(run_or_step: Path, ema: bool = False) -> Trained:

@@ -51,7 +51,7 @@ class CheckpointConfig(Config):
 
 
 def load_tensors(checkpoint: Path, into: Mapping[str, Tensor]) -> None:
-    """Fill the tensors in place, each rank its pieces; all ranks call it together, with names of their own.
+    """Fill the tensors in place, in their dtypes, each rank its pieces; all ranks call it, with names of their own.
 
     Raises UserError, the same on every rank, for a damaged checkpoint, or one of another model.
     """
@@ -95,7 +95,9 @@ def _open_stored(checkpoint: Path) -> Stored:
 
 def _fits(stored: Stored, name: str, tensor: Tensor) -> bool:
     entry = stored.tensors.get(name)
-    return entry is not None and entry.size == tensor.shape and entry.properties.dtype == tensor.dtype
+    if entry is None or entry.size != tensor.shape:
+        return False
+    return entry.properties.dtype.is_floating_point == tensor.is_floating_point()
 
 
 class Checkpointer:
