@@ -5,8 +5,10 @@ import torch
 
 from wanloom.model.dit import DiTConfig, WanDiT
 from wanloom.model.sequence import Grid, build_pack
+from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.sample.guidance import build_branches, guided_velocity
 
+ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
 CONFIG = DiTConfig(
     dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=24, freq_dim=32, text_slots=9
 )  # few: the text weighs more
@@ -40,7 +42,7 @@ def test_one_pack_equals_separate_calls(model, guidance):
     samples = [tokens_of(grid, i) for i, grid in enumerate(GRIDS)]
     branches = build_branches(GRIDS, text, negative if guidance != 1 else [], CONFIG.in_channels)
     assert len(branches.video_lens) == (4 if guidance == 1 else 8)
-    got = guided_velocity(model, branches, torch.cat(samples), 0.37, guidance)
+    got = guided_velocity(model, branches, torch.cat(samples), 0.37, guidance, ALONE)
 
     def alone(tokens, grid, states):
         return model(build_pack([tokens], [grid], [states]), torch.tensor([0.37]))
@@ -57,8 +59,8 @@ def test_one_pack_equals_separate_calls(model, guidance):
 def test_the_branches_differ_enough_to_notice_a_swap(model):
     text, negative = states((4,), 1), states((2,), 2)
     tokens = tokens_of((2, 2, 2), 0)
-    one = guided_velocity(model, build_branches([(2, 2, 2)], text, negative, 16), tokens, 0.5, 5.0)
-    other = guided_velocity(model, build_branches([(2, 2, 2)], negative, text, 16), tokens, 0.5, 5.0)
+    one = guided_velocity(model, build_branches([(2, 2, 2)], text, negative, 16), tokens, 0.5, 5.0, ALONE)
+    other = guided_velocity(model, build_branches([(2, 2, 2)], negative, text, 16), tokens, 0.5, 5.0, ALONE)
     assert (one - other).norm() > 0.05 * one.norm()
 
 

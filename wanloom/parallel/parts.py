@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from wanloom.model.sequence import Pack, Part
@@ -58,6 +59,19 @@ def share_of(pack: Pack, sigma: Tensor, mesh: Mesh) -> Share:
         part=Part(tuple(stream[i] for i in samples), filled.video_lens),
     )
     return Share(part, sigma[samples], slice(min(start, count), min(start + width, count)))
+
+
+def gather_parts(part: Tensor, count: int, mesh: Mesh) -> Tensor:
+    """The other way round, on every process: of each data rank all rows of its pack, `(T_part, C)` -> `(D, count, C)`.
+
+    For data ranks whose packs have `count` tokens each, and a layout without stages. Has no gradient.
+    """
+    if mesh.layout.world == 1:
+        return part[None]
+    # the ranks are ordered as the parts are: data ranks first, then cp, then tp
+    whole = part.new_empty(mesh.layout.world * len(part), part.shape[1])
+    dist.all_gather(list(whole.chunk(mesh.layout.world)), part.contiguous())
+    return whole.unflatten(0, (mesh.layout.data_ranks, -1))[:, :count]
 
 
 def fill_up(pack: Pack, fill: int) -> Pack:

@@ -4,6 +4,8 @@ In: a model and requests, each with its noise and the text states of its prompt 
 `(C, F, H, W)` fp32 on the CPU, in the order of the requests. The one decision: as many requests as fit the token budget
 share each call of the model, both branches of each; a request alone is always a pack, however large. Noise is drawn
 on the CPU from the request's own seed, so it does not depend on the device, its neighbours or its place in the list.
+Several processes make the same packs as one does and share each of them: the tokens by context and tensor parallelism,
+the branches of guidance between two data ranks. Every process takes every step of the solver.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from wanloom.config import Config, UserError
 from wanloom.model.sequence import grid_of, patchify, unpatchify
 from wanloom.objective.noise import draw_noise
+from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.sample.guidance import build_branches, guided_velocity
 from wanloom.sample.solvers import Solver, SolverName, build_solver
 
@@ -90,14 +93,22 @@ def generate(
     requests: Sequence[Request],
     config: GenerateConfig,
     on_step: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yields (index of the request, latents) pack by pack; `on_step` gets the number of requests that moved a step."""
+    """Yields (index of the request, latents) pack by pack; `on_step` gets the number of requests that moved a step.
+
+    With a mesh, the model is the part of this process (`apply_layout`) and every process gets all the latents. Two data
+    ranks take one branch of guidance each. Raises ValueError for more of them than branches.
+    """
+    mesh = mesh or Mesh(ONE_PROCESS, next(model.parameters()).device)
+    if mesh.layout.data_ranks > (1 if config.guidance == 1 else 2):
+        raise ValueError(f"guidance {config.guidance} has no branches for {mesh.layout.data_ranks} data ranks")
     solver = build_solver(config.solver, config.steps, config.shift)
     for pack in plan_packs(requests, config):
         # equal sizes and text lengths side by side: the attention takes neighbours that agree as one batch
         pack.sort(key=lambda i: (requests[i].noise.shape, requests[i].text.shape[0]))
         chosen = [requests[i] for i in pack]
-        latents = _integrate(model, chosen, solver, config.guidance, on_step)
+        latents = _integrate(model, chosen, solver, config.guidance, on_step, mesh)
         yield from sorted(zip(pack, latents, strict=True), key=lambda pair: pair[0])
 
 
@@ -107,17 +118,19 @@ def _integrate(
     solver: Solver,
     guidance: float,
     on_step: Callable[[int], None] | None,
+    mesh: Mesh,
 ) -> list[Tensor]:
     """Latents of the requests of one pack."""
-    device = next(model.parameters()).device
     grids = [grid_of(request.noise.shape) for request in requests]
+    text = [request.text for request in requests]
     negatives = [] if guidance == 1 else [request.negative for request in requests]
-    channels = requests[0].noise.shape[0]
-    branches = build_branches(grids, [request.text for request in requests], negatives, channels).to(device)
-    noise = torch.cat([patchify(request.noise) for request in requests]).to(device)
+    if mesh.layout.data_ranks == 2:
+        text, negatives = negatives if mesh.data_rank else text, []
+    branches = build_branches(grids, text, negatives, requests[0].noise.shape[0]).to(mesh.device)
+    noise = torch.cat([patchify(request.noise) for request in requests]).to(mesh.device)
 
     def velocity(tokens: Tensor, sigma: float) -> Tensor:
-        return guided_velocity(model, branches, tokens, sigma, guidance)
+        return guided_velocity(model, branches, tokens, sigma, guidance, mesh)
 
     def moved() -> None:
         if on_step is not None:

@@ -3,7 +3,8 @@
 In: the samples' sizes, the text states of their prompts and, for guidance other than 1, of their negative prompts.
 Out: the guided velocity, `negative + guidance * (prompt - negative)`, in fp32. The one decision: the branches share one
 call of the model, the prompts first and the negatives after them, so that neighbours of one text length meet in one
-attention call. Source: Ho & Salimans 2022.
+attention call; or each is the pack of one of two data ranks. Every process gets both and combines them as one process
+does. Source: Ho & Salimans 2022.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from wanloom.model.sequence import PATCH, Grid, Pack, build_pack
+from wanloom.parallel.mesh import Mesh
+from wanloom.parallel.parts import gather_parts, share_of
 
 
 def build_branches(grids: Sequence[Grid], text: Sequence[Tensor], negative: Sequence[Tensor], channels: int) -> Pack:
@@ -25,14 +28,19 @@ def build_branches(grids: Sequence[Grid], text: Sequence[Tensor], negative: Sequ
     return build_pack(tokens, grids, [*text, *negative])
 
 
-def guided_velocity(model: nn.Module, branches: Pack, tokens: Tensor, sigma: float, guidance: float) -> Tensor:
-    """Velocity `(T, C*4)` fp32 of the N samples `tokens (T, C*4)`, all at one noise level."""
-    count = len(branches.video_lens)
-    both = branches.tokens.shape[0] == 2 * tokens.shape[0]
-    pack = replace(branches, tokens=torch.cat([tokens, tokens]) if both else tokens)
-    level = torch.full((count,), sigma, dtype=torch.float32, device=tokens.device)
-    velocity = model(pack, level).float()
-    if not both:
+def guided_velocity(
+    model: nn.Module, branches: Pack, tokens: Tensor, sigma: float, guidance: float, mesh: Mesh
+) -> Tensor:
+    """Velocity `(T, C*4)` fp32 of the N samples `tokens (T, C*4)`, all at one noise level; the same on every process.
+
+    `branches` is what this data rank predicts: all there is, or with two data ranks the prompts or the negatives.
+    """
+    copies = len(branches.tokens) // len(tokens)
+    level = torch.full((len(branches.video_lens),), sigma, dtype=torch.float32, device=tokens.device)
+    share = share_of(replace(branches, tokens=tokens.repeat(copies, 1)), level, mesh)
+    part = model(share.pack, share.sigma).float()
+    velocity = gather_parts(part, len(branches.tokens), mesh).flatten(0, 1)
+    if len(velocity) == len(tokens):
         return velocity
     prompt, negative = velocity.chunk(2)
     return negative + guidance * (prompt - negative)
