@@ -85,8 +85,8 @@ def _run_rank(run: Callable[[], int]) -> int:
                 return run()
             except (UserError, OSError) as error:
                 message, code = sentence_of(error), 2
-            except KeyboardInterrupt:
-                message, code = "Stopped.", 130
+            except KeyboardInterrupt:  # of all ranks; rank 0 may be in an exchange that ends only when this one leaves
+                return _fail("Stopped.", 130) if rank() == 0 else 130
             if not says_first(message):
                 return code
             return _fail(message if rank() == 0 else f"rank {rank()}: {message}", code)
