@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
+from typing import NoReturn
 
 import wanloom
 from wanloom.config import UserError, nearest, sentence_of
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(words[1:])
     run = _choose(command, arguments, words)
     try:
-        return _run_one(run) if os.environ.get("WORLD_SIZE", "1") == "1" else _run_rank(run)
+        return _run_one(run) if os.environ.get("WORLD_SIZE", "1") == "1" else _leave(_run_rank(run))
     except KeyboardInterrupt:  # a rank that still joins the others
         return 130
 
@@ -96,6 +97,17 @@ def _run_rank(run: Callable[[], int]) -> int:
         code = _fail(f"rank {rank()} has lost another rank, which ended or hangs and says why itself.", 1)
         time.sleep(1)  # a launcher shall see the other one first: its exit code is the reason
         return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End a rank without tearing Python down.
+
+    torch keeps process groups, in meshes and as default arguments, so gloo's threads are still there; one that lets go
+    of a tensor while Python ends aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _fail(message: str, code: int = 2) -> int:
