@@ -78,7 +78,7 @@ def _run_one(run: Callable[[], int]) -> int:
 
 def _run_rank(run: Callable[[], int]) -> int:
     """One of the processes of a run: joined to the others, and what all have to say is said once."""
-    from wanloom.dist import is_lost, process_group, rank, says_first
+    from wanloom.dist import process_group, rank, says_first
 
     try:
         with process_group():
@@ -88,15 +88,27 @@ def _run_rank(run: Callable[[], int]) -> int:
                 message, code = sentence_of(error), 2
             except KeyboardInterrupt:  # of all ranks; rank 0 may be in an exchange that ends only when this one leaves
                 return _fail("Stopped.", 130) if rank() == 0 else 130
+            except RuntimeError as error:  # groups are not ended: they may still wait for the other one
+                _leave_if_lost(error, "has lost another rank, which ended or hangs and says why itself.")
+                raise
             if not says_first(message):
                 return code
             return _fail(message if rank() == 0 else f"rank {rank()}: {message}", code)
     except RuntimeError as error:
-        if not is_lost(error):
-            raise
-        code = _fail(f"rank {rank()} has lost another rank, which ended or hangs and says why itself.", 1)
-        time.sleep(1)  # a launcher shall see the other one first: its exit code is the reason
-        return code
+        world = os.environ["WORLD_SIZE"]
+        _leave_if_lost(error, f"has not found all {world} processes: each must be started and reach rank 0.")
+        raise
+
+
+def _leave_if_lost(error: RuntimeError, message: str) -> None:
+    """End the process when `error` means that another one is gone: nothing is left to do or worth waiting for."""
+    from wanloom.dist import is_lost, rank
+
+    if not is_lost(error):
+        return
+    code = _fail(f"rank {rank()} {message}", 1)
+    time.sleep(1)  # a launcher shall see the other one first: its exit code is the reason
+    _leave(code)
 
 
 def _leave(code: int) -> NoReturn:

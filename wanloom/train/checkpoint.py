@@ -193,9 +193,13 @@ class Checkpointer:
         """One sentence on the newest whole checkpoint."""
         return f"The last whole checkpoint is {self._last}." if self._last else "No checkpoint was saved before."
 
-    def close(self) -> None:
-        """Wait for the thread; an error of the save is raised by `wait`, not here."""
-        self._pool.shutdown(wait=True)
+    def close(self, wait: bool = True) -> None:
+        """End the thread; an error of the save is raised by `wait`, not here.
+
+        Without `wait` it is left to the end of the process: a rank that hangs would be waited for as long as one that
+        writes to a slow disk.
+        """
+        self._pool.shutdown(wait=wait)
 
     def _write(self, step: int, state: dict[str, Any], recipe: str) -> None:
         partial = self.run_dir / FOLDER / f"step_{step:07d}{PARTIAL}"

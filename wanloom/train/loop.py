@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from wanloom.config import Config, UserError
-from wanloom.dist import gather, highest, rank, together
+from wanloom.dist import gather, highest, is_lost, rank, together
 from wanloom.model.dit import WanDiT
 from wanloom.model.kernels import Kernel
 from wanloom.objective.flow import FlowConfig
@@ -98,9 +98,9 @@ class Trainer:
         """Take the steps that are left. Returns the signal that stopped the run, or None at its end.
 
         Raises UserError, the same on every rank, when a loss or gradient is not finite, when the disk is full, and
-        whatever `batches` raises; in each case the save in the background is finished first.
+        whatever `batches` raises; in each case the save in the background is finished first. Not when a rank is lost.
         """
-        batches = iter(self.batches)
+        batches, lost = iter(self.batches), False
         try:
             with self.progress, StopSignal("this step and saving") as stop:
                 self.checkpointer.prepare(self.parts.tensors())
@@ -123,8 +123,11 @@ class Trainer:
                         self.checkpointer.wait()
                         return signal.Signals(received) if received else None
             return None
+        except RuntimeError as error:
+            lost = is_lost(error)
+            raise
         finally:
-            self.checkpointer.close()
+            self.checkpointer.close(wait=not lost)
             if self.metrics is not None:
                 self.metrics.close()
 
