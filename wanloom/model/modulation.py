@@ -6,6 +6,7 @@ each token by its index, which the compiler puts into its kernels, and other len
 a table is summed sample by sample, as additions by index would come in any order and wait for each other.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanloom.model.attention import split
-from wanloom.model.sequence import Run, runs
+from wanloom.model.sequence import runs
 
 
 class TokenLayout(NamedTuple):
-    """Which tokens belong to which sample, in the forms that are asked for."""
+    """Which tokens belong to which sample. No numbers beside tensors: a compiled graph would be for these alone."""
 
-    runs: tuple[Run, ...]
     lens: Tensor  # (N,) int64 on the CPU
     rows: Tensor  # (T,) int64, the sample of each token
 
@@ -28,7 +28,7 @@ class TokenLayout(NamedTuple):
 def build_layout(lens: Sequence[int], device: torch.device) -> TokenLayout:
     """From the tokens of each sample; 0 is allowed."""
     host = torch.tensor(lens)
-    return TokenLayout(tuple(runs(lens)), host, torch.repeat_interleave(host, output_size=sum(lens)).to(device))
+    return TokenLayout(host, torch.repeat_interleave(host, output_size=sum(lens)).to(device))
 
 
 def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: TokenLayout, eps: float) -> Tensor:
@@ -36,8 +36,8 @@ def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: TokenLayout, 
     scale, shape = scale + 1, x.shape[-1:]
     if torch.compiler.is_compiling():
         return torch.addcmul(spread(shift, layout), F.layer_norm(x, shape, eps=eps), spread(scale, layout))
-    samples = [run.samples for run in layout.runs]
-    rows = zip(split_runs(x, layout), split(shift, samples), split(scale, samples), samples, strict=True)
+    samples, tokens = sizes_of_runs(tuple(layout.lens.tolist()))
+    rows = zip(split(x, tokens), split(shift, samples), split(scale, samples), samples, strict=True)
     out = []
     for part, offset, factor, count in rows:
         if not len(part):  # the samples have no token here
@@ -54,9 +54,9 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: TokenLayout) -> Tensor
     """`x + y * gate` with one gate per sample: `x`, `y (T, dim)`, `gate (N, dim)`."""
     if torch.compiler.is_compiling():
         return torch.addcmul(x, y, spread(gate, layout))
-    samples = [run.samples for run in layout.runs]
+    samples, tokens = sizes_of_runs(tuple(layout.lens.tolist()))
     out = []
-    for x_part, y_part, factor in zip(split_runs(x, layout), split_runs(y, layout), split(gate, samples), strict=True):
+    for x_part, y_part, factor in zip(split(x, tokens), split(y, tokens), split(gate, samples), strict=True):
         if not len(x_part):
             continue
         shape = (factor.shape[0], -1)
@@ -64,8 +64,11 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: TokenLayout) -> Tensor
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def split_runs(x: Tensor, layout: TokenLayout) -> Sequence[Tensor]:
-    return split(x, [run.samples * run.lens[0] for run in layout.runs])
+@functools.lru_cache(maxsize=64)
+def sizes_of_runs(lens: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Samples and tokens of every run of neighbours that are equally long; each block asks three times."""
+    found = list(runs(lens))
+    return [run.samples for run in found], [run.samples * run.lens[0] for run in found]
 
 
 def spread(table: Tensor, layout: TokenLayout) -> Tensor:
@@ -89,11 +92,9 @@ class Spread(torch.autograd.Function):
 @torch.library.custom_op("wanloom::sum_samples", mutates_args=())
 def sum_samples(x: Tensor, lens: Tensor) -> Tensor:
     """The sum over the tokens of each sample: `(T, dim)`, lens `(N,)` on the CPU -> `(N, dim)`."""
-    groups = list(runs(lens.tolist()))
-    parts = split(x, [run.samples * run.lens[0] for run in groups])
-    return torch.cat(
-        [part.unflatten(0, (run.samples, run.lens[0])).sum(1) for run, part in zip(groups, parts, strict=True)]
-    )
+    samples, tokens = sizes_of_runs(tuple(lens.tolist()))
+    parts = zip(samples, tokens, split(x, tokens), strict=True)
+    return torch.cat([part.unflatten(0, (count, size // count)).sum(1) for count, size, part in parts])
 
 
 @sum_samples.register_fake
