@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from wanloom.data.loader import Loader, Plan
 from wanloom.data.mock import MockDataset
@@ -92,7 +93,7 @@ def build_parts(case: Case) -> Parts:
     layout = resolve_layout(ParallelConfig(**case.parallel), case.world, case.model, case.samples)
     mesh = Mesh(layout, CPU)
     model = build(mesh, case)
-    optimizer = AdamW(model.named_parameters(), OptimizerConfig(lr=LR))
+    optimizer = AdamW(model.named_parameters(), OptimizerConfig(lr=LR, weight_decay=1.0))
     validate = build_validation(
         model, mesh, [MockDataset(SHAPES, MODEL.text_dim, size=1, val_size=3)], BUDGET, case.bf16
     )
@@ -120,6 +121,11 @@ def result_of(parts: Parts, gradients: dict[str, Tensor], facts: dict[str, Any])
     facts["boxes"] = {n: [[part.start, part.stop] for part in params.box_of(p)] for n, p in named.items()}
     facts["shapes"] = {n: list(p.shape) for n, p in named.items()}
     facts["dtypes"] = {n: str(p.dtype) for n, p in named.items()}
+    facts["policies"] = {
+        name: [str(policy.param_dtype), str(policy.reduce_dtype)]
+        for name, module in parts.model.named_modules()
+        if isinstance(module, FSDPModule) and (policy := module._get_fsdp_state()._mp_policy)
+    }
     facts["missing"] = [n for n in named if n not in gradients]
     weights = {n: params.local(p).clone() for n, p in named.items()}
     assert parts.ema is not None

@@ -3,15 +3,16 @@
 import json
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from wanloom.model.attention import ATTENTION_OPS
-from wanloom.parallel.context import CONTEXT_OPS, ContextAttention
+from wanloom.parallel.context import ContextAttention
+from wanloom.parallel.recompute import choose
 
 TIMEOUT = timedelta(seconds=60)
 # of each layout the ranks of the ring groups and of the Ulysses groups; a rank's part is its place in the sorted list
@@ -41,10 +42,7 @@ def exchanges_when_kept(attend: ContextAttention, tensors: dict, name: str, lens
     """How often ranks exchange rows in forward and backward: recomputed with the operator kept, and all recomputed."""
     q, k, v = (tensors[f"{name}.{key}"].chunk(2)[part].clone().requires_grad_() for key in "qkv")
     counted, exchange = [], dist.batch_isend_irecv
-
-    def policy(ctx, op, *args, **kwargs):
-        keep = op in ATTENTION_OPS + CONTEXT_OPS
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    policy = partial(choose, "attention")
 
     dist.batch_isend_irecv = lambda ops: counted.append(1) or exchange(ops)
     found = []

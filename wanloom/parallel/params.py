@@ -87,11 +87,17 @@ def sum_copies(params: Iterable[nn.Parameter], mesh: Mesh) -> None:
         managed = param.device_mesh.mesh_dim_names or () if isinstance(param, DTensor) else ()
         return tuple(axis for axis in PARAM_AXES if mesh.param_group(axis) and axis not in managed)
 
-    with_grad = sorted((p for p in params if p.grad is not None), key=missing)
-    for axes, group in itertools.groupby(with_grad, key=missing):
-        grads = [local(p.grad) for p in group if p.grad is not None]
+    trained = [p for p in params if p.requires_grad]
+    for axes, group in itertools.groupby(sorted(trained, key=missing), key=missing):
         if axes:
+            # every rank adds the same parameters, whichever of them its own packs have reached
+            grads = [local(param.grad if param.grad is not None else _zero_grad(param)) for param in group]
             _all_reduce_flat(grads, [mesh.param_group(axis) for axis in axes])
+
+
+def _zero_grad(param: nn.Parameter) -> Tensor:
+    param.grad = torch.zeros_like(param)
+    return param.grad
 
 
 def _all_reduce_flat(tensors: Sequence[Tensor], groups: Sequence[dist.ProcessGroup | None]) -> None:
