@@ -56,7 +56,7 @@ def test_two_ranks_agree(tmp_path):
     assert zero["one"] == one["one"] == "On rank 1: no such file"
     assert zero["all"] == one["all"] == "bad"
     assert zero["none"] == one["none"] == "agreed"
-    assert zero["system"] == one["system"] == "On rank 0: 'x.tar' cannot be used: No such file or directory."
+    assert zero["system"] == one["system"] == "'x.tar' cannot be used: No such file or directory."
     assert (zero["same"], one["same"]) == (True, False)
     assert (zero["other"], one["other"]) == (True, True), "what rank 0 does not say, another does"
 

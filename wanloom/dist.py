@@ -146,7 +146,7 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     found = gather(None if cause is None else sentence_of(cause), group)
     wrong = [i for i, message in enumerate(found) if message is not None]
     if wrong:
-        where = "" if len(wrong) == len(found) else f"On rank {wrong[0]}: "
+        where = "" if wrong[0] == 0 else f"On rank {wrong[0]}: "
         raise UserError(where + found[wrong[0]]) from cause
 
 

@@ -71,7 +71,7 @@ def test_a_mistake_of_the_first_is_said_once(tiny_pipeline, tmp_path):
     words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, "--out", str(tmp_path), "--nproc", "2"]
     command = [sys.executable, "-m", "wanloom", "generate", *words]
     result = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    said = f"On rank 0: 1 of the files are there already, such as {tmp_path / '000-x.png'}: give another --out, or"
+    said = f"1 of the files are there already, such as {tmp_path / '000-x.png'}: give another --out, or"
     assert result.returncode == 2 and result.stderr == f"wanloom: {said} --overwrite.\n"
     assert [path.name for path in tmp_path.iterdir()] == ["000-x.png"]
 

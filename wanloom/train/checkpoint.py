@@ -219,9 +219,10 @@ class Checkpointer:
         except (UserError, OSError) as error:
             if rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
+            again = "go on from there" if self._last else "begin anew, here or with run_dir on another disk"
             raise UserError(
                 f"The checkpoint of step {step} could not be written: {sentence_of(error)} {self.describe_last()} Make "
-                "room or choose another disk for run_dir, then start the same command again to go on from there."
+                f"room, then start the same command again to {again}."
             ) from error
         self._last = partial.with_suffix("")
 
