@@ -70,6 +70,13 @@ def test_a_mistake_of_all_is_said_once(tmp_path):
     assert result.stderr.count("exitcode  : 2") + result.stderr.count("exitcode  : -15") == 2, result.stderr
 
 
+def test_ranks_that_torchrun_starts_again_meet_anew(tmp_path):
+    """Its store outlives them, with the addresses and the counts of those before."""
+    result = torchrun("--max-restarts=1", "tests/two_ranks.py", "come_back", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert sorted(json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)) == [1, 2]
+
+
 def test_a_lost_rank_is_a_sentence():
     start = "import sys; from wanloom.cli.launch import run_processes as r; sys.exit(r(2, sys.argv[1:]))"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -24,6 +24,7 @@ from wanloom.config import UserError, sentence_of
 
 TIMEOUT = timedelta(minutes=30)  # the first step of a large model compiles, a checkpoint is read
 SAID = "wanloom/said"
+HEARD = "wanloom/heard"  # by how many
 TALLY = "wanloom/tally"
 WAIT_FOR_RANK_0 = 5.0  # seconds
 # what gloo (a plain RuntimeError) and NCCL (a DistBackendError, as for its other errors) say of the other end
@@ -83,7 +84,13 @@ def process_group() -> Iterator[None]:
         yield
         return
     follow_launcher()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    store = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))[0]  # pyright: ignore
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps the store when it starts all again, with the addresses of processes that are gone in it
+        # (pytorch issue 135712); on several machines the counts may differ
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # pyright: ignore
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank(), world_size=world_size())
     try:
         yield
     finally:
@@ -156,7 +163,7 @@ class Tally:
     _made = itertools.count()
 
     def __init__(self) -> None:
-        self._key = f"{TALLY}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(self._made)}"
+        self._key = f"{TALLY}/{next(self._made)}"
         self._alone = 0
 
     def add(self, number: int = 1) -> int:
@@ -172,16 +179,19 @@ def says_first(message: str) -> bool:
     if world_size() == 1 or not dist.is_initialized():
         return rank() == 0
     store = dist.distributed_c10d._get_default_store()
-    key = f"{SAID}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # the store outlives a restart
-    if rank() == 0:
-        store.set(key, message)
-        return True
     deadline = time.monotonic() + WAIT_FOR_RANK_0
-    while time.monotonic() < deadline:
-        if store.check([key]) and store.get(key).decode() == message:
-            return False
-        time.sleep(0.05)
-    return True
+    if rank() == 0:
+        store.set(SAID, message)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store ends with this process
+            while store.add(HEARD, 0) < world_size() - 1 and time.monotonic() < deadline:
+                time.sleep(0.05)
+        return True
+    same = False
+    while not same and time.monotonic() < deadline:
+        same = store.check([SAID]) and store.get(SAID).decode() == message
+        time.sleep(0 if same else 0.05)
+    store.add(HEARD, 1)
+    return not same
 
 
 def is_lost(error: RuntimeError) -> bool:

@@ -2,12 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
 
 from wanloom.cli import main
 from wanloom.train.metrics import read_metrics
@@ -50,13 +50,14 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.fixture
 def ranks():
-    """Starts the ranks of a run as a launcher does, whose store they use; what is left of them is killed at the end."""
-    started, stores = [], []
+    """Starts the ranks of a run without a launcher, the store on rank 0; what is left of them is killed at the end."""
+    started = []
 
     def begin(count: int, *words: str) -> list[subprocess.Popen]:
-        stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
-        env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stores[-1].port)}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         env |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "PYTHONPATH": str(ROOT)}
         for rank in map(str, range(count)):
             command = [sys.executable, *words]
