@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from wanloom import cli
 from wanloom.config import UserError
-from wanloom.dist import pick_device
+from wanloom.dist import check_restarts, pick_device
 
 
 def test_the_device_is_what_there_is(monkeypatch):
@@ -75,6 +76,23 @@ def test_ranks_that_torchrun_starts_again_meet_anew(tmp_path):
     result = torchrun("--max-restarts=1", "tests/two_ranks.py", "come_back", str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert sorted(json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)) == [1, 2]
+
+
+def test_several_machines_are_told_what_a_restart_needs(monkeypatch, capsys):
+    environment = {"GROUP_WORLD_SIZE": "2", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for key, value in (environment | {"TORCHELASTIC_MAX_RESTARTS": "3"}).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(cli, "_leave", lambda code: code)
+    for rank, count in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["show", "tiny"]) == 2
+        assert capsys.readouterr().err.count("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == count
+    for key, value in (("GROUP_WORLD_SIZE", "1"), ("TORCHELASTIC_MAX_RESTARTS", "0")):
+        with monkeypatch.context() as context:
+            context.setenv(key, value)
+            check_restarts()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    check_restarts()
 
 
 def test_a_lost_rank_is_a_sentence():

@@ -79,15 +79,19 @@ def pick_device(name: str | None = None) -> torch.device:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the other processes for the time of the block; nothing for a run of one process."""
+    """Join the other processes for the time of the block; nothing for a run of one process.
+
+    Raises UserError when torchrun could not start them again, though it shall.
+    """
     if world_size() == 1:
         yield
         return
+    check_restarts()
     follow_launcher()
     store = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))[0]  # pyright: ignore
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun keeps the store when it starts all again, with the addresses of processes that are gone in it
-        # (pytorch issue 135712); on several machines the counts may differ
+        # torchrun keeps the store when it starts all again, with the addresses of processes that are gone
+        # (pytorch issue 135712); the count is that of a machine, so it helps on one alone
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # pyright: ignore
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank(), world_size=world_size())
@@ -95,6 +99,17 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def check_restarts() -> None:
+    """Raises UserError when torchrun on several machines would start processes again that cannot meet."""
+    several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if several and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "After a restart by torchrun on several machines the processes would not find one another: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on each of them, or leave --max-restarts out."
+        )
 
 
 def follow_launcher() -> None:

@@ -94,6 +94,8 @@ def _run_rank(run: Callable[[], int]) -> int:
             if not says_first(message):
                 return code
             return _fail(message if rank() == 0 else f"rank {rank()}: {message}", code)
+    except UserError as error:  # of every rank, and they are not joined
+        return _fail(str(error)) if rank() == 0 else 2
     except RuntimeError as error:
         world = os.environ["WORLD_SIZE"]
         _leave_if_lost(error, f"has not found all {world} processes: each must be started and reach rank 0.")
