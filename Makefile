@@ -1,9 +1,10 @@
-# make demo: the whole job on small made-up clips, with a report. make test: everything that must hold. Both set up first.
+# make demo: the whole job on small made-up clips, with a report. make test: everything that must hold. make bench: what is
+# measured against peers, into benchmarks/README.md. Each sets up what it needs first.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: .venv/base
 	$(BIN)/wanloom demo --out demo
@@ -13,6 +14,9 @@ test: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
+
+bench: .venv/dev
+	$(BIN)/python -m benchmarks
 
 # torch first and by its exact version: another package's range would bring the newest build and gigabytes of CUDA
 .venv/base: pyproject.toml constraints.txt
