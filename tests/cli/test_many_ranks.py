@@ -106,6 +106,9 @@ def test_a_full_disk_of_one_rank_stops_all_and_fewer_go_on(ranks, tmp_path):
     for got, wanted in zip(*records, strict=True):
         for key in ("loss", "weighted_loss", "grad_norm"):
             assert got[key] == pytest.approx(wanted[key], rel=1e-5), (got["step"], key)
+        # the first three steps stayed those of two ranks
+        per_token = [r["model_tflops_per_gpu"] / r["tokens_per_second"] for r in (got, wanted)]
+        assert per_token[0] * (2 if got["step"] <= 3 else 1) == pytest.approx(per_token[1], rel=1e-6)
 
 
 def test_a_rank_that_hangs_is_not_waited_for_by_the_save(ranks, tmp_path):

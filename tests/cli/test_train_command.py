@@ -25,10 +25,10 @@ from wanloom.model.flops import forward_flops
 from wanloom.model.weights import state_dict_as
 from wanloom.objective.noise import draw_noise, draw_uniform
 from wanloom.train.checkpoint import load_weights
-from wanloom.train.metrics import read_metrics
+from wanloom.train.metrics import find_peak, read_metrics
 from wanloom.train.saved import find_checkpoint, list_checkpoints, read_state
 
-TIMES = {"seconds", "tokens_per_second", "model_tflops", "peak_memory_gib"}
+TIMES = {"seconds", "tokens_per_second", "model_tflops_per_gpu", "peak_memory_gib"}
 SMALL = [
     "tiny",
     "--mock=1x64x64,9x32x32,5x48x32",
@@ -148,7 +148,7 @@ def test_three_steps_equal_a_plain_loop_with_diffusers_and_torch(tiny_pipeline, 
         assert record["weighted_loss"] == pytest.approx(loss.item() / count, rel=1e-4)
         assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.5
         assert record["lr"] == pytest.approx(lr)
-        per_token = record["model_tflops"] * 1e12 / record["tokens_per_second"]
+        per_token = record["model_tflops_per_gpu"] * 1e12 / record["tokens_per_second"]
         assert per_token == pytest.approx(flops / (count / 64), rel=1e-6)
     assert 0 < dropped < 12, "both kinds of captions are needed"
     for found, wanted in (
@@ -182,6 +182,26 @@ def wait_for(what, process: subprocess.Popen) -> None:
     while not what():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.004)
+
+
+def test_mfu_is_the_published_convention_over_the_peak_of_the_gpu(tmp_path, monkeypatch, capsys):
+    """The model's FLOPs by hand, on a CPU that says it is an H200; fp32 and a GPU of another name have none."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("wanloom.train.metrics.find_peak", lambda device, bf16: find_peak(gpu, bf16))
+    settings = ["train.steps=1", "log.every=1", "--mock=5x48x32"]  # four samples of 2 x 3 x 2 tokens
+    for name, precision, device in (("a", "bf16", "NVIDIA H200"), ("b", "fp32", "NVIDIA H200"), ("c", "bf16", "X")):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, device=device: device)
+        assert main(words(tmp_path / name, *settings, f"train.precision={precision}")) == 0
+    out = capsys.readouterr().out
+    assert out.count(" TFLOP/s per GPU, MFU ") == 1
+    assert out.count("The bf16 peak of X is not known: the log has no MFU.") == 1
+    found = [read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in "abc"]
+    assert ["mfu" in record for record in found] == [True, False, False]
+    d, f, s, t = 128, 512, 12, 512
+    block = 2 * s * (6 * d * d + 2 * d * f) + 4 * t * d * d + 4 * s * d * (s + t)
+    outside = 2 * s * 64 * d * 2 + 2 * t * (64 * d + d * d) + 2 * (256 * d + 7 * d * d)
+    flops = 4 * 3 * (6 * block + outside)
+    assert found[0]["mfu"] == pytest.approx(flops / found[0]["seconds"] / 989e12, rel=1e-6)
 
 
 def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, capfd):

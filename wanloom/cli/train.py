@@ -86,7 +86,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
     from wanloom.recipes.run import dump_run, model_config
     from wanloom.train.checkpoint import Checkpointer
     from wanloom.train.loop import Settings, Trainer
-    from wanloom.train.metrics import Metrics, ProgressLine
+    from wanloom.train.metrics import Metrics, ProgressLine, find_peak
     from wanloom.train.step import Objective, build_batch
 
     with together():
@@ -98,6 +98,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
         check_validation(run, sources)
         kernel = choose_kernel(run, device)
     mesh = Mesh(layout, device)
+    peak = find_peak(device, run.train.precision == "bf16")
     checkpointer = Checkpointer(run_dir, run.checkpoint)
     newest = checkpointer.last()
     with together():
@@ -113,6 +114,8 @@ def start(run: "Run", run_dir: Path) -> int | None:
             f"{run.model} from {run.init} weights on {where} in {run.train.precision}, attention by {kernel}: "
             f"{sum(len(index) for index in plan.indices):,} samples, {run.batch.samples} of them a step."
         )
+        if peak.unknown:
+            progress.say(f"The bf16 peak of {' and '.join(peak.unknown)} is not known: the log has no MFU.")
         if rank() == 0:
             write_atomic(run_dir / "run.yaml", dump_run(run).encode())
     parts = build_parts(run, config, mesh, newest, state, plan, sources, progress)
@@ -129,7 +132,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
         channels=config.in_channels,
         text_dim=config.text_dim,
     )
-    settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log)
+    settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log, peak.tflops)
     assemble = partial(build_batch, objective=objective)
     metrics = Metrics(run_dir, state.step) if rank() == 0 else None
     with Loader(sources, plan, state.step, assemble, run.data.prefetch, mesh.data_rank) as batches:

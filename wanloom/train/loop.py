@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from wanloom.config import Config, UserError
-from wanloom.dist import gather, highest, is_lost, rank, together
+from wanloom.dist import gather, highest, is_lost, rank, together, world_size
 from wanloom.model.dit import WanDiT
 from wanloom.model.kernels import Kernel
 from wanloom.objective.flow import FlowConfig
@@ -80,6 +80,7 @@ class Settings:
     flow: FlowConfig
     clip_norm: float | None
     log: LogConfig
+    peak_tflops: float | None = None  # of a GPU of the run; without it there is no MFU
 
 
 @dataclass
@@ -186,9 +187,11 @@ class Trainer:
             "tokens": state.tokens,
             "seconds": state.seconds,
             "tokens_per_second": sums["tokens"] / sums["seconds"],
-            "model_tflops": sums["flops"] / sums["seconds"] / 1e12,
+            "model_tflops_per_gpu": sums["flops"] / sums["seconds"] / 1e12 / world_size(),
             "peak_memory_gib": max(gather(peak_memory_gib(self.parts.mesh.device))),
         }
+        if self.settings.peak_tflops:
+            record["mfu"] = record["model_tflops_per_gpu"] / self.settings.peak_tflops
         if validates and self.parts.validate is not None:
             record["val_loss"] = self.parts.validate()
             self._tick = time.monotonic()  # not part of the speed
