@@ -1,5 +1,7 @@
 """Decoding real files: which picture is taken when, how it is turned, sized and coloured, and what broken files do."""
 
+import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from PIL import Image
 from wanloom.config import UserError, build_config
 from wanloom.data import player as player_module
 from wanloom.data.framing import Frame, FramingConfig, choose_frame
-from wanloom.data.picture import Clip, MediaError
+from wanloom.data.picture import SWS_FLAGS, Clip, MediaError, Screen
 from wanloom.data.video import TimingConfig, kind_of, read_clips
 
 CORNERS = np.zeros((48, 80, 3), dtype=np.uint8)
@@ -184,6 +186,34 @@ def test_colours_match_the_formula_at_any_depth(tmp_path: Path, pix_fmt: str, bi
     assert np.abs(error).mean() < 0.9
     assert np.abs(error.mean((0, 1))).max() < 0.35
     assert clip.notes == (["10 bits to 8"] if bits == 10 else [])
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuvj420p", "yuv422p10le", "yuv444p12le", "nv12", "gray", "yuyv422"])
+def test_planes_give_the_bytes_of_a_direct_conversion(pix_fmt: str) -> None:
+    rng = np.random.default_rng(3)
+    screen = Screen(None, None, native)
+    for colorspace, color_range, size in ((1, 1, (86, 64)), (5, 2, (129, 65)), (9, 1, (200, 150))):
+        picture = av.VideoFrame(130, 98, pix_fmt)
+        for plane in picture.planes:
+            plane.update(rng.bytes(plane.buffer_size))
+        picture.colorspace, picture.color_range = colorspace, color_range
+        expected = picture.reformat(*size, format="rgb24", interpolation=SWS_FLAGS).to_ndarray()
+        screen.choose = lambda width, height, number, size=size: Frame(size, (0, 0), size)
+        screen.frames.clear()
+        assert np.array_equal(screen.convert(picture, 0), expected)
+
+
+def test_a_reader_that_stops_early_ends_its_thread(tmp_path: Path) -> None:
+    path = write_numbers(tmp_path / "a.mp4", 200)
+    before = threading.active_count()
+    clips = read_clips(path, "video", TimingConfig(frames=5, clips="all"), native)
+    assert numbers(next(clips)) == list(range(5))
+    assert threading.active_count() == before + 1  # it decodes ahead
+    clips.close()
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 def test_resizing_is_antialiased(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 In: an image file, or decoded pictures of a video. Out: `(H, W, 3)` uint8 with the file's rotation, mirroring and pixel
 shape applied and alpha laid on black. The one decision: resizing is bicubic with antialiasing, by swscale for YUV
 (with `ACCURATE_RND` and `FULL_CHR_H_INT`, without which it darkens by one level and halves the colour resolution) in
-the same pass as the conversion, and by Pillow for RGB, which swscale would send through YUV.
+the same pass as the conversion, and by Pillow for RGB, which swscale would send through YUV. With these flags swscale
+has quick code for RGB in planes alone; the same bytes are interleaved after it.
 """
 
 import struct
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from wanloom.data.framing import Frame
@@ -88,11 +90,16 @@ def _on_black(rgba: np.ndarray) -> np.ndarray:
 
 
 class Screen:
-    """Turns decoded pictures into RGB of the chosen frame, and remembers what it met on the way."""
+    """Turns decoded pictures into RGB of the chosen frame, and remembers what it met on the way.
 
-    def __init__(self, stream: Any, choose: ChooseFrame) -> None:
-        self.stream = stream
+    `pixel_shape` is the width of a pixel over its height, `rate` that of the stream, None when it is not known.
+    """
+
+    def __init__(self, pixel_shape: Fraction | None, rate: Fraction | None, choose: ChooseFrame) -> None:
+        self.pixel_shape = pixel_shape
+        self.rate = rate
         self.choose = choose
+        self.scale, self.interleave = VideoReformatter(), VideoReformatter()  # they keep their tables
         self.stored: tuple[int, int] | None = None
         self.display: tuple[float, float] = (0.0, 0.0)
         self.turn = np.eye(2, dtype=int)
@@ -120,13 +127,12 @@ class Screen:
         return pixels
 
     def clip(self, number: int, pixels: np.ndarray, moments: list[Fraction]) -> Clip:
-        rate = self.stream.average_rate or self.stream.guessed_rate
         return Clip(
             number=number,
             pixels=pixels,
             start=round(float(moments[0]), 6),
             stop=round(float(moments[-1]), 6),
-            source_fps=round(float(rate), 6) if rate else None,
+            source_fps=round(float(self.rate), 6) if self.rate else None,
             source_size=self.stored or (0, 0),
             display_size=self.display,
             frame=self.frames[number],
@@ -136,7 +142,7 @@ class Screen:
     def _look(self, picture: Any) -> None:
         """Size, pixel shape, rotation and colour format of the first picture."""
         self.stored = (picture.width, picture.height)
-        shape = self.stream.sample_aspect_ratio or Fraction(1)
+        shape = self.pixel_shape or Fraction(1)
         shape = shape if Fraction(1, 10) < shape < 10 else Fraction(1)
         self.turn = display_turn(picture)
         width, height = picture.width * float(shape), float(picture.height)
@@ -160,7 +166,8 @@ class Screen:
             return _resize_rgb(_on_black(picture.to_ndarray(format="rgba")), size)
         if layout.is_rgb:
             return _resize_rgb(picture.to_ndarray(format="rgb24"), size)
-        return picture.reformat(*size, format="rgb24", interpolation=SWS_FLAGS).to_ndarray()
+        planes = self.scale.reformat(picture, *size, format="gbrp", interpolation=SWS_FLAGS, threads=1)
+        return self.interleave.reformat(planes, format="rgb24", threads=1).to_ndarray()
 
 
 def display_turn(picture: Any) -> np.ndarray:

@@ -2,14 +2,16 @@
 
 In: a file. Out: clips `(F, H, W, 3)` uint8 RGB. The one decision: time is sampled by timestamps. A clip's frame k is
 the picture that a player shows at start + k / fps, so variable frame rates, other rates and odd containers keep the
-speed of the action. The file is decoded once, and a picture is converted only when it is used.
+speed of the action. The file is decoded once, and a picture is converted only when it is used, while the next ones are
+decoded on another thread.
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import av
 import av.error
@@ -19,6 +21,7 @@ from pydantic import model_validator
 from wanloom.config import Config
 from wanloom.data.picture import ChooseFrame, Clip, MediaError, Screen, read_image
 from wanloom.data.player import Player, frame_interval
+from wanloom.data.readers import read_ahead
 
 VIDEO_SUFFIXES = frozenset(
     f".{name}"
@@ -128,26 +131,47 @@ def scan_packets(path: Path) -> tuple[Fraction, int]:
     return last - first, number
 
 
+class Due(NamedTuple):
+    """A decoded picture and its place: frame `k` of clip `number`."""
+
+    picture: Any
+    k: int
+    number: int
+    moments: list[Fraction]  # of the clip
+    pixel_shape: Fraction | None
+    rate: Fraction | None  # of the stream
+
+
 def _read_video(path: Path, timing: TimingConfig, choose: ChooseFrame) -> Iterator[Clip]:
+    screen = pixels = None
+    with closing(read_ahead([path], lambda path: _decode(path, timing), workers=1)) as pictures:
+        for _, due in pictures:
+            screen = screen or Screen(due.pixel_shape, due.rate, choose)
+            shown = screen.convert(due.picture, due.number)
+            if pixels is None:
+                pixels = np.empty((len(due.moments), *shown.shape), dtype=np.uint8)
+            pixels[due.k] = shown
+            if due.k == len(due.moments) - 1:
+                yield screen.clip(due.number, pixels, due.moments)
+                pixels = None
+
+
+def _decode(path: Path, timing: TimingConfig) -> Iterator[Due]:
+    """The pictures of every clip, in order of time."""
     spread = timing.mode == "frames" or timing.clips == "uniform"
     duration, pictures = scan_packets(path) if spread else (Fraction(0), 0)
     with _open(path) as container:
         stream = _video_stream(container)
         stream.codec_context.thread_count = 1  # files are decoded side by side; what a damaged one gives must not vary
-        player, screen = Player(container, stream), Screen(stream, choose)
+        player = Player(container, stream)
+        shape, rate = stream.sample_aspect_ratio, stream.average_rate or stream.guessed_rate
         for number, moments in enumerate(plan_times(timing, duration, pictures)):
-            pixels = None
             for k, moment in enumerate(moments):
                 picture = player.at(moment)
                 if picture is None:
                     _check_enough(number, timing, moments, player)
                     return
-                shown = screen.convert(picture, number)
-                if pixels is None:
-                    pixels = np.empty((len(moments), *shown.shape), dtype=np.uint8)
-                pixels[k] = shown
-            assert pixels is not None
-            yield screen.clip(number, pixels, moments)
+                yield Due(picture, k, number, moments, shape, rate)
 
 
 def _check_enough(number: int, timing: TimingConfig, moments: list[Fraction], player: Player) -> None:
