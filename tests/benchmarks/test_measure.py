@@ -1,0 +1,54 @@
+"""How rows are judged and become a table; that the page says what the results say."""
+
+import json
+import time
+from importlib.machinery import ModuleSpec
+
+from benchmarks import measure, table
+from benchmarks.measure import Row, describe, main, take_turns
+
+
+def test_a_target_is_judged_by_the_least():
+    row = Row("C0", "x", "s", ours=[2.0, 1.0], peer="p", theirs=[9.0, 3.0], target=3.0)
+    assert row.ratio() == 3.0 and row.is_met() and not Row(**{**vars(row), "target": 3.1}).is_met()
+    assert row.ratio(max) == 4.5
+    bound = Row("C0", "x", "bytes", ours=[10], peer="p", theirs=[100], target=10, at_most=True)
+    assert bound.is_met() and not Row(**{**vars(bound), "target": 9.9}).is_met()
+    assert (
+        Row("C0", "x", "", ours=[1.2], target=1.1).is_met() and not Row("C0", "x", "", ours=[1.0], target=1.1).is_met()
+    )
+    assert Row("C0", "x", "", ours=[1.0]).is_met() is None
+
+
+def test_a_drifting_peer_is_unsteady():
+    assert Row("C0", "x", "s", ours=[1.0], theirs=[1.0, 1.3, 1.04, 1.5]).is_steady()
+    assert not Row("C0", "x", "s", ours=[1.0], theirs=[1.0, 1.3, 1.06, 1.5]).is_steady()
+    assert "unsteady" in describe(Row("C0", "x", "s", ours=[1.0], theirs=[1.0, 2.0]))
+
+
+def test_turns_are_taken(monkeypatch):
+    said = []
+    taken = take_turns({"a": lambda: said.append("a"), "b": lambda: (said.append("b"), time.sleep(0.01))}, rounds=4)
+    assert said[:4] == ["a", "b", "a", "b"] and len(said) == 2 + 2 * len(taken["a"]) and len(taken["b"]) >= 4
+    assert min(taken["b"]) >= 0.01 > min(taken["a"])
+    now = iter(range(1000))  # a clock by which every later call is slower
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(now) ** 2)
+    assert len(take_turns({"a": lambda: None}, rounds=4)["a"]) == 12
+
+
+def test_a_result_is_kept_and_a_toy_is_not(tmp_path, monkeypatch, capsys):
+    def rows(toy: bool) -> list[Row]:
+        """Nothing of use."""
+        return [Row("C0", "a thing", "s", ours=[1.0], peer="p", theirs=[2.5], target=2.0, limit="3x", note="why")]
+
+    spec = ModuleSpec("benchmarks.c00_thing", None)
+    monkeypatch.setattr("sys.argv", ["x", "--toy", "--out", str(tmp_path)])
+    main(spec, rows)
+    assert list(tmp_path.iterdir()) == [] and "2.500x" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["x", "--out", str(tmp_path)])
+    main(spec, rows)
+    result = json.loads((tmp_path / "c00_thing.json").read_text())
+    assert {"machine", "versions", "load", "date", "threads", "seconds"} <= result.keys()
+    assert result["command"] == "python -m benchmarks.c00_thing"
+    page = table.build_table(table.read_results(tmp_path))
+    assert "| C0 | a thing | p | 2.5 s | 1 s | 2.50x | at least 2x: met | 3x |" in page and "- C0, a thing: why" in page
