@@ -71,6 +71,17 @@ def test_compiled_blocks_are_one_graph_and_equal_eager_ones(policy, offload, att
     assert not counters["graph_break"]
 
 
+def test_a_compiled_pack_of_one_sample_equals_the_eager_one(monkeypatch):
+    monkeypatch.setattr(torch, "compile", EAGER)
+    plain, model = build_model(), build_model()
+    apply_layout(model, ALONE, False, compile="block")
+    pack, sigma, weight = draw_pack([(3, 2, 5)], [9], seed=4)
+    for each in (plain, model):
+        (each(pack, sigma) * weight).sum().backward()
+    for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (found.grad - expected.grad).norm() <= 1e-5 * expected.grad.norm(), name
+
+
 def test_more_graphs_than_the_limit_are_an_error(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = build_model()

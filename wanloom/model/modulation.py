@@ -3,7 +3,9 @@
 In: tokens `(T, dim)` and tables `(N, dim)`, one row per sample. Out: tokens. The one decision: two forms of the same
 thing. Eager goes run by run, on views, and never has a table written out per token. A compiled block takes the row of
 each token by its index, which the compiler puts into its kernels, and other lengths are the same graph; the gradient of
-a table is summed sample by sample, as additions by index would come in any order and wait for each other.
+a table is summed sample by sample, as additions by index would come in any order and wait for each other. A pack of
+one sample, which is a graph of its own, has one row for all, and its gradients are sums that the compiler fuses.
+The compiled form is spelt in plain products: `addcmul` there keeps its product, in fp32, for the backward pass.
 """
 
 import functools
@@ -35,7 +37,7 @@ def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: TokenLayout, 
     """`layer_norm(x) * (1 + scale) + shift` with one scale and shift per sample: `x (T, dim)`, `scale (N, dim)`."""
     scale, shape = scale + 1, x.shape[-1:]
     if torch.compiler.is_compiling():
-        return torch.addcmul(spread(shift, layout), F.layer_norm(x, shape, eps=eps), spread(scale, layout))
+        return F.layer_norm(x, shape, eps=eps) * spread(scale, layout) + spread(shift, layout)
     samples, tokens = sizes_of_runs(tuple(layout.lens.tolist()))
     rows = zip(split(x, tokens), split(shift, samples), split(scale, samples), samples, strict=True)
     out = []
@@ -53,7 +55,7 @@ def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: TokenLayout, 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: TokenLayout) -> Tensor:
     """`x + y * gate` with one gate per sample: `x`, `y (T, dim)`, `gate (N, dim)`."""
     if torch.compiler.is_compiling():
-        return torch.addcmul(x, y, spread(gate, layout))
+        return x + y * spread(gate, layout)
     samples, tokens = sizes_of_runs(tuple(layout.lens.tolist()))
     out = []
     for x_part, y_part, factor in zip(split(x, tokens), split(y, tokens), split(gate, samples), strict=True):
@@ -72,8 +74,8 @@ def sizes_of_runs(lens: tuple[int, ...]) -> tuple[list[int], list[int]]:
 
 
 def spread(table: Tensor, layout: TokenLayout) -> Tensor:
-    """The row of each token: `(N, dim)` -> `(T, dim)`."""
-    return Spread.apply(table, layout.rows, layout.lens)
+    """The row of each token: `(N, dim)` -> `(T, dim)`, or `(1, dim)` as it is."""
+    return table if len(table) == 1 else Spread.apply(table, layout.rows, layout.lens)
 
 
 class Spread(torch.autograd.Function):
