@@ -1,100 +1,236 @@
-"""How long training is held up by a save: the copy that wanloom's checkpointer takes, against torch.save.
+"""Checkpoints: how long training stands still for a save (C14); saving to the disk and loading (C15).
 
-    python benchmarks/c14_checkpoint.py [--gigabytes 1.1] [--rounds 7] [--folder FOLDER]
+The peer is torch.save to one file, and torch.load with load_state_dict into a model that is there. The state, 1.1 GB,
+is that of blocks of the 1.3B model under AdamW: weights and two moments, fp32. Both load it once before anything is
+timed, and every tensor is equal to the bit.
 
-The state is that of a model of equal blocks with AdamW: weights and two moments, fp32. They take turns. torch.save
-leaves the bytes to the system's cache; synced it waits for the disk, as the checkpointer's thread does. Prints
-seconds, the least and the median.
+C14 times the call of wanloom's checkpointer, which copies; memory for the copy is taken once at the start of a run.
+torch.save is not made to wait for the disk. In C15 both wait (fsync); wanloom also makes checksums, writes its state
+and removes the checkpoint before, the peer removes nothing. Loading reads files that are in the system's cache, in
+both; wanloom's first reads every byte once to compare the checksums, a row tells what it takes without. What a load
+needs beside the model is the peak of resident memory in a fresh process, above that with the model in it; without the
+pages of mapped files, which the system takes back when it wants.
 """
 
-import argparse
 import os
-import platform
-import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from threading import Event
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wanloom.train.checkpoint import CheckpointConfig, Checkpointer
+from benchmarks.measure import Row, main, take_turns
+from wanloom.train.checkpoint import CheckpointConfig, Checkpointer, load_tensors
+from wanloom.train.pieces import Box, Stored
+from wanloom.train.saved import find_checkpoint
 
-NAMES = ("torch.save", "torch.save, synced", "wanloom, held up", "wanloom, on disk")
-DIM, FFN = 1536, 8960  # of the 1.3B model
-
-
-def build_state(gigabytes: float) -> dict[str, Tensor]:
-    """Tensors as a block has them, until there are so many bytes (10^9 of them a gigabyte)."""
-    shapes = [*[(DIM, DIM), (DIM,)] * 8, (FFN, DIM), (FFN,), (DIM, FFN), (DIM,)]
-    out, total = {}, 0.0
-    while total < gigabytes * 1e9:
-        for i, shape in enumerate(shapes):
-            for kind in ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
-                tensor = torch.randn(shape)
-                out[f"{kind}.blocks.{len(out)}.{i}"] = tensor
-                total += tensor.nbytes
-    return out
+KINDS = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
 
 
-def save_synced(state: dict[str, Tensor], path: Path) -> None:
+def shapes(toy: bool) -> dict[str, tuple[int, ...]]:
+    """Of every tensor by name: two blocks of the 1.3B model are 1.1 GB with their moments."""
+    dim, ffn = (64, 256) if toy else (1536, 8960)
+    block = [*[(dim, dim), (dim,)] * 8, (ffn, dim), (ffn,), (dim, ffn), (dim,)]
+    return {f"{kind}.blocks.{b}.{i}": shape for kind in KINDS for b in range(2) for i, shape in enumerate(block)}
+
+
+class Holder(nn.Module):
+    """A model that holds tensors by name, for load_state_dict."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name.replace(".", "/"), tensor)
+
+
+def load_theirs(path: Path, model: Holder) -> None:
+    model.load_state_dict(torch.load(path, weights_only=True))
+
+
+def save_theirs(state: dict[str, Tensor], path: Path, sync: bool) -> None:
     with path.open("wb") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def seconds(block) -> float:
-    began = time.perf_counter()
-    block()
-    return time.perf_counter() - began
+def measure_saves(state: dict[str, Tensor], folder: Path) -> dict[str, list[float]]:
+    """Seconds by what was done; leaves one checkpoint of each kind."""
+    model = Holder(state).state_dict()
+    held, step = [], 0
+    with closing(Checkpointer(folder, CheckpointConfig(keep=1))) as checkpointer:
+        checkpointer.prepare(state)
 
+        def save_ours() -> None:
+            nonlocal step
+            step += 1
+            began = time.perf_counter()
+            checkpointer.save(step, state, {"step": step, "model": {}}, "")
+            held.append(time.perf_counter() - began)
+            checkpointer.wait()
 
-def longest_stop(checkpointer: Checkpointer, state: dict[str, Tensor], step: int) -> float:
-    """The longest time that the thread of training cannot go on while the other one writes."""
-    checkpointer.save(step, state, {"step": step, "model": {}}, "")
-    longest, last, before = 0.0, time.perf_counter(), checkpointer.last()
-    while checkpointer.last() == before:
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
-    checkpointer.wait()
-    return longest
+        path = folder / "state.pt"
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=1.1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", type=Path)
-    arguments = parser.parse_args()
-    state = build_state(arguments.gigabytes)
-    size = sum(tensor.nbytes for tensor in state.values()) / 1e9
-    saves: dict[str, list[float]] = {name: [] for name in NAMES}
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        checkpointer = Checkpointer(Path(folder), CheckpointConfig(keep=1))
-        prepare = seconds(lambda: checkpointer.prepare(state))
-        for i in range(arguments.rounds):
-            path = Path(folder) / "state.pt"
-            saves["torch.save"].append(seconds(lambda path=path: torch.save(state, path)))
+        def remove() -> None:
             path.unlink()
-            saves["torch.save, synced"].append(seconds(lambda path=path: save_synced(state, path)))
-            path.unlink()
-            fixed = {"step": i, "model": {}}
-            held = seconds(lambda i=i, fixed=fixed: checkpointer.save(i, state, fixed, ""))
-            saves["wanloom, held up"].append(held)
-            saves["wanloom, on disk"].append(held + seconds(checkpointer.wait))
-        stop = longest_stop(checkpointer, state, arguments.rounds)
-        checkpointer.close()
-    print(f"{size:.2f} GB, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}")
-    print(f"memory for the copy, once at the start: {prepare:.3f} s")
-    print(f"longest stop of the other thread while a save is written: {stop:.3f} s")
-    for name, taken in saves.items():
-        print(f"{name:18} first {taken[0]:.3f}  least {min(taken):.3f}  median {statistics.median(taken):.3f} s")
-    held = saves["wanloom, held up"]
-    for name in NAMES[:2]:
-        least, median = min(saves[name]) / min(held), statistics.median(saves[name]) / statistics.median(held)
-        print(f"{name} / wanloom, held up: least {least:.1f}, median {median:.1f}")
+
+        seconds = take_turns(
+            {
+                "torch.save": lambda: save_theirs(model, path, False),
+                "remove the first": remove,
+                "torch.save, synced": lambda: save_theirs(model, path, True),
+                "remove the second": remove,
+                "wanloom": save_ours,
+            }
+        )
+    save_theirs(model, path, True)
+    return seconds | {"held": held[1:]}  # without that of the warm-up
+
+
+def measure_loads(state: dict[str, Tensor], folder: Path) -> dict[str, list[float]]:
+    """Seconds by what was done, after both were found to give what was saved."""
+    into = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    model, path, checkpoint = Holder(into), folder / "state.pt", find_checkpoint(folder)
+
+    def fill() -> None:
+        Stored(checkpoint).fill(into, {name: Box.of(tensor) for name, tensor in into.items()})
+
+    functions: dict[str, Callable[[], None]] = {
+        "torch.load": lambda: load_theirs(path, model),
+        "wanloom": lambda: load_tensors(checkpoint, into),
+        "wanloom, no checksums": fill,
+    }
+    for function in functions.values():
+        for tensor in into.values():
+            tensor.zero_()
+        function()
+        assert all(torch.equal(into[name], tensor) for name, tensor in state.items())
+    return take_turns(functions)
+
+
+def own_memory() -> int:
+    """Bytes of this process's memory that are not pages of files, now."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+def peak_of_load(folder: Path, ours: bool, toy: bool) -> int:
+    """Bytes that a load held beside the model at its worst moment, looked at every millisecond; for a fresh process."""
+    into = {name: torch.ones(shape) for name, shape in shapes(toy).items()}
+    model, seen, done = Holder(into), [own_memory()], Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(own_memory())
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        load_tensors(find_checkpoint(folder), into) if ours else load_theirs(folder / "state.pt", model)
+        seen.append(own_memory())
+        done.set()
+        watching.result()
+    return max(seen) - seen[0]
+
+
+def measure_memory(folder: Path, ours: bool, toy: bool) -> int:
+    """`peak_of_load` in a process of its own."""
+    code = (
+        "import sys, pathlib; from benchmarks.c14_checkpoint import peak_of_load; "
+        f"print(peak_of_load(pathlib.Path(sys.argv[1]), {ours}, {toy}))"
+    )
+    command, root = [sys.executable, "-c", code, str(folder)], Path(__file__).parents[1]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root)
+    return int(done.stdout.split()[-1])
+
+
+def measure(toy: bool) -> list[Row]:
+    """Saves, loads and the memory of a load."""
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes(toy).items()}
+    size = sum(tensor.nbytes for tensor in state.values())
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        folder = Path(name)
+        saves = measure_saves(state, folder)
+        loads = measure_loads(state, folder)
+        memory = {ours: measure_memory(folder, ours, toy) for ours in (False, True)}
+    facts = {"bytes": size}
+    equal = "loaded again, all bits equal"
+    what = f"{size / 1e9:.1f} GB"
+    loading = "torch.load + load_state_dict"
+    return [
+        Row(
+            "C14",
+            f"training stands still for a save of {what}",
+            "s",
+            saves["held"],
+            "torch.save, not synced",
+            saves["torch.save"],
+            target=8,
+            limit="one copy in memory",
+            checked=equal,
+            facts=facts,
+        ),
+        Row(
+            "C15",
+            f"save of {what}, both synced to the disk",
+            "s",
+            saves["wanloom"],
+            "torch.save + fsync",
+            saves["torch.save, synced"],
+            target=1.7,
+            limit="what the disk takes",
+            checked=equal,
+            note="both wait for one disk: 1.11 GB written past the cache (O_DIRECT) took 0.45 s, torch.save with fsync "
+            "0.62 s, so 1.4x is the most there is; wanloom adds checksums (0.18 s) and takes the copy (0.06 s). Files "
+            "in two threads, or checksums in a thread beside the writing, were no faster.",
+            facts=facts,
+        ),
+        Row(
+            "C15",
+            f"load of {what} into a model, checksums compared",
+            "s",
+            loads["wanloom"],
+            loading,
+            loads["torch.load"],
+            target=4,
+            limit="one copy in memory and one checksum",
+            checked=equal,
+            note="zlib.crc32 alone takes 0.18 s for 1.11 GB; torch.load compares nothing.",
+            facts=facts,
+        ),
+        Row(
+            "C15",
+            f"load of {what} into a model, nothing compared in either",
+            "s",
+            loads["wanloom, no checksums"],
+            loading,
+            loads["torch.load"],
+            limit="one copy in memory",
+            checked=equal,
+            facts=facts,
+        ),
+        Row(
+            "C15",
+            f"memory that a load of {what} needs beside the model",
+            "bytes",
+            [memory[True]],
+            loading,
+            [memory[False]],
+            target=0.1 * size,
+            at_most=True,
+            limit="nothing",
+            facts=facts,
+        ),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    main(__spec__, measure)

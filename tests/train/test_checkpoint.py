@@ -13,7 +13,7 @@ from wanloom.config import UserError
 from wanloom.model.dit import DiTConfig
 from wanloom.train import checkpoint as module
 from wanloom.train.checkpoint import CheckpointConfig, Checkpointer, load_tensors, load_weights
-from wanloom.train.pieces import CHUNK
+from wanloom.train.pieces import CHUNK, one_thread
 from wanloom.train.saved import find_checkpoint, list_checkpoints, read_state
 
 CONFIG = DiTConfig(dim=8, ffn_dim=8, num_heads=1, num_layers=1)
@@ -84,6 +84,24 @@ def test_what_is_saved_is_the_moment_of_the_call(tmp_path):
     checkpointer.close()
     load_tensors(find_checkpoint(tmp_path), tensors)
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+
+
+def test_threads_are_as_many_as_before(tmp_path):
+    """Saving and loading copy by one thread, also when they fail."""
+    tensors = build_tensors()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        save_steps(tmp_path, [1], tensors=tensors)
+        assert torch.get_num_threads() == 2
+        load_tensors(find_checkpoint(tmp_path), tensors)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_newest_are_kept_and_leftovers_of_a_kill_go(tmp_path):

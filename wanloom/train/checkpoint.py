@@ -30,7 +30,7 @@ from wanloom.dist import gather, rank, together, world_size
 from wanloom.files import write_atomic
 from wanloom.model.dit import DiTConfig
 from wanloom.parallel.params import local
-from wanloom.train.pieces import Box, Stored, share, write_pieces
+from wanloom.train.pieces import Box, Stored, one_thread, share, write_pieces
 from wanloom.train.saved import FOLDER, damaged, find_damage, list_checkpoints, read_state
 
 PARTIAL = ".partial"
@@ -166,10 +166,11 @@ class Checkpointer:
         if self._staged is None:
             self.prepare(tensors)
         devices = set[torch.device]()
-        for name, copy in (self._staged or {}).items():
-            piece = local(tensors[name])
-            copy.copy_(piece, non_blocking=True)
-            devices.add(piece.device)
+        with one_thread():
+            for name, copy in (self._staged or {}).items():
+                piece = local(tensors[name])
+                copy.copy_(piece, non_blocking=True)
+                devices.add(piece.device)
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()

@@ -1,0 +1,37 @@
+"""Whole: both kinds of checkpoint are written, come back equal, and their numbers are of the right things."""
+
+import torch
+
+from benchmarks import c14_checkpoint
+from wanloom.train.checkpoint import CheckpointConfig, Checkpointer
+
+
+def test_every_row_is_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = c14_checkpoint.measure(toy=True)
+    assert [row.claim for row in rows] == ["C14", *["C15"] * 4]
+    assert not list(tmp_path.iterdir())
+    size = rows[0].facts["bytes"]
+    assert size == 3 * 2 * 4 * (8 * (64 * 64 + 64) + 2 * 64 * 256 + 256 + 64)
+    held, saved, loaded, filled, _ = rows
+    assert max(held.ours) < max(saved.ours)  # standing still is a part of it
+    assert all(len(row.ours) == len(row.theirs) >= 7 for row in (held, saved, loaded, filled))
+
+
+def test_the_full_state_is_1_1_gb_in_proportions_of_the_1_3b_model():
+    sizes = c14_checkpoint.shapes(toy=False)
+    assert 4 * sum(torch.Size(shape).numel() for shape in sizes.values()) == 1_114_134_528
+
+
+def test_a_load_takes_no_second_copy(tmp_path, monkeypatch):
+    """Of 100 MB hardly anything; torch.load has all of them twice, which shows that the measure can see it."""
+    state = {name: torch.randn(1000, 1000) for name in map(str, range(25))}
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    checkpointer.save(1, state, {"step": 1, "model": {}}, "")
+    checkpointer.wait()
+    checkpointer.close()
+    torch.save(c14_checkpoint.Holder(state).state_dict(), tmp_path / "state.pt")
+    shapes = {name: (1000, 1000) for name in state}
+    monkeypatch.setattr(c14_checkpoint, "shapes", lambda toy: shapes)
+    ours, theirs = (c14_checkpoint.peak_of_load(tmp_path, which, toy=False) for which in (True, False))
+    assert ours <= 10_000_000 and theirs > 90_000_000
