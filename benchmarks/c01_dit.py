@@ -30,8 +30,8 @@ from wanloom.parallel.compile import apply_compile
 BLOCKS, DEPTH = 2, 30
 SHAPE, CAPTION = (4, 30, 52), 80  # 1560 tokens
 CLAIMS = {
-    "C1": (torch.float32, 1.04, (1e-5, 1e-4)),
-    # each rounds in other places: bf16 has 3 digits, and the smallest gradients are sums that nearly cancel
+    "C1": (torch.float32, 1.04, (1e-5, 1e-3)),
+    # each rounds in other places, and the smallest gradients are sums that nearly cancel; bf16 has 3 digits
     "C2": (torch.bfloat16, 1.10, (1e-2, 1e-1)),
 }
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import c01_dit
+from benchmarks import c01_dit, c03_text, c08_unpacked, c17_compile
 from benchmarks.pair import at_depth, build_pair, draw_samples, run_ours, run_theirs, without_blocks
 from wanloom.parallel import compile as module
 
@@ -22,7 +22,9 @@ def graphs_as_they_are(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("benchmark", "claims"), [(c01_dit, {"C1", "C2"})])
+@pytest.mark.parametrize(
+    ("benchmark", "claims"), [(c01_dit, {"C1", "C2"}), (c03_text, {"C3", "C4"}), (c08_unpacked, {"C8"})]
+)
 def test_rows(benchmark, claims):
     rows = benchmark.measure(True)
     assert {row.claim for row in rows} == claims
@@ -43,3 +45,11 @@ def test_what_is_outside_of_the_blocks_leaves_the_models_whole():
     torch.testing.assert_close(rest, run_theirs(theirs_rest, samples)(), rtol=1e-4, atol=1e-4)
     assert (rest - before).norm() > 0.1 * before.norm()
     torch.testing.assert_close(run_theirs(theirs, samples)(), before, rtol=1e-4, atol=1e-4)
+
+
+def test_compile_seconds_by_depth(monkeypatch):
+    monkeypatch.setattr(c17_compile, "in_a_fresh_process", lambda side, n: 3.0 + n * (side == "diffusers"))
+    *each, growth = c17_compile.measure(False)
+    assert [row.ratio() for row in each] == [5 / 3, 7 / 3, 11 / 3]
+    assert growth.ours == [1.0] and growth.is_met() and "2.20-fold" in growth.note
+    assert c17_compile.compile_seconds("wanloom", 1) > 0

@@ -1,0 +1,69 @@
+"""Seconds to compile at 2, 4 and 8 blocks: wanloom compiles one block, a whole-model torch.compile all of them. C17.
+
+Each measurement is a process of its own with an empty cache, so nothing of another one is found again. Timed is the
+first forward and backward of a compiled model, less the second, which compiles nothing. Narrow models: the code that
+is made does not depend on the width. The peer is `torch.compile(model)` on diffusers' transformer. The claim is that
+wanloom's time does not grow with the depth: the ratio of 8 blocks to 2.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+from benchmarks.measure import THREADS, Row, main
+from benchmarks.pair import build_pair, draw_samples, run_ours, run_theirs
+from wanloom.parallel.compile import apply_compile
+
+DEPTHS = (2, 4, 8)
+
+
+def compile_seconds(side: str, blocks: int) -> float:
+    """In this process."""
+    torch.set_num_threads(THREADS)
+    ours, theirs = build_pair("toy", blocks)
+    shapes = [(2, 8, 8), (1, 4, 6)] if side == "wanloom" else [(2, 8, 8)]
+    samples = draw_samples(ours.config, shapes, [9, 5][: len(shapes)], torch.float32)
+    if side == "wanloom":
+        apply_compile(ours, "block", torch.device("cpu"))
+        run = run_ours(ours, samples)
+    else:
+        run = run_theirs(torch.compile(theirs), samples)
+    began = time.perf_counter()
+    run()
+    first = time.perf_counter() - began
+    began = time.perf_counter()
+    run()
+    return first - (time.perf_counter() - began)
+
+
+def in_a_fresh_process(side: str, blocks: int) -> float:
+    with tempfile.TemporaryDirectory() as cache:
+        words = [sys.executable, "-m", "benchmarks.c17_compile", side, str(blocks)]
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        return float(subprocess.run(words, env=env, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def measure(toy: bool) -> list[Row]:
+    """Seconds to compile at several depths, with cold caches, against a compiled diffusers model."""
+    depths = (1, 2) if toy else DEPTHS
+    seconds = {(side, n): in_a_fresh_process(side, n) for n in depths for side in ("diffusers", "wanloom")}
+    peer = "diffusers, torch.compile(model)"
+    rows = [
+        Row("C17", f"compiling {n} blocks", "s", [seconds["wanloom", n]], peer, [seconds["diffusers", n]])
+        for n in depths
+    ]
+    growth = {side: seconds[side, depths[-1]] / seconds[side, depths[0]] for side in ("diffusers", "wanloom")}
+    note = f"diffusers grows {growth['diffusers']:.2f}-fold"
+    what = f"compiling {depths[-1]} blocks over {depths[0]}"
+    return [*rows, Row("C17", what, "", [growth["wanloom"]], target=1.1, at_most=True, limit="1", note=note)]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] in ("diffusers", "wanloom"):  # a process of `in_a_fresh_process`
+        print(compile_seconds(sys.argv[1], int(sys.argv[2])))
+    else:
+        main(__spec__, measure)
