@@ -1,7 +1,7 @@
 """Every layout of the processes that there are against one process, on this device: equality, seconds, memory.
 
-    torchrun --nproc-per-node 8 benchmarks/layouts.py [--layers 4] [--out FILE]
-    python benchmarks/layouts.py
+    torchrun --nproc-per-node 8 -m benchmarks.layouts [--layers 4] [--out FILE]
+    python -m benchmarks.layouts
 
 One process runs the recompute policies, offload and compile. The model has the width of the 1.3B on GPUs, a tiny one on
 CPUs; weights are random, packs are clips and images of unequal size. Each case is one forward and backward of all
@@ -51,7 +51,7 @@ def cases(world: int) -> list[Case]:
         policies = ("none", "cheap", "attention", "full")
         kept = [(f"recompute={p}", {}, {"recompute": p}) for p in policies]
         away = [(f"recompute={p} offload", {}, {"recompute": p, "offload": True}) for p in policies]
-        return [*kept, *away]
+        return [*kept, *away, ("compile=block", {}, {"compile": "block"})]
     layouts: list[dict[str, Any]] = [
         {},
         {"dp_replicate": world},
@@ -97,6 +97,7 @@ def measure(
     config: DiTConfig, mesh: Mesh, bf16: bool, options: dict[str, Any], data: tuple[str, int]
 ) -> dict[str, Any]:
     """Gradients of one step on this rank, its seconds (least of ROUNDS, the first not counted) and its peak memory."""
+    torch._dynamo.reset()  # blocks that a case before has compiled
     model, batch = build(config, mesh, bf16, options), read_batch(config, mesh, *data)
     on_gpu = mesh.device.type == "cuda"
     seconds = []
