@@ -1,0 +1,93 @@
+"""E2: seconds for a generated video or image, prompt to frames, against diffusers' WanPipeline.
+
+Both have the tiny pipeline with the same weights, prompt, negative prompt, noise, solver (UniPC, shift 5), number of
+steps and guidance, in fp32. The latents are found equal to 1e-3 first. The timed region is all of it: text encoding,
+steps, VAE decoding. Four images at once are one pack for wanloom and a batch for WanPipeline.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Row, main, take_turns
+from wanloom.assets import find_pipeline
+from wanloom.codecs.text import TextCodec
+from wanloom.codecs.vae import VaeCodec
+from wanloom.model.weights import load_dit
+from wanloom.sample.generate import GenerateConfig, Request, draw_request_noise, generate, latents_shape
+from wanloom.sample.solvers import build_scheduler
+
+PROMPT = "A red circle moves to the left across a dark background."
+NEGATIVE = "a cat in snow"
+GUIDANCE, SHIFT = 5.0, 5.0
+BOUND = 1e-3
+Size = tuple[int, int, int]  # frames, height, width
+
+
+def build_ours(steps: int, noises: list[Tensor]) -> Callable[[bool], list[Tensor]]:
+    """Makes latents, or frames `(F, H, W, 3)`, as `wanloom generate` does."""
+    folder = find_pipeline("tiny", ("transformer", "vae", "text_encoder", "tokenizer"))
+    text, vae, model = TextCodec.load(folder, "cpu"), VaeCodec.load(folder, "cpu"), load_dit(folder)
+    config = GenerateConfig(steps=steps, guidance=GUIDANCE, shift=SHIFT)
+
+    def run(decode: bool) -> list[Tensor]:
+        positive, negative = text.encode([PROMPT, NEGATIVE])
+        made = dict(generate(model, [Request(noise, positive, negative) for noise in noises], config))
+        return [vae.decode(made[i]) if decode else made[i] for i in range(len(noises))]
+
+    return run
+
+
+def build_theirs(steps: int, noises: list[Tensor], size: Size) -> Callable[[bool], Any]:
+    """The same by WanPipeline."""
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(find_pipeline("tiny", ("transformer", "vae", "text_encoder", "tokenizer")))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = build_scheduler("unipc", SHIFT)
+    frames, height, width = size
+
+    def run(decode: bool) -> Any:
+        return pipe(
+            [PROMPT] * len(noises),
+            negative_prompt=[NEGATIVE] * len(noises),
+            height=height,
+            width=width,
+            num_frames=frames,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            latents=torch.stack(noises),
+            output_type="np" if decode else "latent",
+        ).frames
+
+    return run
+
+
+def compare(what: str, size: Size, count: int, steps: int, rounds: int) -> Row:
+    """Seconds of one video."""
+    noises = [draw_request_noise(latents_shape(16, *size), seed) for seed in range(count)]
+    ours, theirs = build_ours(steps, noises), build_theirs(steps, noises, size)
+    off = 0.0
+    for got, want in zip(ours(False), theirs(False), strict=True):
+        off = max(off, ((got - want).abs().max() / want.abs().max()).item())
+    assert off < BOUND, off
+    taken = take_turns({"WanPipeline": lambda: theirs(True), "wanloom": lambda: ours(True)}, rounds)
+    each = {name: [seconds / count for seconds in values] for name, values in taken.items()}
+    checked = f"latents within {off:.1e}"
+    return Row("E2", what, "s", each["wanloom"], "WanPipeline", each["WanPipeline"], checked=checked)
+
+
+def measure(toy: bool) -> list[Row]:
+    """Seconds of a video and of an image, the tiny pipeline, equal steps."""
+    steps, rounds = (2, 2) if toy else (20, 7)
+    rows = [compare("an image of 64x64", (1, 64, 64), 1, steps, rounds)]
+    if not toy:
+        rows.append(compare("a video of 17 frames of 96x160", (17, 96, 160), 1, steps, rounds))
+        rows.append(compare("each of four images of 64x64", (1, 64, 64), 4, steps, rounds))
+    return rows
+
+
+if __name__ == "__main__":
+    main(__spec__, measure)

@@ -1,0 +1,20 @@
+"""E2 runs, and finds the latents equal before it measures."""
+
+import pytest
+
+from benchmarks import e02_generation
+
+
+def test_it_runs_and_compares_equal_latents(monkeypatch):
+    (row,) = e02_generation.measure(toy=True)
+    assert row.claim == "E2" and min(row.ours) > 0 and "within" in row.checked
+    monkeypatch.setattr(e02_generation, "NEGATIVE", "something else")  # of one side, as both read it when they are made
+    real = e02_generation.build_theirs
+
+    def other(*arguments):
+        monkeypatch.setattr(e02_generation, "SHIFT", 5.5)
+        return real(*arguments)
+
+    monkeypatch.setattr(e02_generation, "build_theirs", other)
+    with pytest.raises(AssertionError):
+        e02_generation.measure(toy=True)
