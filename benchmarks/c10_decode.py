@@ -3,7 +3,8 @@
 C10: 150 pictures of 1280x720 to one clip of 81 frames 480x832 at 16 a second. The peer decodes, resizes and cuts every
 picture and makes float32 of it, from which 81 are chosen outside of the timed region; wanloom converts those 81 alone,
 to the uint8 that its encoder takes. C11: 40 single frames of the file with the most key pictures; the peer seeks for
-each, and the fewer there are, the longer it takes. Both read files of x264 made here, at 1, 5 and 12 Mbit/s (clips.py); all 150 pictures are decoded by both. Timed is from
+each, and the fewer there are, the longer it takes.
+Both read files of x264 made here, at 1, 5 and 12 Mbit/s (clips.py); all 150 pictures are decoded by both. Timed is from
 the file's name to the arrays, the file in the system's cache. Checked first: every picture is the one of the same
 moment (no neighbour is nearer) and differs in the mean by under 4 of 255 levels; the filters differ, OpenCV's bilinear
 does not antialias and wanloom's bicubic does. Other files by hand: `measure_clip(path, "what it is", (832, 480), 81)`.
@@ -77,9 +78,9 @@ def measure_clip(path: Path, what: str, size: tuple[int, int], frames: int) -> R
         target=4.0,
         limit=f"decoding alone, one thread: {min(taken['peer']) / decoding:.1f}x",
         checked=f"the same moments, {difference:.2f} of 255 levels apart in the mean (other resize filters)",
-        note="one thread decodes a file and one converts; OpenCV decodes one file on all cores. prepare has all cores at "
-        "work by reading several files at once, and what a damaged file gives must not vary. So decoding on one thread "
-        "is the limit, and the bits of a clip decide",
+        note="one thread decodes a file and one converts; OpenCV decodes one file on all cores. prepare has all cores "
+        "at work by reading several files at once, and what a damaged file gives must not vary. So decoding on one "
+        "thread is the limit, and the bits of a clip decide",
         facts={"decoding alone, one thread, s": taken["decoding"], "bytes of the file": path.stat().st_size},
     )
 

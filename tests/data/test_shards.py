@@ -1,10 +1,12 @@
 """Tar writing, the index, and reading samples back: equality, damage, folders of others, remote paths."""
 
+import hashlib
 import io
 import json
 import os
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pyarrow as pa
@@ -14,8 +16,9 @@ import torch
 from safetensors.torch import save
 
 from wanloom.config import UserError
+from wanloom.data import shards
 from wanloom.data.shards import INDEX, SCHEMA, Dataset, build_table, encode_index, index_rows
-from wanloom.data.tar import END, scan_tar, tar_member, tar_pair
+from wanloom.data.tar import END, scan_tar, tar_member, tar_pair, view_tensors
 from wanloom.files import write_atomic
 
 SHAPES = [(16, 3, 4, 6), (16, 1, 8, 8), (16, 2, 2, 4), (16, 5, 4, 4)]
@@ -117,6 +120,74 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (folder / INDEX).write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"index .* is damaged"):
         Dataset.open(folder)
+
+
+def test_a_sample_is_hashed_once_and_over_a_network_always(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = []
+
+    def sha256(data: memoryview):
+        hashed.append(len(data))
+        return hashlib.sha256(data)
+
+    monkeypatch.setattr(shards, "hashlib", SimpleNamespace(sha256=sha256))
+    dataset = Dataset.open(write_folder(tmp_path))
+    rows = [dataset.rows("train")[i] for i in (1, 0, 3, 1, 3, 1)]
+    first = [dataset.read(row) for row in rows]
+    assert hashed == [row.size for row in rows[:3]]
+    assert torch.equal(first[3].latents, draw(1)[0])
+    first[0].latents.zero_()  # the reader's own memory
+    assert torch.equal(first[3].latents, draw(1)[0]) and torch.equal(dataset.read(rows[0]).latents, draw(1)[0])
+    hashed.clear()
+    memory = fsspec.filesystem("memory")
+    for path in tmp_path.rglob("*.*"):
+        memory.pipe(f"/copy/{path.relative_to(tmp_path)}", path.read_bytes())
+    remote = Dataset.open("memory://copy")
+    for row in rows:
+        remote.read(row)
+    assert hashed == [row.size for row in rows]
+    memory.rm("/copy", recursive=True)
+
+
+def test_views_of_a_member_are_its_tensors() -> None:
+    latents, text = draw(1)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        data = save({"text": text.to(dtype), "latents": latents.float(), "other": torch.arange(3)})
+        length = int.from_bytes(data[:8], "little")
+        unpadded = data[8 : 8 + length].rstrip(b" ")
+        for odd in (0, 1, 3):  # other writers need not pad to what a view needs
+            moved = (len(unpadded) + odd).to_bytes(8, "little") + unpadded + b" " * odd + data[8 + length :]
+            views = view_tensors(torch.frombuffer(bytearray(moved), dtype=torch.uint8))
+            assert views.keys() == {"latents", "text"}
+            assert torch.equal(views["latents"], latents.float())
+            assert views["text"].dtype == dtype and torch.equal(views["text"], text.to(dtype))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},
+        {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [8]},
+        {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
+        {"shape": [2], "data_offsets": [0, 8]},
+        [],
+        None,
+    ],
+)
+def test_a_member_that_is_none_is_a_value_error(entry: object) -> None:
+    for header in (json.dumps({"latents": entry}).encode(), b"[]", b"{", b"\xff"):
+        data = len(header).to_bytes(8, "little") + header + bytes(8)
+        with pytest.raises(ValueError):
+            view_tensors(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    with pytest.raises(ValueError, match="longer"):
+        view_tensors(torch.full((20,), 255, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="longer"):
+        view_tensors(torch.zeros(3, dtype=torch.uint8))
 
 
 def test_what_is_no_prepared_folder(tmp_path: Path) -> None:

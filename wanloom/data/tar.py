@@ -9,17 +9,21 @@ can run code: latents are safetensors, and a pickled member is refused. Format: 
 import hashlib
 import io
 import json
+import math
 import struct
 import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from wanloom.config import UserError
 
 END = bytes(2 * tarfile.BLOCKSIZE)
+TENSORS = ("latents", "text")  # of a sample
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PICKLED = {"pth", "pt", "pickle", "pkl", "pyd", "ckpt"}
 
 
@@ -99,6 +103,34 @@ def read_shapes(file: BinaryIO, offset: int, size: int) -> dict[str, tuple[int, 
     header = json.loads(file.read(length))
     file.seek(here)
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def view_tensors(data: Tensor) -> dict[str, Tensor]:
+    """Latents and text of a safetensors member, as views of its bytes `(N,)` uint8: what it lacks is left out.
+
+    Raises ValueError when it is none.
+    """
+    length = int.from_bytes(data[:8].numpy().tobytes(), "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise ValueError("its header is longer than itself")
+    header = json.loads(data[8 : 8 + length].numpy().tobytes())
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table")
+    return {name: _view(data[8 + length :], header[name]) for name in TENSORS if name in header}
+
+
+def _view(values: Tensor, entry: Any) -> Tensor:
+    try:
+        dtype, shape, (begin, end) = FLOATS[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its header has {entry}") from error
+    if not whole or end > len(values) or math.prod(shape) * dtype.itemsize != end - begin:
+        raise ValueError(f"its header has {entry}")
+    part = values[begin:end]
+    if part.storage_offset() % dtype.itemsize:  # some writers do not pad their header
+        part = part.clone()
+    return part.view(dtype).view(shape)
 
 
 def _read_json(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> dict[str, Any]:
