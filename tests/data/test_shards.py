@@ -180,7 +180,7 @@ def test_views_of_a_member_are_its_tensors() -> None:
     ],
 )
 def test_a_member_that_is_none_is_a_value_error(entry: object) -> None:
-    for header in (json.dumps({"latents": entry}).encode(), b"[]", b"{", b"\xff"):
+    for header in (json.dumps({"latents": entry}).encode(), b"[]", b"{", b"\xff", b"[" * 100_000):
         data = len(header).to_bytes(8, "little") + header + bytes(8)
         with pytest.raises(ValueError):
             view_tensors(torch.frombuffer(bytearray(data), dtype=torch.uint8))

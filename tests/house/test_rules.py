@@ -149,7 +149,7 @@ def test_files_and_functions_stay_readable():
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def shown_commands(path: Path) -> list[list[str]]:
@@ -204,12 +204,19 @@ def test_links_lead_somewhere():
             assert (path.parent / target).exists(), f"{path.name} points at {target}"
 
 
-def test_make_targets_in_readme_exist():
+def test_make_targets_and_scripts_in_documents_exist():
     makefile = (ROOT / "Makefile").read_text()
-    named = re.findall(r"(?:^|`)make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert {"demo", "test"} <= set(named)
+    text = "\n".join(path.read_text() for path in documents())
+    named = set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE))
+    assert {"demo", "test", "bench"} <= named
     for target in named:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"README names make {target}"
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"the pages name make {target}"
+    scripts = set(re.findall(r"\b((?:tools|benchmarks)/\w+\.py)", text))
+    scripts |= {f"{module.replace('.', '/')}.py" for module in re.findall(r"-m (benchmarks\.\w+)", text)}
+    assert scripts
+    for script in scripts:
+        path = ROOT / script
+        assert path.is_file() or (path.with_suffix("") / "__main__.py").is_file(), f"the pages name {script}"
 
 
 def test_help_is_quick():

@@ -113,7 +113,10 @@ def view_tensors(data: Tensor) -> dict[str, Tensor]:
     length = int.from_bytes(data[:8].numpy().tobytes(), "little")
     if len(data) < 8 or length > len(data) - 8:
         raise ValueError("its header is longer than itself")
-    header = json.loads(data[8 : 8 + length].numpy().tobytes())
+    try:
+        header = json.loads(data[8 : 8 + length].numpy().tobytes())
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
     if not isinstance(header, dict):
         raise ValueError("its header is no table")
     return {name: _view(data[8 + length :], header[name]) for name in TENSORS if name in header}
