@@ -50,7 +50,7 @@ def step(model: nn.Module, number: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("policy", "offload", "attends", "eager"),
-    [("attention", False, 6, False), ("none", True, 4, True), ("cheap", True, 4, True)],
+    [("attention", False, 6, False), ("none", True, 4, True), ("cheap", True, 6, True)],
 )
 def test_compiled_blocks_are_one_graph_and_equal_eager_ones(policy, offload, attends, eager, monkeypatch):
     """Attention runs twice a block, and once more for what a policy computes again; two blocks."""

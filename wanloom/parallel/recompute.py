@@ -5,13 +5,14 @@ decision: a policy says which operators keep their results; the block's input is
 again. The names of parameters stay, and FSDP's hooks run outside: a block that runs again finds its weights gathered.
 
 `full`       nothing but the input of the block.
-`attention`  self-attention too, with its log-sum-exp: its forward runs once. Cross-attention runs again: it has a few
-             hundred keys, its result is as many bytes as that of self-attention, which has tens of thousands.
-`cheap`      every matrix product and both attentions; norms, rotation, modulation and GELU run again.
+`attention`  self-attention too, with its log-sum-exp: its forward runs once.
+`cheap`      self-attention and every matrix product; norms, rotation, modulation and GELU run again.
 
-What attention exchanges between ranks is kept by both. Tensor parallelism gathers tokens again, and `cheap` keeps its
-products before they are summed over the ranks. The bytes are in `memory.kept_bytes`. Source: Chen et al. 2016,
-arXiv 1604.06174; selective: Korthikanti et al. 2022, arXiv 2205.05198.
+Cross-attention runs again under each of them: it has a few hundred keys, so it is about 1% of a step or less, and its
+result is as many bytes as that of self-attention, which has tens of thousands. What attention exchanges between ranks is
+kept by both. Tensor parallelism gathers tokens again, and `cheap` keeps its products before they are summed over the
+ranks. The bytes are in `memory.kept_bytes`. Source: Chen et al. 2016, arXiv 1604.06174; selective: Korthikanti et al.
+2022, arXiv 2205.05198.
 """
 
 from functools import partial
@@ -36,7 +37,7 @@ K_BIAS = 5  # which argument of ATTENTION_OPS; text keys have one, self-attentio
 
 def keeps(policy: str, op: Any, args: tuple[Any, ...]) -> bool:
     """Whether the result of a call of an operator is kept."""
-    if policy == "attention" and op in ATTENTION_OPS and args[K_BIAS] is not None:
+    if op in ATTENTION_OPS and args[K_BIAS] is not None:
         return False
     return op in KEEPS[policy]
 

@@ -1,0 +1,45 @@
+"""What a block keeps for its backward pass: what is promised of it, and what is claimed against diffusers."""
+
+import pytest
+import torch
+
+from benchmarks import c05_activations as module
+from benchmarks.c05_activations import LIMITS, TOY, attention_in_bf16, build_ours, kept_by_block
+from benchmarks.pair import WIDTHS
+from wanloom.model.dit import CONFIGS, DiTConfig
+from wanloom.parallel.memory import kept_bytes
+
+FOURTEEN = CONFIGS["wan2.1-t2v-14b"]
+KEPT = {"none": 352_612, "cheap": 130_208, "attention": 30_880, "full": 20_480}  # the lengths of rows are kept too
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
+@pytest.mark.parametrize("policy", LIMITS)
+def test_a_block_keeps_the_bytes_that_are_promised(policy, autocast):
+    """Of the 14B model, exactly."""
+    with attention_in_bf16():
+        found = kept_by_block(lambda config: build_ours(config, policy, autocast), WIDTHS["14B"])
+    assert found == KEPT[policy] == pytest.approx(kept_bytes(FOURTEEN, policy, bf16=True), rel=2e-3)
+
+
+def test_other_shapes_and_fp32_keep_what_is_promised(monkeypatch):
+    monkeypatch.setattr(module, "cast_weights", lambda model, dtype: None)
+    for dim, ffn_dim, heads in [(128, 512, 4), (256, 512, 4), (128, 1024, 2)]:
+        shape = {"dim": dim, "ffn_dim": ffn_dim, "num_heads": heads}
+        expected = kept_bytes(DiTConfig(num_layers=1, **shape), "none", bf16=False)
+        assert kept_by_block(build_ours, shape) == pytest.approx(expected, rel=0.05)
+
+
+def test_the_peer_keeps_three_times_as_much_as_cheap():
+    theirs = kept_by_block(module.build_peer, WIDTHS["14B"])
+    assert theirs == 403_812  # 1,024 less than with the rotations, which its blocks share
+    assert KEPT["cheap"] <= 135_000 and KEPT["cheap"] < theirs / 3
+
+
+@pytest.mark.filterwarnings("default")
+def test_both_ways_of_counting_agree():
+    """What autograd saves in a block that runs, and what is alive after a forward pass of several."""
+    torch._dynamo.reset()
+    with attention_in_bf16():
+        alive = kept_by_block(build_ours, TOY)
+    assert module.saved_by_block(TOY, "none", compiled=False) == alive
