@@ -9,8 +9,8 @@ again. The names of parameters stay, and FSDP's hooks run outside: a block that 
 `cheap`      self-attention and every matrix product; norms, rotation, modulation and GELU run again.
 
 Cross-attention runs again under each of them: it has a few hundred keys, so it is about 1% of a step or less, and its
-result is as many bytes as that of self-attention, which has tens of thousands. What attention exchanges between ranks is
-kept by both. Tensor parallelism gathers tokens again, and `cheap` keeps its products before they are summed over the
+result is as many bytes as that of self-attention, which has tens of thousands. What attention exchanges between ranks
+is kept by both. Tensor parallelism gathers tokens again, and `cheap` keeps its products before they are summed over the
 ranks. The bytes are in `memory.kept_bytes`. Source: Chen et al. 2016, arXiv 1604.06174; selective: Korthikanti et al.
 2022, arXiv 2205.05198.
 """
