@@ -3,9 +3,9 @@
 Both have the same random weights at the width of the 1.3B model, one block (two in bf16), and get one sample of 1560
 tokens (13 frames of 240x416) with a caption of 80 states, which diffusers is given padded to 512. Velocity and every
 gradient are compared first. Timed is forward and backward, from latents or tokens to the gradients of all weights.
-Diffusers runs eager, as its users run it; compiled as a whole it has a row too. What is outside of the blocks is timed alone, and the
-rows are for the 30 blocks of the published model: outside + 30 times a block. The floor is nothing but the matrix
-products and the attention calls of wanloom's blocks, forward and backward.
+Diffusers runs eager, as its users run it; compiled as a whole it has a row too. What is outside of the blocks is timed
+alone, and the rows are for the 30 blocks of the published model: outside + 30 times a block. The floor is nothing but
+the matrix products and the attention calls of wanloom's blocks, forward and backward.
 """
 
 import torch
