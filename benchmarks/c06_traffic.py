@@ -1,0 +1,150 @@
+"""C6: bytes that elementwise kernels move per token, and how many there are, for one block forward and backward; bf16.
+
+The peer is diffusers' block in eager mode: every operator that is no view, no matrix product and no attention is a
+kernel, its bytes are those of its inputs and outputs; counted under fake tensors, nothing is computed. Wanloom's block
+is compiled, as with compile=block, and run: the kernels are those of the compiler's own list, its bytes its own
+estimate (every buffer that a kernel reads or writes, once). Both are of the larger of two numbers of tokens less the
+smaller, so weights and text are in neither. One sample unless it is said. Gradients of compiled blocks are compared
+with eager ones in tests/parallel/test_compile.py.
+
+The sums over the samples of a pack are an operator of wanloom's own and count with what they read. Attention gives bf16
+in the row with the target, as on a GPU; the CPU kernel computes in fp32, which costs four kernels that convert.
+"""
+
+import logging
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch
+import torch._inductor.config as inductor
+from torch import Tensor
+from torch._inductor import metrics
+from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.c05_activations import TOY, attention_in_bf16, build_block, draw_conditions
+from benchmarks.measure import Row, main
+from benchmarks.pair import FP32_NAMES, WIDTHS
+from wanloom.model.dit import DiTConfig
+
+TOKENS = (128, 256)
+HEAVY = ("mm", "scaled_dot_product", "empty")  # parts of the names of what is no elementwise kernel
+LOG = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")  # at INFO the compiler lists its kernels
+
+
+class Elementwise(TorchDispatchMode):
+    """Counts operators that move bytes and compute little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        places = {t.untyped_storage()._cdata for t in inputs}
+        is_view = not func._schema.is_mutable and all(t.untyped_storage()._cdata in places for t in outputs)
+        if outputs and not is_view and not any(part in func.__name__ for part in HEAVY):
+            self.kernels += 1
+            self.nbytes += sum(t.numel() * t.element_size() for t in [*inputs, *outputs])
+        return out
+
+
+def count_peer(shape: dict[str, int]) -> tuple[int, float]:
+    """Kernels, and bytes per token, of diffusers' block."""
+    from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+    dim, heads, found = shape["dim"], shape["num_heads"], []
+    with FakeTensorMode():
+        block = WanTransformerBlock(dim, shape["ffn_dim"], heads, "rms_norm_across_heads", True, 1e-6)
+        for name, param in block.named_parameters():
+            param.data = param.data.to(torch.float32 if any(part in name for part in FP32_NAMES) else torch.bfloat16)
+        for tokens in TOKENS:
+            x = torch.empty(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True)
+            text = torch.empty(1, 512, dim, dtype=torch.bfloat16, requires_grad=True)
+            rotation = torch.empty(2, 1, tokens, 1, dim // heads)
+            with Elementwise() as seen:
+                out = block(x, text, torch.empty(1, 6, dim, requires_grad=True), (rotation[0], rotation[1]))
+                out.backward(torch.empty_like(out))
+            found.append(seen)
+            block.zero_grad()
+    few, many = found
+    return many.kernels, (many.nbytes - few.nbytes) / (TOKENS[1] - TOKENS[0])
+
+
+def is_own_sum(node: BaseSchedulerNode) -> bool:
+    return isinstance(node, ExternKernelSchedulerNode) and "sum_samples" in str(node.node)
+
+
+def compile_block(shape: dict[str, int], lens: tuple[int, ...], half_attention: bool) -> tuple[int, int]:
+    """Kernels of wanloom's block as the compiler makes it, and their bytes, for samples of so many tokens."""
+    config, level = DiTConfig(num_layers=1, **shape), LOG.level
+    torch._dynamo.reset()
+    metrics.reset()
+    LOG.setLevel(logging.INFO)
+    try:
+        with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+            with attention_in_bf16() if half_attention else nullcontext():
+                out = build_block(config)(
+                    torch.randn(sum(lens), config.dim, requires_grad=True), draw_conditions(config, lens)
+                )
+                out.backward(torch.randn_like(out))
+    finally:
+        LOG.setLevel(level)
+    outside = (ExternKernelSchedulerNode, NopKernelSchedulerNode)
+    sizes = [size for node, size in metrics.nodes_num_elem if not isinstance(node, outside) or is_own_sum(node)]
+    return len(sizes), 4 * sum(sizes)  # sizes are in values of 4 bytes
+
+
+def count_ours(shape: dict[str, int], samples: int, half_attention: bool) -> tuple[int, float]:
+    """Kernels, and bytes per token, of wanloom's block."""
+    few, many = (compile_block(shape, (tokens // samples,) * samples, half_attention) for tokens in TOKENS)
+    return many[0], (many[1] - few[1]) / (TOKENS[1] - TOKENS[0])
+
+
+def measure(toy: bool) -> list[Row]:
+    """Elementwise bytes and kernels of one block, forward and backward."""
+    shape = TOY if toy else WIDTHS["14B"]
+    their_kernels, their_bytes = count_peer(shape)
+    rows = []
+    for samples, half, name in (
+        (1, True, "attention in bf16"),
+        (1, False, "attention in fp32, as on a CPU"),
+        (2, True, "attention in bf16, a pack of two samples"),
+    ):
+        kernels, nbytes = count_ours(shape, samples, half)
+        is_claim = samples == 1 and half
+        peer = "diffusers, eager"
+        rows += [
+            Row(
+                "C6",
+                f"elementwise bytes of a block per token, forward and backward, {name}",
+                "bytes",
+                [nbytes],
+                peer,
+                [their_bytes],
+                1.2e6 if is_claim else None,
+                at_most=True,
+                limit="865,000 with a bf16 stream",
+            ),
+            Row(
+                "C6",
+                f"elementwise kernels of a block, {name}",
+                "",
+                [kernels],
+                peer,
+                [their_kernels],
+                40 if is_claim else None,
+                at_most=True,
+                note="The CPU's compiler counts a fused loop nest as one kernel.",
+            ),
+        ]
+    return rows
+
+
+if __name__ == "__main__":
+    main(__spec__, measure)
