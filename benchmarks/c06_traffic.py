@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch
 import torch._inductor.config as inductor
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 from torch._inductor import metrics
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
@@ -56,8 +57,6 @@ class Elementwise(TorchDispatchMode):
 
 def count_peer(shape: dict[str, int]) -> tuple[int, float]:
     """Kernels, and bytes per token, of diffusers' block."""
-    from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-
     dim, heads, found = shape["dim"], shape["num_heads"], []
     with FakeTensorMode():
         block = WanTransformerBlock(dim, shape["ffn_dim"], heads, "rms_norm_across_heads", True, 1e-6)
@@ -87,12 +86,11 @@ def compile_block(shape: dict[str, int], lens: tuple[int, ...], half_attention: 
     metrics.reset()
     LOG.setLevel(logging.INFO)
     try:
-        with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
-            with attention_in_bf16() if half_attention else nullcontext():
-                out = build_block(config)(
-                    torch.randn(sum(lens), config.dim, requires_grad=True), draw_conditions(config, lens)
-                )
-                out.backward(torch.randn_like(out))
+        attend = attention_in_bf16() if half_attention else nullcontext()
+        with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False), attend:
+            x = torch.randn(sum(lens), config.dim, requires_grad=True)
+            out = build_block(config)(x, draw_conditions(config, lens))
+            out.backward(torch.randn_like(out))
     finally:
         LOG.setLevel(level)
     outside = (ExternKernelSchedulerNode, NopKernelSchedulerNode)
