@@ -21,6 +21,7 @@ def write_clip(
     megabits: float,
     options: dict[str, str] | None = None,
     seed: int = 0,
+    fps: Fraction = FPS,
 ) -> Path:
     """A clip of (width, height) `size` at `megabits` per second; `options` are those of x264."""
     width, height = size
@@ -29,7 +30,7 @@ def write_clip(
     grain = rng.normal(0, 4, (8, height, width, 3)).astype(np.int16)
     side = height // 3
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"preset": "fast", **(options or {})})
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "fast", **(options or {})})
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = width, height, "yuv420p", int(megabits * 1e6)
         for i in range(frames):
             left, top = 2 * i, round(height / 8 * (1 + np.sin(i / 20)))
