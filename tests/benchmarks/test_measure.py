@@ -41,6 +41,7 @@ def test_a_result_is_kept_and_a_toy_is_not(tmp_path, monkeypatch, capsys):
         """Nothing of use."""
         return [Row("C0", "a thing", "s", ours=[1.0], peer="p", theirs=[2.5], target=2.0, limit="3x", note="why")]
 
+    monkeypatch.setattr(measure.torch, "set_num_threads", lambda count: None)  # other tests want one thread
     spec = ModuleSpec("benchmarks.c00_thing", None)
     monkeypatch.setattr("sys.argv", ["x", "--toy", "--out", str(tmp_path)])
     main(spec, rows)
