@@ -1,6 +1,6 @@
 """Mixes of images and clips, drawn as a data set would give them: tokens of each sample, 81 frames unless it is said.
 
-In: a mix, a number of samples, a seed. Out: token counts. A clip of 240 x 416 has 8,190 tokens, one of 480 x 832 32,760.
+In: a mix, a number of samples, a seed. Out: token counts. A clip of 240 x 416 has 8,190 tokens, of 480 x 832 32,760.
 """
 
 import random
