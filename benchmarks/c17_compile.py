@@ -23,7 +23,6 @@ DEPTHS = (2, 4, 8)
 
 def compile_seconds(side: str, blocks: int) -> float:
     """In this process."""
-    torch.set_num_threads(THREADS)
     ours, theirs = build_pair("toy", blocks)
     shapes = [(2, 8, 8), (1, 4, 6)] if side == "wanloom" else [(2, 8, 8)]
     samples = draw_samples(ours.config, shapes, [9, 5][: len(shapes)], torch.float32)
@@ -64,6 +63,7 @@ def measure(toy: bool) -> list[Row]:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] in ("diffusers", "wanloom"):  # a process of `in_a_fresh_process`
+        torch.set_num_threads(THREADS)
         print(compile_seconds(sys.argv[1], int(sys.argv[2])))
     else:
         main(__spec__, measure)

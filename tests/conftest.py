@@ -24,6 +24,13 @@ painted slowly cat dog runs through snow
 """
 
 
+@pytest.fixture(autouse=True)
+def one_thread_afterwards():
+    """Two threads add in another order, and tests of equal bits that come later would fail in the place of this one."""
+    yield
+    assert torch.get_num_threads() == 1
+
+
 def randomise(module: torch.nn.Module, seed: int) -> None:
     """Matrices with gain 1, vectors near 1 (`.weight`, `.gamma`) or near 0 (biases), in the order of the names."""
     generator = torch.Generator().manual_seed(seed)
