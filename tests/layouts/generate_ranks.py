@@ -1,13 +1,16 @@
 """What each of four ranks does for `test_generate_layouts.py`: it makes the same latents in every layout.
 
-A layout of fewer ranks leaves the last ones out.
+Each is made with the text's keys kept over the steps and without, and must have the same bits. A layout of fewer ranks
+leaves the last ones out.
 """
 
 import os
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -59,8 +62,8 @@ def requests() -> list[Request]:
     ]
 
 
-def make(folder: Path, case: Case, mesh: Mesh | None = None) -> dict[str, torch.Tensor]:
-    """The latents of every request, by its number."""
+def make(folder: Path, case: Case, mesh: Mesh | None = None) -> Iterator[dict[str, torch.Tensor]]:
+    """The latents of every request, by its number: first as sampling makes them, then with the text read every step."""
 
     def apply(model: WanDiT) -> None:
         if mesh:
@@ -68,7 +71,10 @@ def make(folder: Path, case: Case, mesh: Mesh | None = None) -> dict[str, torch.
 
     model = load_dit(folder, case.dtype, CPU, apply=apply, fill=params.fill).requires_grad_(False)
     config = GenerateConfig(solver="euler", steps=4, guidance=case.guidance)
-    return {str(i): latents.contiguous() for i, latents in generate(model, requests(), config, mesh=mesh)}
+    for keep_text in (sampling.keep_text, lambda *_: None):
+        with patch.object(sampling, "keep_text", keep_text):
+            found = dict(generate(model, requests(), config, mesh=mesh))
+        yield {str(i): latents.contiguous() for i, latents in found.items()}
 
 
 def main(pipeline: Path, out: Path) -> None:
@@ -80,7 +86,9 @@ def main(pipeline: Path, out: Path) -> None:
             continue
         store = f"file://{out}/store {name}"
         dist.init_process_group("gloo", store, timeout=timedelta(seconds=60), rank=rank, world_size=world)
-        for number, latents in make(pipeline, case, Mesh(case.layout, CPU)).items():
+        kept, anew = make(pipeline, case, Mesh(case.layout, CPU))
+        for number, latents in kept.items():
+            assert torch.equal(latents, anew[number]), f"{name}: text kept over the steps gives other bits"
             found[f"{name}.{number}"] = latents
         dist.destroy_process_group()
     save_file(found, out / f"rank{rank}.safetensors")

@@ -35,7 +35,7 @@ def found(tiny_pipeline, tmp_path_factory) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("name", CASES)
 def test_latents_are_those_of_one_process(name, found, tiny_pipeline):
     case = CASES[name]
-    expected = make(tiny_pipeline, case)
+    expected = next(make(tiny_pipeline, case))
     assert len(expected) == len(SIZES)
     for number, want in expected.items():
         got = [rank[f"{name}.{number}"] for rank in found if f"{name}.{number}" in rank]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from dit_reference import (
@@ -112,10 +114,27 @@ def test_folded_text_equals_all_slots_written_out():
         assert relative_error(folded_grads[name], grad) < 1e-4, name
 
 
+@pytest.mark.parametrize("mode", ["fp32", "autocast", "weights"])
+def test_kept_text_gives_the_bits_of_text_read_anew(mode):
+    model, samples = build_model(SMALL).requires_grad_(False), draw_samples(SMALL, *MIXED, seed=9)
+    if mode == "weights":
+        cast_weights(model, torch.bfloat16)
+    pack = samples.pack
+    unread = replace(pack, text=torch.full_like(pack.text, torch.nan))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
+        text_keys = model.keep_text(pack)
+        for sigma in (samples.sigma, samples.sigma / 3):
+            assert torch.equal(model(unread, sigma, text_keys=text_keys), model(pack, sigma))
+    keys = sum(length + (length < 512) for length in pack.text_lens)
+    kept = sum(x.untyped_storage().nbytes() for each in text_keys.values() for x in each)
+    assert kept == 2 * SMALL.num_layers * keys * SMALL.dim * (4 if mode == "fp32" else 2)
+
+
 def test_a_caption_longer_than_the_slots_is_an_error():
     samples = draw_samples(SMALL, [(1, 2, 2)], [513], seed=0)
-    with pytest.raises(ValueError, match="513 text states"):
-        build_model(SMALL)(samples.pack, samples.sigma)
+    for call in (lambda model: model(samples.pack, samples.sigma), lambda model: model.keep_text(samples.pack)):
+        with pytest.raises(ValueError, match="513 text states"):
+            call(build_model(SMALL))
 
 
 @pytest.mark.parametrize("sigma", [torch.zeros(2), torch.zeros(1, dtype=torch.bfloat16)])

@@ -74,6 +74,21 @@ def test_compiled_blocks_are_one_graph_and_equal_eager_ones(policy, offload, att
     assert not counters["graph_break"]
 
 
+def test_compiled_blocks_with_kept_text_are_one_graph_and_equal_eager_ones(monkeypatch):
+    monkeypatch.setattr(torch, "compile", EAGER)
+    plain, model = build_model(), build_model()
+    apply_layout(model, ALONE, False, compile="block")
+    with torch.no_grad():
+        for number in range(len(PACKS)):
+            pack, sigma, _ = draw_pack(*PACKS[number], seed=number)
+            text_keys = model.keep_text(pack)
+            for level in (sigma, sigma / 2):
+                found, expected = model(pack, level, text_keys=text_keys), plain(pack, level)
+                assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
 def test_a_compiled_pack_of_one_sample_equals_the_eager_one(monkeypatch):
     monkeypatch.setattr(torch, "compile", EAGER)
     plain, model = build_model(), build_model()

@@ -117,6 +117,26 @@ def test_requests_of_any_size_in_one_pack_equal_each_alone(parts, guidance, monk
     assert max(difference(a, b) for a, b in zip(in_two, together, strict=True)) < 1e-4
 
 
+def test_text_is_computed_once_a_pack_and_gives_the_same_bits(parts, monkeypatch):
+    monkeypatch.setattr(sampling, "TOKENS_PER_PACK", 130)
+    requests = [
+        request(parts, size, i, text) for i, (size, text) in enumerate([((9, 48, 80), PROMPT), ((1, 64, 64), "")])
+    ]
+    requests.append(request(parts, (5, 32, 96), 2, NEGATIVE))
+    settings = {"steps": 4, "guidance": 4.0}
+    assert len(plan_packs(requests, GenerateConfig(**settings))) == 2
+    block, calls = parts.model.blocks["1"].cross_attn, []
+    modules = (parts.model.text_embedding, block.k, block.v, block.norm_k, block.q)
+    hooks = [module.register_forward_hook(lambda module, *_: calls.append(module)) for module in modules]
+    kept = make(parts, requests, **settings)
+    for hook in hooks:
+        hook.remove()
+    assert [calls.count(module) for module in modules] == [2, 2, 2, 2, 8]
+    monkeypatch.setattr(sampling, "keep_text", lambda *_: None)
+    anew = make(parts, requests, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(kept, anew, strict=True))
+
+
 def test_packs_keep_order_and_budget(parts, monkeypatch):
     requests = [request(parts, (9, 48, 80), i) for i in range(5)]  # 45 tokens each
     for budget, guidance, packs in (

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from wanloom.model.dit import DiTConfig, WanDiT
-from wanloom.model.sequence import Grid, build_pack
+from wanloom.model.sequence import Grid, Pack, build_pack
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
-from wanloom.sample.guidance import build_branches, guided_velocity
+from wanloom.sample.guidance import build_branches, guided_velocity, keep_text
 
 ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
 CONFIG = DiTConfig(
@@ -36,13 +36,17 @@ def tokens_of(grid: Grid, seed: int) -> torch.Tensor:
     return torch.randn(frames * rows * cols, 64, generator=torch.Generator().manual_seed(seed))
 
 
+def guided(model: WanDiT, branches: Pack, tokens: torch.Tensor, sigma: float, guidance: float) -> torch.Tensor:
+    return guided_velocity(model, branches, keep_text(model, branches, ALONE), tokens, sigma, guidance, ALONE)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_one_pack_equals_separate_calls(model, guidance):
     text, negative = states(TEXT_LENS, 1), states(NEGATIVE_LENS, 2)
     samples = [tokens_of(grid, i) for i, grid in enumerate(GRIDS)]
     branches = build_branches(GRIDS, text, negative if guidance != 1 else [], CONFIG.in_channels)
     assert len(branches.video_lens) == (4 if guidance == 1 else 8)
-    got = guided_velocity(model, branches, torch.cat(samples), 0.37, guidance, ALONE)
+    got = guided(model, branches, torch.cat(samples), 0.37, guidance)
 
     def alone(tokens, grid, states):
         return model(build_pack([tokens], [grid], [states]), torch.tensor([0.37]))
@@ -59,8 +63,8 @@ def test_one_pack_equals_separate_calls(model, guidance):
 def test_the_branches_differ_enough_to_notice_a_swap(model):
     text, negative = states((4,), 1), states((2,), 2)
     tokens = tokens_of((2, 2, 2), 0)
-    one = guided_velocity(model, build_branches([(2, 2, 2)], text, negative, 16), tokens, 0.5, 5.0, ALONE)
-    other = guided_velocity(model, build_branches([(2, 2, 2)], negative, text, 16), tokens, 0.5, 5.0, ALONE)
+    one = guided(model, build_branches([(2, 2, 2)], text, negative, 16), tokens, 0.5, 5.0)
+    other = guided(model, build_branches([(2, 2, 2)], negative, text, 16), tokens, 0.5, 5.0)
     assert (one - other).norm() > 0.05 * one.norm()
 
 

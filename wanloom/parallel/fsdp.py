@@ -10,7 +10,7 @@ loss was divided by the element count of the whole step, so ranks with fewer tok
 import warnings
 
 import torch
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from wanloom.model.dit import WanDiT, keeps_fp32
 from wanloom.parallel.mesh import Mesh
@@ -28,7 +28,9 @@ def apply_fsdp(model: WanDiT, mesh: Mesh, bf16: bool) -> None:
     for block in model.blocks.values():
         kept = {p for name, p in block.named_parameters() if keeps_fp32(name)}
         fully_shard(block, mesh=mesh.fsdp_mesh, reshard_after_forward=True, mp_policy=half, ignored_params=kept)
+        register_fsdp_forward_method(block, "text_keys")  # sampling asks for them once, block by block
     fully_shard(model, mesh=mesh.fsdp_mesh, reshard_after_forward=True, mp_policy=whole)
+    register_fsdp_forward_method(model, "keep_text")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

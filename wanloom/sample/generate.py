@@ -4,6 +4,7 @@ In: a model and requests, each with its noise and the text states of its prompt 
 `(C, F, H, W)` fp32 on the CPU, in the order of the requests. The one decision: as many requests as fit the token budget
 share each call of the model, both branches of each; a request alone is always a pack, however large. Noise is drawn
 on the CPU from the request's own seed, so it does not depend on the device, its neighbours or its place in the list.
+The text does not change with the noise level: its keys and values are computed once a pack and kept over the steps.
 Several processes make the same packs as one does and share each of them: the tokens by context and tensor parallelism,
 the branches of guidance between two data ranks. Every process takes every step of the solver.
 """
@@ -13,13 +14,14 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from wanloom.config import Config, UserError
+from wanloom.model.dit import WanDiT
 from wanloom.model.sequence import grid_of, patchify, unpatchify
 from wanloom.objective.noise import draw_noise
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
-from wanloom.sample.guidance import build_branches, guided_velocity
+from wanloom.sample.guidance import build_branches, guided_velocity, keep_text
 from wanloom.sample.solvers import Solver, SolverName, build_solver
 
 SPATIAL_STEP = 16  # pixels of one token, rows and columns: 8 in the VAE times 2 in the patch
@@ -89,7 +91,7 @@ def plan_packs(requests: Sequence[Request], config: GenerateConfig) -> list[list
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: WanDiT,
     requests: Sequence[Request],
     config: GenerateConfig,
     on_step: Callable[[int], None] | None = None,
@@ -113,7 +115,7 @@ def generate(
 
 
 def _integrate(
-    model: nn.Module,
+    model: WanDiT,
     requests: Sequence[Request],
     solver: Solver,
     guidance: float,
@@ -127,10 +129,11 @@ def _integrate(
     if mesh.layout.data_ranks == 2:
         text, negatives = negatives if mesh.data_rank else text, []
     branches = build_branches(grids, text, negatives, requests[0].noise.shape[0]).to(mesh.device)
+    text_keys = keep_text(model, branches, mesh)
     noise = torch.cat([patchify(request.noise) for request in requests]).to(mesh.device)
 
     def velocity(tokens: Tensor, sigma: float) -> Tensor:
-        return guided_velocity(model, branches, tokens, sigma, guidance, mesh)
+        return guided_velocity(model, branches, text_keys, tokens, sigma, guidance, mesh)
 
     def moved() -> None:
         if on_step is not None:

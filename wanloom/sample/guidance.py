@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from wanloom.model.dit import TextKeys, WanDiT
 from wanloom.model.sequence import PATCH, Grid, Pack, build_pack
 from wanloom.parallel.mesh import Mesh
-from wanloom.parallel.parts import gather_parts, share_of
+from wanloom.parallel.parts import Share, gather_parts, share_of
 
 
 def build_branches(grids: Sequence[Grid], text: Sequence[Tensor], negative: Sequence[Tensor], channels: int) -> Pack:
@@ -28,17 +29,29 @@ def build_branches(grids: Sequence[Grid], text: Sequence[Tensor], negative: Sequ
     return build_pack(tokens, grids, [*text, *negative])
 
 
+def share_at(branches: Pack, sigma: float, mesh: Mesh) -> Share:
+    """The part of this process, all samples at one noise level."""
+    level = torch.full((len(branches.video_lens),), sigma, dtype=torch.float32, device=branches.tokens.device)
+    return share_of(branches, level, mesh)
+
+
+def keep_text(model: WanDiT, branches: Pack, mesh: Mesh) -> TextKeys:
+    """Keys and values of the text for every step: which text a process has follows from the lengths alone."""
+    return model.keep_text(share_at(branches, 1.0, mesh).pack)
+
+
 def guided_velocity(
-    model: nn.Module, branches: Pack, tokens: Tensor, sigma: float, guidance: float, mesh: Mesh
+    model: WanDiT, branches: Pack, text_keys: TextKeys, tokens: Tensor, sigma: float, guidance: float, mesh: Mesh
 ) -> Tensor:
     """Velocity `(T, C*4)` fp32 of the N samples `tokens (T, C*4)`, all at one noise level; the same on every process.
 
-    `branches` is what this data rank predicts: all there is, or with two data ranks the prompts or the negatives.
+    `branches` is what this data rank predicts: all there is, or with two data ranks the prompts or the negatives;
+    `text_keys` is what `keep_text` gives for them.
     """
     copies = len(branches.tokens) // len(tokens)
-    level = torch.full((len(branches.video_lens),), sigma, dtype=torch.float32, device=tokens.device)
-    share = share_of(replace(branches, tokens=tokens.repeat(copies, 1)), level, mesh)
-    part = model(share.pack, share.sigma).float()
+    share = share_at(replace(branches, tokens=tokens.repeat(copies, 1)), sigma, mesh)
+    part = model(share.pack, share.sigma, text_keys=text_keys)
+    assert isinstance(part, Tensor)
     velocity = gather_parts(part, len(branches.tokens), mesh).flatten(0, 1)
     if len(velocity) == len(tokens):
         return velocity
