@@ -30,9 +30,8 @@ from wanloom.parallel.compile import apply_compile
 DEPTH = 30
 SHAPE, CAPTION = (4, 30, 52), 80  # 1560 tokens
 CLAIMS = {
-    "C1": (torch.float32, 1, 1.04, (1e-5, 1e-3)),
-    # each rounds in other places, and the smallest gradients are sums that nearly cancel; bf16 has 3 digits
-    "C2": (torch.bfloat16, 2, 1.10, (1e-2, 1e-1)),
+    "C1": (torch.float32, 1, 1.04),
+    "C2": (torch.bfloat16, 2, 1.10),
 }
 
 
@@ -65,13 +64,13 @@ def build_floor(config: DiTConfig, tokens: int, keys: int, dtype: torch.dtype):
 
 
 def compare(
-    ours: WanDiT, theirs: WanTransformer3DModel, samples: Samples, bounds: tuple[float, float], more: dict
+    ours: WanDiT, theirs: WanTransformer3DModel, samples: Samples, more: dict
 ) -> tuple[str, dict[str, list[float]]]:
     """Check, then time: both, ours compiled, what is outside of the blocks of each, and more."""
     compiled = share_weights(ours)
     apply_compile(compiled, "block", torch.device("cpu"))
-    checked = check_equal(ours, theirs, samples, bounds)
-    check_equal(compiled, theirs, samples, bounds)
+    checked = check_equal(ours, theirs, samples)
+    check_equal(compiled, theirs, samples)
     ours_rest, theirs_rest = without_blocks(ours, theirs)
     functions = {
         "diffusers": run_theirs(theirs, samples),
@@ -84,15 +83,15 @@ def compare(
 
 
 def rows_of(claim: str, toy: bool) -> list[Row]:
-    dtype, blocks, target, bounds = CLAIMS[claim]
-    shape, caption = ((2, 4, 6), 5) if toy else (SHAPE, CAPTION)
+    dtype, blocks, target = CLAIMS[claim]
+    shape = (2, 4, 6) if toy else SHAPE
     with torch.random.fork_rng():
         ours, theirs = build_pair("toy" if toy else "1.3B", blocks, dtype)
-        samples = draw_samples(ours.config, [shape], [caption], dtype)
+        samples = draw_samples(ours.config, [shape], [CAPTION], dtype)
         tokens = len(samples.pack.tokens)
-        floor = build_floor(ours.config, tokens, caption + 1, dtype)
+        floor = build_floor(ours.config, tokens, CAPTION + 1, dtype)
     more = {"floor": floor, "diffusers, compiled": run_theirs(torch.compile(theirs), samples)}
-    checked, taken = compare(ours, theirs, samples, bounds, more)
+    checked, taken = compare(ours, theirs, samples, more)
 
     def whole(name: str, outside: str) -> list[float]:
         return at_depth(taken[name], taken[f"{outside}, outside"], blocks, DEPTH)

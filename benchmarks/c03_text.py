@@ -34,8 +34,8 @@ GUIDANCE = 5.0
 def train_rows(toy: bool) -> list[Row]:
     blocks, depth = (1 if toy else 2), DEPTHS["1.3B"]
     ours, theirs = build_pair("toy" if toy else "1.3B", blocks)
-    samples = draw_samples(ours.config, [(1, 4, 6) if toy else IMAGE], [5 if toy else CAPTION], torch.float32)
-    checked, taken = compare(ours, theirs, samples, (1e-5, 1e-3), {})
+    samples = draw_samples(ours.config, [(1, 4, 6) if toy else IMAGE], [CAPTION], torch.float32)
+    checked, taken = compare(ours, theirs, samples, {})
     peer = at_depth(taken["diffusers"], taken["diffusers, outside"], blocks, depth)
     what = f"image, forward and backward, 1.3B, caption of {CAPTION} states, fp32"
     facts = {"blocks": blocks, "depth": depth, **taken}
