@@ -83,7 +83,7 @@ def test_ctrl_c_is_a_sentence(tiny_pipeline, tmp_path):
     process = subprocess.Popen([*command, "--nproc", "2"], env=ENV, cwd=ROOT, **pipes)
     assert process.stdout is not None
     try:
-        while not process.stdout.readline().startswith("text: "):
+        while not process.stdout.readline().startswith("model: "):
             assert process.poll() is None
         time.sleep(2)  # denoising
         process.send_signal(signal.SIGINT)

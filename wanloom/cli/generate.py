@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     with together():
         vae = load_vae(plan) if is_first else None
         facts = describe(plan, text_identity, vae.identity) if vae else {}
+    say(f"model: loaded, {time.monotonic() - began - took:.1f} s")
     denoise, decode = make_all(plan, mesh, model, vae, text, facts)
     say(
         f"{len(plan.jobs)} in {plan.out}: denoising {denoise:.1f} s, decoding and writing {decode:.1f} s, "
