@@ -21,7 +21,6 @@ from benchmarks.pair import (
     build_pair,
     draw_samples,
     relative,
-    run_ours,
     run_theirs,
     without_blocks,
 )
@@ -93,7 +92,6 @@ def step_row(width: str, blocks: int, target: float, toy: bool) -> Row:
         "wanloom": sample(ours),
         "diffusers, outside": step(run_theirs(theirs_rest, samples, backward=False)),
         "wanloom, outside": sample(ours_rest),
-        "wanloom, text read in the step": step(run_ours(ours, samples, backward=False)),
         "wanloom, text once": torch.no_grad()(lambda: ours.keep_text(samples.pack)),
     }
     difference = relative(functions["wanloom"](), functions["diffusers"]())

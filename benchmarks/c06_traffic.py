@@ -12,6 +12,7 @@ in the row with the target, as on a GPU; the CPU kernel computes in fp32, which 
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -79,23 +80,33 @@ def is_own_sum(node: BaseSchedulerNode) -> bool:
     return isinstance(node, ExternKernelSchedulerNode) and "sum_samples" in str(node.node)
 
 
-def compile_block(shape: dict[str, int], lens: tuple[int, ...], half_attention: bool) -> tuple[int, int]:
-    """Kernels of wanloom's block as the compiler makes it, and their bytes, for samples of so many tokens."""
-    config, level = DiTConfig(num_layers=1, **shape), LOG.level
-    torch._dynamo.reset()
+def count_kernels(run: Callable[[], object]) -> tuple[int, int]:
+    """Elementwise kernels that the compiler makes while `run` runs, and their bytes."""
+    level = LOG.level
     metrics.reset()
     LOG.setLevel(logging.INFO)
     try:
-        attend = attention_in_bf16() if half_attention else nullcontext()
-        with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False), attend:
-            x = torch.randn(sum(lens), config.dim, requires_grad=True)
-            out = build_block(config)(x, draw_conditions(config, lens))
-            out.backward(torch.randn_like(out))
+        with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+            run()
     finally:
         LOG.setLevel(level)
     outside = (ExternKernelSchedulerNode, NopKernelSchedulerNode)
     sizes = [size for node, size in metrics.nodes_num_elem if not isinstance(node, outside) or is_own_sum(node)]
     return len(sizes), 4 * sum(sizes)  # sizes are in values of 4 bytes
+
+
+def compile_block(shape: dict[str, int], lens: tuple[int, ...], half_attention: bool) -> tuple[int, int]:
+    """Kernels of wanloom's block as the compiler makes it, and their bytes, for samples of so many tokens."""
+    config = DiTConfig(num_layers=1, **shape)
+    torch._dynamo.reset()
+
+    def run() -> None:
+        x = torch.randn(sum(lens), config.dim, requires_grad=True)
+        out = build_block(config)(x, draw_conditions(config, lens))
+        out.backward(torch.randn_like(out))
+
+    with attention_in_bf16() if half_attention else nullcontext():
+        return count_kernels(run)
 
 
 def count_ours(shape: dict[str, int], samples: int, half_attention: bool) -> tuple[int, float]:

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import c01_dit, c03_text, c08_unpacked, c17_compile
+from benchmarks import c01_dit, c03_text, c08_unpacked, c17_compile, c17_lengths
 from benchmarks.pair import at_depth, build_pair, draw_samples, run_ours, run_theirs, without_blocks
 from wanloom.parallel import compile as module
 
@@ -53,3 +53,9 @@ def test_compile_seconds_by_depth(monkeypatch):
     assert [row.ratio() for row in each] == [5 / 3, 7 / 3, 11 / 3]
     assert growth.ours == [1.0] and growth.is_met() and "2.20-fold" in growth.note
     assert c17_compile.compile_seconds("wanloom", 1) > 0
+
+
+def test_any_length_is_one_graph_where_one_length_is_five():
+    row, *timed = c17_lengths.measure(True)
+    assert row.is_met() and row.theirs == [5]
+    assert len(timed) == 2 and all(each.checked and len(each.ours) == len(each.theirs) >= 7 for each in timed)
