@@ -38,15 +38,6 @@ SHARD = "train/shard-000000.tar"
 def measure(toy: bool) -> list[Row]:
     """Samples of a prepared folder per second, and bytes."""
     number, latents, text = (16, (16, 3, 4, 6), (20, 32)) if toy else (128, (16, 21, 30, 52), (80, 4096))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _measure(number, latents, text)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _measure(number: int, latents: tuple[int, ...], text: tuple[int, ...]) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write(folder, number, latents, text)
@@ -173,4 +164,4 @@ def _check(folder: Path, dataset: Dataset, number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(__spec__, measure)
+    main(__spec__, measure, threads=1)

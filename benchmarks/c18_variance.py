@@ -21,7 +21,6 @@ from wanloom.data.loader import Item
 from wanloom.data.shards import Sample
 from wanloom.model.sequence import Pack
 from wanloom.objective.flow import PRESETS, FlowConfig, flow_loss
-from wanloom.train.pieces import one_thread
 from wanloom.train.step import build_input
 
 SIZES: dict[Size, int] = {(17, 64, 64): 80, (9, 96, 64): 48, (1, 64, 64): 48}
@@ -51,7 +50,7 @@ def measure(toy: bool) -> list[Row]:
     """Both questions, for the noise levels of the preset `finetune`."""
     steps, seeds = (4, 10) if toy else (150, 200)
     sizes = dict.fromkeys(SIZES, 8) if toy else SIZES
-    with tempfile.TemporaryDirectory() as folder, one_thread():
+    with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder), sizes, dict.fromkeys(sizes, 4))
         run = OwnRun(data, seed=0)
         for _ in range(steps):
@@ -91,4 +90,4 @@ def measure(toy: bool) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(__spec__, measure)
+    main(__spec__, measure, threads=1)

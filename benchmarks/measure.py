@@ -134,14 +134,14 @@ def describe(row: Row) -> str:
     return f"{row.claim:4} {row.what}: {values}{'' if row.is_steady() else '  (unsteady)'}"
 
 
-def main(spec: ModuleSpec | None, measure: Callable[[bool], list[Row]]) -> None:
-    """Run a benchmark as a command: print its rows and keep them in `results/NAME.json`."""
+def main(spec: ModuleSpec | None, measure: Callable[[bool], list[Row]], threads: int = THREADS) -> None:
+    """Run a benchmark as a command, with so many threads: print its rows and keep them in `results/NAME.json`."""
     assert spec is not None and measure.__doc__, "start it with python -m"
     parser = argparse.ArgumentParser(prog=f"python -m {spec.name}", description=measure.__doc__)
     parser.add_argument("--toy", action="store_true", help="tiny sizes, nothing kept: to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the json goes")
     arguments = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     before, began = os.getloadavg()[0], time.monotonic()
     rows = measure(arguments.toy)
     for row in rows:
@@ -153,7 +153,7 @@ def main(spec: ModuleSpec | None, measure: Callable[[bool], list[Row]]) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "seconds": round(time.monotonic() - began, 1),
         "machine": machine(),
-        "threads": THREADS,
+        "threads": threads,
         "load": [round(before, 2), round(os.getloadavg()[0], 2)],
         "versions": versions(),
         "rows": [asdict(row) for row in rows],

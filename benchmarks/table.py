@@ -50,6 +50,10 @@ def cells(row: Row) -> list[str]:
 
 def build_table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: the table, the notes of its rows, and where each comes from."""
+    machines = {json.dumps([result["machine"], result["versions"]]) for result in results.values()}
+    if len(machines) > 1:
+        raise ValueError("the results are of several machines or versions of packages: measure all of them again")
+    machine, packages = json.loads(machines.pop())
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     notes, sources = [], []
     for result in results.values():
@@ -58,22 +62,19 @@ def build_table(results: dict[str, dict[str, Any]]) -> str:
         notes += [f"- {row.claim}, {row.what}: {row.note}" for row in found if row.note]
         sources.append(
             f"| `{result['command']}` | {', '.join(dict.fromkeys(row.claim for row in found))} | {result['date']} | "
-            f"{result['seconds']:.0f} s | {result['load'][0]}, {result['load'][1]} |"
+            f"{result['threads']} | {result['seconds']:.0f} s | {result['load'][0]}, {result['load'][1]} |"
         )
-    first = next(iter(results.values()))
-    machine, packages = first["machine"], first["versions"]
     facts = ", ".join(f"{name} {number}" for name, number in packages.items())
     return "\n".join(
         [
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {first['threads']} threads; "
-            f"{facts}.",
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; {facts}.",
             "",
             *lines,
             "",
             *notes,
             "",
-            "| command | claims | date | took | load before, after |",
-            "|---|---|---|---|---|",
+            "| command | claims | date | threads | took | load before, after |",
+            "|---|---|---|---|---|---|",
             *sources,
         ]
     )

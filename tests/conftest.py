@@ -28,7 +28,9 @@ painted slowly cat dog runs through snow
 def one_thread_afterwards():
     """Two threads add in another order, and tests of equal bits that come later would fail in the place of this one."""
     yield
-    assert torch.get_num_threads() == 1
+    found = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert found == 1
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:

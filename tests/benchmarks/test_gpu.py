@@ -22,20 +22,11 @@ from wanloom.model.dit import CONFIGS
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """The file of a whole run."""
-    before, path = torch.get_num_threads(), tmp_path_factory.mktemp("gpu") / "toy.json"
+    path = tmp_path_factory.mktemp("gpu") / "toy.json"
     assert script.main(["--toy", "--out", str(path)]) == 0
-    torch.set_num_threads(before)
     return path
 
 

@@ -70,4 +70,3 @@ def test_every_row_is_measured():
     assert [row.unit for row in rows] == ["s", "samples", "samples", "s", "s"]
     assert all(row.claim == "E1" and min(row.ours) > 0 and min(row.theirs) > 0 for row in rows)
     assert "every gradient" in rows[-1].checked
-    assert torch.get_num_threads() == 1  # as it was
