@@ -28,6 +28,7 @@ from wanloom.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "av", "webdataset", "opencv-python-headless", "safetensors")
+PACKAGES += ("torchao", "triton")
 THREADS = 2
 ROUNDS = 7  # at least so often does each take its turn
 STEADY = 1.05  # the least of the first half of a peer's rounds over that of the second half, or the other way round

@@ -67,6 +67,7 @@ class Bench:
     def __init__(self, device: torch.device, toy: bool) -> None:
         self.device, self.toy = device, toy
         self.on_gpu = device.type == "cuda"
+        self.is_h200 = self.on_gpu and not toy and "H200" in torch.cuda.get_device_name(device)
         self.found: dict[str, Line] = {}
 
     def kernel(self, name: str) -> str:

@@ -30,6 +30,12 @@ def toy(tmp_path_factory):
     return path
 
 
+class H200(Bench):
+    def __init__(self, device, toy):
+        super().__init__(device, toy)
+        self.is_h200 = True
+
+
 def lines_in(path):
     return {
         line["name"]: Line(**line) for case in json.loads(path.read_text())["cases"].values() for line in case["lines"]
@@ -77,19 +83,50 @@ def test_a_case_that_fails_is_written_down_and_tried_again(tmp_path, monkeypatch
         raise RuntimeError("no such kernel\nmore")
 
     path, made = tmp_path / "x.json", []
-    good = Case("P0 good", 0, lambda: made.append(1) or [Line("P0 good", 2.0, "x", at_most=1.0)])
+    good = Case("P0 good", 0, lambda: made.append(1) or [Line("P0 good", 2.0, "x")])
     memory = Case("P0 memory", 0, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("16 GiB")))
     cases = [Case("P0 bad", 0, fail), good, memory]
     monkeypatch.setattr(script, "PHASES", {"P0": script.Phase(lambda bench: iter(cases), script.none)})
     words = ["--toy", "--out", str(path), "--phases", "P0"]
     assert script.main(words) == 1
     found = lines_in(path)
-    assert found["P0 bad"].problem == "RuntimeError: no such kernel" and found["P0 good"].passes() is False
+    assert found["P0 bad"].problem == "RuntimeError: no such kernel"
     assert found["P0 memory"].problem == "out of memory"
     cases[0] = Case("P0 bad", 0, lambda: [Line("P0 bad", 1.0, "x")])
     assert script.main(words) == 1, "memory does not grow"
     assert lines_in(path)["P0 bad"].value == 1 and made == [1]
     assert "no such kernel" in capsys.readouterr().err
+
+
+def test_a_mistake_in_the_script_stops_it_and_keeps_what_there_is(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    cases = [Case("P0 good", 0, lambda: [Line("P0 good", 2.0, "x")]), Case("P0 bad", 0, lambda: {}["none"])]
+    monkeypatch.setattr(script, "PHASES", {"P0": script.Phase(lambda bench: iter(cases), script.none)})
+    with pytest.raises(KeyError):
+        script.main(["--toy", "--out", str(path), "--phases", "P0"])
+    assert list(lines_in(path)) == ["P0 good"]
+
+
+@pytest.mark.parametrize("name", ["machine", "versions"])
+def test_a_file_of_another_machine_is_not_gone_on_with(toy, tmp_path, name):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(json.loads(toy.read_text()) | {name: {"gpu": "another"}}))
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match=f"with another {name}: choose another file"):
+        script.main(["--toy", "--out", str(path)])
+    assert path.read_bytes() == before
+
+
+def test_a_missed_bound_is_told_on_an_h200_alone(monkeypatch, capsys):
+    cases = [Case("P0 slow", 0, lambda: [Line("P0 slow", 2.0, "s", expect="1", at_most=1.0)])]
+    monkeypatch.setattr(script, "PHASES", {"P0": script.Phase(lambda bench: iter(cases), script.none)})
+    assert script.main(["--toy", "--phases", "P0"]) == 0
+    said = capsys.readouterr().out
+    assert "FAIL" not in said and "<= 1" not in said and "nothing is judged here" in said
+    monkeypatch.setattr(script, "Bench", H200)
+    assert script.main(["--toy", "--phases", "P0"]) == 0
+    said = capsys.readouterr().out
+    assert "FAIL" in said and "1 out of bounds" in said and "nothing is judged" not in said
 
 
 @pytest.mark.parametrize(
@@ -159,14 +196,11 @@ def test_padding_and_the_flops_of_a_frozen_model_by_hand():
     assert share == pytest.approx(0.84, abs=0.01)
 
 
-def test_the_plan_fits_the_time_of_the_device():
-    """20 minutes of an H200 without diffusers' VAE and torchao; the grids are what their names say."""
+def test_every_case_has_its_own_name_and_grids_are_what_their_names_say():
     bench = Bench(CPU, toy=False)
     bench.on_gpu = True
     cases = [case for phase in script.PHASES.values() for case in phase.cases(bench)]
     assert len({case.name for case in cases}) == len(cases)
-    assert sum(case.seconds for case in cases) <= 21 * 60
-    assert max(case.seconds for case in cases) < 2 * 60
     for tokens in models.GRIDS:
         assert models.size_of(bench, tokens) == tokens
 
