@@ -74,7 +74,7 @@ def step_row(width: str, blocks: int, target: float, toy: bool) -> Row:
     shape, lens = ((1, 4, 6), (5, 9)) if toy else (IMAGE, (CAPTION, NEGATIVE))
     samples = both_branches(draw_samples(ours.config, [shape] * 2, lens, torch.float32))
     ours_rest, theirs_rest = without_blocks(ours, theirs)
-    text_keys = ours.keep_text(samples.pack)
+    text_kv = ours.text_kv(samples.pack)
 
     def step(run):
         def call():
@@ -85,14 +85,14 @@ def step_row(width: str, blocks: int, target: float, toy: bool) -> Row:
         return call
 
     def sample(model):
-        return step(lambda: model(samples.pack, samples.sigma, text_keys=text_keys))
+        return step(lambda: model(samples.pack, samples.sigma, text_kv=text_kv))
 
     functions = {
         "diffusers": step(run_theirs(theirs, samples, backward=False)),
         "wanloom": sample(ours),
         "diffusers, outside": step(run_theirs(theirs_rest, samples, backward=False)),
         "wanloom, outside": sample(ours_rest),
-        "wanloom, text once": torch.no_grad()(lambda: ours.keep_text(samples.pack)),
+        "wanloom, text once": torch.no_grad()(lambda: ours.text_kv(samples.pack)),
     }
     difference = relative(functions["wanloom"](), functions["diffusers"]())
     assert difference <= 1e-4, difference  # guidance makes what differs up to 9 times larger

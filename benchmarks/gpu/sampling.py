@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.gpu.instruments import Bench, Case, Line, distance, kernel_facts, kernel_problem, left_out, ratio, taken
 from benchmarks.gpu.models import DiffusersModel, Input, build_model, config_of, draw_input, grid_of, has, parts_of
-from wanloom.model.dit import TextKeys, WanDiT
+from wanloom.model.dit import TextKV, WanDiT
 
 VELOCITY_BOUND = 5e-2  # of bf16 velocities against diffusers', which rounds more
 FORWARD_GATE = 0.55
@@ -62,8 +62,8 @@ def forward(bench: Bench) -> Sequence[Line]:
     lines = []
     for tokens in (390, 32760):
         both = draw_input(bench, config, [grid_of(bench, tokens)] * 2)
-        apart = keep_text(model, parts_of(both))
-        together = keep_text(model, [both])
+        apart = with_text_kv(model, parts_of(both))
+        together = with_text_kv(model, [both])
         off = distance(torch.cat(velocities(model, apart)), velocities(model, together)[0])
         problem = "" if off <= VELOCITY_BOUND else f"velocities differ by {off:.1%}"
         names = bench.kernels(partial(velocities, model, apart[:1]))
@@ -78,14 +78,14 @@ def forward(bench: Bench) -> Sequence[Line]:
     return lines
 
 
-def keep_text(model: WanDiT, packs: Sequence[Input]) -> list[tuple[Input, TextKeys]]:
+def with_text_kv(model: WanDiT, packs: Sequence[Input]) -> list[tuple[Input, TextKV]]:
     """Each with the keys and values of its text."""
-    return [(data, model.keep_text(data.pack)) for data in packs]
+    return [(data, model.text_kv(data.pack)) for data in packs]
 
 
-def velocities(model: nn.Module, packs: Sequence[tuple[Input, TextKeys]]) -> list[torch.Tensor]:
+def velocities(model: nn.Module, packs: Sequence[tuple[Input, TextKV]]) -> list[torch.Tensor]:
     """Pack by pack."""
-    return [model(data.pack, data.sigma, text_keys=text_keys) for data, text_keys in packs]
+    return [model(data.pack, data.sigma, text_kv=text_kv) for data, text_kv in packs]
 
 
 @torch.no_grad()

@@ -71,8 +71,8 @@ def make(folder: Path, case: Case, mesh: Mesh | None = None) -> Iterator[dict[st
 
     model = load_dit(folder, case.dtype, CPU, apply=apply, fill=params.fill).requires_grad_(False)
     config = GenerateConfig(solver="euler", steps=4, guidance=case.guidance)
-    for keep_text in (sampling.keep_text, lambda *_: None):
-        with patch.object(sampling, "keep_text", keep_text):
+    for build in (sampling.build_text_kv, lambda *_: None):
+        with patch.object(sampling, "build_text_kv", build):
             found = dict(generate(model, requests(), config, mesh=mesh))
         yield {str(i): latents.contiguous() for i, latents in found.items()}
 

@@ -122,17 +122,17 @@ def test_kept_text_gives_the_bits_of_text_read_anew(mode):
     pack = samples.pack
     unread = replace(pack, text=torch.full_like(pack.text, torch.nan))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
-        text_keys = model.keep_text(pack)
+        text_kv = model.text_kv(pack)
         for sigma in (samples.sigma, samples.sigma / 3):
-            assert torch.equal(model(unread, sigma, text_keys=text_keys), model(pack, sigma))
+            assert torch.equal(model(unread, sigma, text_kv=text_kv), model(pack, sigma))
     keys = sum(length + (length < 512) for length in pack.text_lens)
-    kept = sum(x.untyped_storage().nbytes() for each in text_keys.values() for x in each)
+    kept = sum(x.untyped_storage().nbytes() for each in text_kv.values() for x in each)
     assert kept == 2 * SMALL.num_layers * keys * SMALL.dim * (4 if mode == "fp32" else 2)
 
 
 def test_a_caption_longer_than_the_slots_is_an_error():
     samples = draw_samples(SMALL, [(1, 2, 2)], [513], seed=0)
-    for call in (lambda model: model(samples.pack, samples.sigma), lambda model: model.keep_text(samples.pack)):
+    for call in (lambda model: model(samples.pack, samples.sigma), lambda model: model.text_kv(samples.pack)):
         with pytest.raises(ValueError, match="513 text states"):
             call(build_model(SMALL))
 

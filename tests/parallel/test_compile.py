@@ -81,9 +81,9 @@ def test_compiled_blocks_with_kept_text_are_one_graph_and_equal_eager_ones(monke
     with torch.no_grad():
         for number in range(len(PACKS)):
             pack, sigma, _ = draw_pack(*PACKS[number], seed=number)
-            text_keys = model.keep_text(pack)
+            text_kv = model.text_kv(pack)
             for level in (sigma, sigma / 2):
-                found, expected = model(pack, level, text_keys=text_keys), plain(pack, level)
+                found, expected = model(pack, level, text_kv=text_kv), plain(pack, level)
                 assert (found - expected).norm() <= 1e-5 * expected.norm()
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]

@@ -132,7 +132,7 @@ def test_text_is_computed_once_a_pack_and_gives_the_same_bits(parts, monkeypatch
     for hook in hooks:
         hook.remove()
     assert [calls.count(module) for module in modules] == [2, 2, 2, 2, 8]
-    monkeypatch.setattr(sampling, "keep_text", lambda *_: None)
+    monkeypatch.setattr(sampling, "build_text_kv", lambda *_: None)
     anew = make(parts, requests, **settings)
     assert all(torch.equal(a, b) for a, b in zip(kept, anew, strict=True))
 

@@ -6,7 +6,7 @@ import torch
 from wanloom.model.dit import DiTConfig, WanDiT
 from wanloom.model.sequence import Grid, Pack, build_pack
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
-from wanloom.sample.guidance import build_branches, guided_velocity, keep_text
+from wanloom.sample.guidance import build_branches, build_text_kv, guided_velocity
 
 ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
 CONFIG = DiTConfig(
@@ -37,7 +37,7 @@ def tokens_of(grid: Grid, seed: int) -> torch.Tensor:
 
 
 def guided(model: WanDiT, branches: Pack, tokens: torch.Tensor, sigma: float, guidance: float) -> torch.Tensor:
-    return guided_velocity(model, branches, keep_text(model, branches, ALONE), tokens, sigma, guidance, ALONE)
+    return guided_velocity(model, branches, build_text_kv(model, branches, ALONE), tokens, sigma, guidance, ALONE)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])

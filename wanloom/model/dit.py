@@ -67,21 +67,21 @@ CONFIGS = {
 }
 
 
-class KeysValues(NamedTuple):
+class KV(NamedTuple):
     """Keys after QK-norm and values, `(S, heads, head_dim)` each, in the compute dtype."""
 
     k: Tensor
     v: Tensor
 
 
-TextKeys = dict[str, KeysValues]  # of a pack's text, by block
+TextKV = dict[str, KV]  # of a pack's text, by block
 
 
 class Conditions(NamedTuple):
     """What every block needs beside the residual stream."""
 
     modulation: Tensor  # (N, 6, dim) fp32, before the block's own table
-    context: Tensor | KeysValues  # (S, dim) projected text, compute dtype, or what the block makes of it
+    context: Tensor | KV  # (S, dim) projected text, compute dtype, or what the block makes of it
     context_bias: Tensor  # (S,) fp32, added to the logits of each text key
     context_lens: Tensor  # (N,) int64 on the CPU, as attention wants lengths
     rotation: Tensor  # (T, head_dim/2, 2) fp32, of queries and keys
@@ -157,7 +157,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: Tensor | KeysValues,
+        context: Tensor | KV,
         q_lens: Tensor,
         k_lens: Tensor,
         rotation: Tensor | None = None,
@@ -165,22 +165,22 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`x (T, dim)`, `context (S, dim)` -> `(T, dim)`; `rotation` is for queries and keys, `k_bias (S,)` per key.
 
-        The context may be given as its `keys_values`.
+        The context may be given as its `kv`.
         """
         q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim))
         if rotation is not None:
             q = apply_rope(q, rotation)
-        k, v = self.keys_values(context, rotation) if isinstance(context, Tensor) else context
+        k, v = self.kv(context, rotation) if isinstance(context, Tensor) else context
         out = self.attend(q.to(v.dtype), k, v, q_lens, k_lens, k_bias)
         return self.o(out.flatten(1))
 
-    def keys_values(self, context: Tensor, rotation: Tensor | None = None) -> KeysValues:
-        """Of `context (S, dim)`."""
+    def kv(self, context: Tensor, rotation: Tensor | None = None) -> KV:
+        """Keys and values of `context (S, dim)`."""
         k = self.norm_k(self.k(context)).unflatten(-1, (-1, self.head_dim))
         v = self.v(context).unflatten(-1, (-1, self.head_dim))
         if rotation is not None:
             k = apply_rope(k, rotation)
-        return KeysValues(k.to(v.dtype), v)
+        return KV(k.to(v.dtype), v)
 
 
 class Block(nn.Module):
@@ -208,9 +208,12 @@ class Block(nn.Module):
         y = modulate_norm(x, shift_ffn, scale_ffn, layout, self.eps).to(cond.dtype)
         return add_gated(x, self.ffn(y), gate_ffn, layout)
 
-    def text_keys(self, context: Tensor) -> KeysValues:
-        """What cross-attention makes of the projected text `(S, dim)`, whatever the noise level."""
-        return self.cross_attn.keys_values(context)
+    def text_kv(self, context: Tensor) -> KV:
+        """What cross-attention makes of the projected text `(S, dim)`, whatever the noise level.
+
+        A method of the block, because FSDP gathers a block's weights where one of its own methods is called.
+        """
+        return self.cross_attn.kv(context)
 
 
 class Head(nn.Module):
@@ -252,12 +255,12 @@ class WanDiT(nn.Module):
         self.has_head = True  # False where a pipeline has taken it away
 
     def forward(
-        self, pack: Pack, sigma: Tensor, stream: Stream | None = None, text_keys: TextKeys | None = None
+        self, pack: Pack, sigma: Tensor, stream: Stream | None = None, text_kv: TextKV | None = None
     ) -> Tensor | Stream:
         """Velocity `(T, C*4)` fp32 for the noisy tokens of `pack` at noise levels `sigma (N,)`, fp32 or fp64.
 
-        With `text_keys`, the model's own of this pack's text, the text is not read again. A later stage of a pipeline
-        is given the stream of the stage before it, and one without the head returns its own. Raises ValueError when a
+        With `text_kv`, as the method gives it for this pack, the text is not read again. A later stage of a pipeline is
+        given the stream of the stage before it, and one without the head returns its own. Raises ValueError when a
         caption has more states than the model has text slots.
         """
         if sigma.shape != (len(pack.video_lens),) or sigma.dtype not in (torch.float32, torch.float64):
@@ -265,7 +268,9 @@ class WanDiT(nn.Module):
         dtype = self.compute_dtype(pack.tokens.device.type)
         text = fold_text(pack.text_lens, self.config.text_slots)
         if stream is None:
-            context = self.embed_text(pack.text, text.rows, dtype) if text_keys is None else pack.text[:0]
+            context = pack.text.new_empty(0, self.config.dim, dtype=dtype)
+            if text_kv is None:
+                context = self.embed_text(pack.text, text.rows, dtype)
             stream = self.embed(pack, sigma, context, dtype)
         cond = Conditions(
             modulation=stream.modulation,
@@ -280,10 +285,10 @@ class WanDiT(nn.Module):
         )
         x = stream.x
         for name, block in self.blocks.items():
-            x = block(x, cond if text_keys is None else cond._replace(context=text_keys[name]))
+            x = block(x, cond if text_kv is None else cond._replace(context=text_kv[name]))
         return self.head(x, stream.e, cond.layout) if self.has_head else stream._replace(x=x)
 
-    def keep_text(self, pack: Pack) -> TextKeys:
+    def text_kv(self, pack: Pack) -> TextKV:
         """What the blocks make of the text of `pack`, to be given to `forward` as often as only the tokens change.
 
         Kept are 2 * dim values a block for each text key, as many keys as a sample has states and one for the unused
@@ -293,7 +298,7 @@ class WanDiT(nn.Module):
         """
         rows = fold_text(pack.text_lens, self.config.text_slots).rows
         context = self.embed_text(pack.text, rows, self.compute_dtype(pack.text.device.type))
-        return {name: block.text_keys(context) for name, block in self.blocks.items()}  # pyright: ignore[reportCallIssue]
+        return {name: block.text_kv(context) for name, block in self.blocks.items()}  # pyright: ignore[reportCallIssue]
 
     def embed_text(self, text: Tensor, rows: list[int], dtype: torch.dtype) -> Tensor:
         """Text states `(L, text_dim)` -> the projected text `(S, dim)` of `rows`, as `fold_text` names them."""

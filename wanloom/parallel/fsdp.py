@@ -28,9 +28,9 @@ def apply_fsdp(model: WanDiT, mesh: Mesh, bf16: bool) -> None:
     for block in model.blocks.values():
         kept = {p for name, p in block.named_parameters() if keeps_fp32(name)}
         fully_shard(block, mesh=mesh.fsdp_mesh, reshard_after_forward=True, mp_policy=half, ignored_params=kept)
-        register_fsdp_forward_method(block, "text_keys")  # sampling asks for them once, block by block
+        register_fsdp_forward_method(block, "text_kv")  # sampling asks for them once, block by block
     fully_shard(model, mesh=mesh.fsdp_mesh, reshard_after_forward=True, mp_policy=whole)
-    register_fsdp_forward_method(model, "keep_text")
+    register_fsdp_forward_method(model, "text_kv")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -21,7 +21,7 @@ from wanloom.model.dit import WanDiT
 from wanloom.model.sequence import grid_of, patchify, unpatchify
 from wanloom.objective.noise import draw_noise
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
-from wanloom.sample.guidance import build_branches, guided_velocity, keep_text
+from wanloom.sample.guidance import build_branches, build_text_kv, guided_velocity
 from wanloom.sample.solvers import Solver, SolverName, build_solver
 
 SPATIAL_STEP = 16  # pixels of one token, rows and columns: 8 in the VAE times 2 in the patch
@@ -129,11 +129,11 @@ def _integrate(
     if mesh.layout.data_ranks == 2:
         text, negatives = negatives if mesh.data_rank else text, []
     branches = build_branches(grids, text, negatives, requests[0].noise.shape[0]).to(mesh.device)
-    text_keys = keep_text(model, branches, mesh)
+    text_kv = build_text_kv(model, branches, mesh)
     noise = torch.cat([patchify(request.noise) for request in requests]).to(mesh.device)
 
     def velocity(tokens: Tensor, sigma: float) -> Tensor:
-        return guided_velocity(model, branches, text_keys, tokens, sigma, guidance, mesh)
+        return guided_velocity(model, branches, text_kv, tokens, sigma, guidance, mesh)
 
     def moved() -> None:
         if on_step is not None:

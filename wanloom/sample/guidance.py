@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wanloom.model.dit import TextKeys, WanDiT
+from wanloom.model.dit import TextKV, WanDiT
 from wanloom.model.sequence import PATCH, Grid, Pack, build_pack
 from wanloom.parallel.mesh import Mesh
 from wanloom.parallel.parts import Share, gather_parts, share_of
@@ -35,22 +35,22 @@ def share_at(branches: Pack, sigma: float, mesh: Mesh) -> Share:
     return share_of(branches, level, mesh)
 
 
-def keep_text(model: WanDiT, branches: Pack, mesh: Mesh) -> TextKeys:
+def build_text_kv(model: WanDiT, branches: Pack, mesh: Mesh) -> TextKV:
     """Keys and values of the text for every step: which text a process has follows from the lengths alone."""
-    return model.keep_text(share_at(branches, 1.0, mesh).pack)
+    return model.text_kv(share_at(branches, 1.0, mesh).pack)
 
 
 def guided_velocity(
-    model: WanDiT, branches: Pack, text_keys: TextKeys, tokens: Tensor, sigma: float, guidance: float, mesh: Mesh
+    model: WanDiT, branches: Pack, text_kv: TextKV | None, tokens: Tensor, sigma: float, guidance: float, mesh: Mesh
 ) -> Tensor:
     """Velocity `(T, C*4)` fp32 of the N samples `tokens (T, C*4)`, all at one noise level; the same on every process.
 
     `branches` is what this data rank predicts: all there is, or with two data ranks the prompts or the negatives;
-    `text_keys` is what `keep_text` gives for them.
+    `text_kv` is what `build_text_kv` gives for them; without it the text is read anew.
     """
     copies = len(branches.tokens) // len(tokens)
     share = share_at(replace(branches, tokens=tokens.repeat(copies, 1)), sigma, mesh)
-    part = model(share.pack, share.sigma, text_keys=text_keys)
+    part = model(share.pack, share.sigma, text_kv=text_kv)
     assert isinstance(part, Tensor)
     velocity = gather_parts(part, len(branches.tokens), mesh).flatten(0, 1)
     if len(velocity) == len(tokens):
