@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import Row, main
-from benchmarks.pair import FP32_NAMES, WIDTHS
+from benchmarks.pair import WIDTHS
+from benchmarks.peer import build_diffusers, cast_as_loaded
 from wanloom.model import attention, kernels
 from wanloom.model.dit import Conditions, DiTConfig, WanDiT, cast_weights
 from wanloom.model.modulation import build_layout
@@ -74,16 +74,8 @@ Build = Callable[[DiTConfig], Forward]
 
 def build_peer(config: DiTConfig) -> Forward:
     """diffusers' model with the dtypes that its own loading gives it."""
-    model = WanTransformer3DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.dim // config.num_heads,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-    )
-    for name, param in model.named_parameters():
-        param.data = param.data.to(torch.float32 if any(part in name for part in FP32_NAMES) else torch.bfloat16)
+    model = build_diffusers(config)
+    cast_as_loaded(model, torch.bfloat16)
 
     def forward(grid: tuple[int, int, int]) -> object:
         frames, rows, columns = grid

@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.c05_activations import TOY, attention_in_bf16, build_block, draw_conditions
 from benchmarks.measure import Row, main
-from benchmarks.pair import FP32_NAMES, WIDTHS
+from benchmarks.pair import WIDTHS
+from benchmarks.peer import cast_as_loaded
 from wanloom.model.dit import DiTConfig
 
 TOKENS = (128, 256)
@@ -61,8 +62,7 @@ def count_peer(shape: dict[str, int]) -> tuple[int, float]:
     dim, heads, found = shape["dim"], shape["num_heads"], []
     with FakeTensorMode():
         block = WanTransformerBlock(dim, shape["ffn_dim"], heads, "rms_norm_across_heads", True, 1e-6)
-        for name, param in block.named_parameters():
-            param.data = param.data.to(torch.float32 if any(part in name for part in FP32_NAMES) else torch.bfloat16)
+        cast_as_loaded(block, torch.bfloat16)
         for tokens in TOKENS:
             x = torch.empty(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True)
             text = torch.empty(1, 512, dim, dtype=torch.bfloat16, requires_grad=True)

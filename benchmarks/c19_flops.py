@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Row, main
+from benchmarks.peer import build_diffusers
 from wanloom.model.dit import CONFIGS, DiTConfig
 from wanloom.model.flops import forward_flops, train_flops
 
@@ -18,15 +19,8 @@ MAXDIFFUSION_720P = 19_573e12
 
 def counted_forward(config: DiTConfig, latents: tuple[int, int, int]) -> int:
     """What torch counts in one forward pass of diffusers' model on latents of (frames, height, width)."""
-    from diffusers import WanTransformer3DModel
-
     with torch.device("meta"):
-        model = WanTransformer3DModel(
-            num_attention_heads=config.num_heads,
-            attention_head_dim=config.dim // config.num_heads,
-            ffn_dim=config.ffn_dim,
-            num_layers=config.num_layers,
-        )
+        model = build_diffusers(config)
         inputs = torch.empty(1, config.in_channels, *latents), torch.empty(1), torch.empty(1, 512, config.text_dim)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*inputs)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import THREADS, Row, main, take_turns
 from benchmarks.pair import relative
+from benchmarks.peer import build_diffusers
 from benchmarks.tiny_task import (
     ALONE,
     BUDGET,
@@ -80,15 +81,8 @@ class Point(NamedTuple):
 
 def build_theirs(ours: WanDiT) -> WanTransformer3DModel:
     """With the weights of ours."""
-    theirs = WanTransformer3DModel(
-        num_attention_heads=CONFIG.num_heads,
-        attention_head_dim=CONFIG.dim // CONFIG.num_heads,
-        text_dim=CONFIG.text_dim,
-        freq_dim=CONFIG.freq_dim,
-        ffn_dim=CONFIG.ffn_dim,
-        num_layers=CONFIG.num_layers,
-    )
-    theirs.load_state_dict({name: t.clone() for name, t in state_dict_as(ours.state_dict(), "diffusers").items()})
+    theirs = build_diffusers(CONFIG)
+    theirs.load_state_dict(state_dict_as(ours.state_dict(), "diffusers"))
     return theirs
 
 

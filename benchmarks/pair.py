@@ -16,6 +16,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from benchmarks.peer import build_diffusers, cast_as_loaded
 from wanloom.model.dit import DiTConfig, WanDiT, cast_weights
 from wanloom.model.sequence import Pack, build_pack, grid_of, patchify
 from wanloom.model.weights import state_dict_as
@@ -33,7 +34,6 @@ WIDTHS = {  # of one block of the published models
 # 1.4e-2: what it adds is nearly the same for all keys of a query, which the softmax does not see, so its gradient is a
 # sum that nearly cancels.
 BOUNDS = {torch.float32: (1e-5, 2e-5), torch.bfloat16: (1e-2, 1e-1)}
-FP32_NAMES = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")  # _keep_in_fp32_modules, of parameters
 Shape = tuple[int, int, int]
 
 
@@ -60,18 +60,10 @@ def build_pair(width: str, blocks: int, dtype: torch.dtype = torch.float32) -> t
                 param.normal_(float("norm" in name and name.endswith("weight")), 0.1, generator=generator)
             else:
                 param.normal_(0, 0.5 if "modulation" in name else param.shape[-1] ** -0.5, generator=generator)
-    theirs = WanTransformer3DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.dim // config.num_heads,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=blocks,
-    )
-    theirs.load_state_dict({key: value.clone() for key, value in state_dict_as(ours.state_dict(), "diffusers").items()})
+    theirs = build_diffusers(config)
+    theirs.load_state_dict(state_dict_as(ours.state_dict(), "diffusers"))
     cast_weights(ours, dtype)
-    for name, param in theirs.named_parameters():
-        param.data = param.data.to(torch.float32 if any(part in name for part in FP32_NAMES) else dtype)
+    cast_as_loaded(theirs, dtype)
     return ours, theirs
 
 

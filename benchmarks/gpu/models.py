@@ -168,19 +168,15 @@ class DiffusersModel(nn.Module):
 
     def __init__(self, bench: Bench, weights: WanDiT, recompute: bool) -> None:
         super().__init__()
-        from diffusers import WanTransformer3DModel
-
-        from wanloom.model.published import config_json
+        from benchmarks.peer import build_diffusers, cast_as_loaded
         from wanloom.model.weights import rename, state_dict_as
 
         self.slots = weights.config.text_slots
         with torch.device(bench.device):
-            self.model: Any = WanTransformer3DModel.from_config(config_json(weights.config, "diffusers"))
+            self.model = build_diffusers(weights.config)
         self.model.load_state_dict(state_dict_as(weights.state_dict(), "diffusers"), strict=True)
         self.names = {name: f"model.{rename(name, 'diffusers')}" for name, _ in weights.named_parameters()}
-        for name, param in self.model.named_parameters():
-            if not any(part in name for part in self.model._keep_in_fp32_modules):
-                param.data = param.data.bfloat16()
+        cast_as_loaded(self.model, torch.bfloat16)
         if recompute:
             self.model.enable_gradient_checkpointing()
             self.model.train()
