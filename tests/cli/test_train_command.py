@@ -25,7 +25,8 @@ from wanloom.model.flops import forward_flops
 from wanloom.model.weights import state_dict_as
 from wanloom.objective.noise import draw_noise, draw_uniform
 from wanloom.train.checkpoint import load_weights
-from wanloom.train.metrics import find_peak, read_metrics
+from wanloom.train.metrics import read_metrics
+from wanloom.train.peaks import find_peak
 from wanloom.train.saved import find_checkpoint, list_checkpoints, read_state
 
 TIMES = {"seconds", "tokens_per_second", "model_tflops_per_gpu", "peak_memory_gib"}
@@ -187,7 +188,7 @@ def wait_for(what, process: subprocess.Popen) -> None:
 def test_mfu_is_the_published_convention_over_the_peak_of_the_gpu(tmp_path, monkeypatch, capsys):
     """The model's FLOPs by hand, on a CPU that says it is an H200; fp32 and a GPU of another name have none."""
     gpu = torch.device("cuda")
-    monkeypatch.setattr("wanloom.train.metrics.find_peak", lambda device, bf16: find_peak(gpu, bf16))
+    monkeypatch.setattr("wanloom.train.peaks.find_peak", lambda device, bf16: find_peak(gpu, bf16))
     settings = ["train.steps=1", "log.every=1", "--mock=5x48x32"]  # four samples of 2 x 3 x 2 tokens
     for name, precision, device in (("a", "bf16", "NVIDIA H200"), ("b", "fp32", "NVIDIA H200"), ("c", "bf16", "X")):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, device=device: device)

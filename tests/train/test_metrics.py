@@ -5,13 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wanloom.config import UserError
-from wanloom.train import metrics as metrics_module
-from wanloom.train.metrics import Metrics, Peak, ProgressLine, find_peak, format_seconds, read_metrics
+from wanloom.train.metrics import Metrics, ProgressLine, format_seconds, read_metrics
 
 
 def record(step: int, loss: float) -> dict[str, float]:
@@ -79,19 +77,6 @@ def test_the_speed_is_shown_where_it_can_be_compared():
         progress.show(record(30, 0.25) | {"model_tflops_per_gpu": 0.01})
     first, second = out.getvalue().splitlines()
     assert "1,234 tokens/s  326 TFLOP/s per GPU, MFU 32.9%  " in first and "TFLOP" not in second
-
-
-def test_the_peak_is_that_of_all_gpus_or_none(monkeypatch):
-    gpu, ranks = torch.device("cuda"), []
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
-    monkeypatch.setattr(metrics_module, "gather", lambda name: [name, *ranks])
-    assert find_peak(gpu, bf16=True) == Peak(756, ())
-    ranks[:] = ["NVIDIA H200", "NVIDIA H200"]
-    assert find_peak(gpu, bf16=True) == Peak((756 + 2 * 989) / 3, ())
-    ranks[:] = ["NVIDIA X1", "NVIDIA H200", "NVIDIA X2", "NVIDIA X1"]
-    assert find_peak(gpu, bf16=True) == Peak(None, ("NVIDIA X1", "NVIDIA X2"))
-    ranks[:] = [None]
-    assert find_peak(gpu, bf16=False) == find_peak(torch.device("cpu"), bf16=True) == Peak(None, ())
 
 
 def test_the_time_left_is_at_the_speed_of_now_and_not_of_a_slow_start(monkeypatch):

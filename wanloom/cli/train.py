@@ -86,7 +86,8 @@ def start(run: "Run", run_dir: Path) -> int | None:
     from wanloom.recipes.run import dump_run, model_config
     from wanloom.train.checkpoint import Checkpointer
     from wanloom.train.loop import Settings, Trainer
-    from wanloom.train.metrics import Metrics, ProgressLine, find_peak
+    from wanloom.train.metrics import Metrics, ProgressLine
+    from wanloom.train.peaks import find_peak
     from wanloom.train.step import Objective, build_batch
 
     with together():

@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -26,9 +25,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from wanloom.config import Config, UserError
-from wanloom.dist import gather
 from wanloom.files import write_atomic
-from wanloom.model.flops import peak_tflops
 
 FILE = "metrics.jsonl"
 Record = Mapping[str, float]
@@ -188,19 +185,3 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-
-
-class Peak(NamedTuple):
-    """What MFU is measured against."""
-
-    tflops: float | None  # dense bf16, of a GPU of the run (the mean over them); None where there is none to tell
-    unknown: tuple[str, ...]  # GPUs whose peak is not known
-
-
-def find_peak(device: torch.device, bf16: bool) -> Peak:
-    """The peak of the GPUs of all ranks, each of which asks. fp32 runs and CPUs have none."""
-    names = gather(torch.cuda.get_device_name(device) if device.type == "cuda" and bf16 else None)
-    peaks = [peak_tflops(name) for name in names if name is not None]
-    known = [peak for peak in peaks if peak is not None]
-    unknown = tuple(dict.fromkeys(name for name in names if name is not None and peak_tflops(name) is None))
-    return Peak(sum(known) / len(known) if len(known) == len(names) else None, unknown)
