@@ -53,7 +53,7 @@ from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
 from wanloom.model.sequence import unpatchify
 from wanloom.model.weights import state_dict_as
-from wanloom.train.pieces import one_thread
+from wanloom.threads import one_thread
 from wanloom.train.step import Batch, forward_backward
 
 TRAIN: dict[Size, int] = {(17, 64, 64): 160, (9, 96, 64): 96, (1, 64, 64): 96}  # whole batches of each size

@@ -11,9 +11,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
 from wanloom.config import UserError
 from wanloom.model.dit import DiTConfig
+from wanloom.threads import one_thread
 from wanloom.train import checkpoint as module
 from wanloom.train.checkpoint import CheckpointConfig, Checkpointer, load_tensors, load_weights
-from wanloom.train.pieces import CHUNK, one_thread
+from wanloom.train.pieces import CHUNK
 from wanloom.train.saved import find_checkpoint, list_checkpoints, read_state
 
 CONFIG = DiTConfig(dim=8, ffn_dim=8, num_heads=1, num_layers=1)

@@ -3,8 +3,7 @@
 import argparse
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,19 +171,6 @@ def load_encoders(pipeline: Path, device: str) -> "Encoders":
     return Encoders(vae.encode_batch, lambda caption, most: text.encode([caption], most)[0], text.count_tokens)
 
 
-@contextmanager
-def one_thread(device: str) -> Iterator[None]:
-    """On a CPU a model rounds otherwise with another number of threads: with one, any number of processes agrees."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if device == "cpu" else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def check_alike(identity: dict[str, str]) -> None:
     """Raise UserError unless all ranks would encode with the same weights on the same kind of device."""
     from wanloom.dist import gather
@@ -205,6 +191,7 @@ def run(arguments: argparse.Namespace) -> int:
     from wanloom.assets import find_pipeline
     from wanloom.data.prepare import check_folders, prepare
     from wanloom.dist import pick_device, rank, together
+    from wanloom.threads import one_thread
 
     with together():
         check_folders(arguments.input, arguments.out)  # before a large model is fetched
@@ -215,8 +202,9 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, quiet=rank() != 0)
     started = time.monotonic()
     stop = StopSignal("the samples under way")
+    threads = one_thread() if device == "cpu" else nullcontext()  # the bytes of any number of processes are equal
     try:
-        with stop, Bar(console, stop) as bar, one_thread(device):
+        with stop, Bar(console, stop) as bar, threads:
             done = prepare(
                 arguments.input,
                 arguments.out,

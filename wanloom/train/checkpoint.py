@@ -30,7 +30,8 @@ from wanloom.dist import gather, rank, together, world_size
 from wanloom.files import write_atomic
 from wanloom.model.dit import DiTConfig
 from wanloom.parallel.params import local
-from wanloom.train.pieces import Box, Stored, one_thread, share, write_pieces
+from wanloom.threads import one_thread
+from wanloom.train.pieces import Box, Stored, share, write_pieces
 from wanloom.train.saved import FOLDER, damaged, find_damage, list_checkpoints, read_state
 
 PARTIAL = ".partial"

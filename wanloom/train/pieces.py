@@ -12,7 +12,6 @@ import struct
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -36,6 +35,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from wanloom.dist import gather, rank
 from wanloom.parallel.params import box_of, local
+from wanloom.threads import one_thread
 
 SUFFIX = ".safetensors"
 # where torch.distributed.checkpoint looks for the places of pieces
@@ -96,21 +96,6 @@ def share(boxes: Mapping[str, Box], group: dist.ProcessGroup | None) -> list[str
     if wrong:
         raise ValueError(f"the pieces of {len(wrong)} tensors do not make them up, such as {wrong[0]}")
     return mine
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Copies on the CPU by the calling thread alone.
-
-    Memory bounds a copy, so more threads gain little; but they meet after every tensor, and where the system runs two
-    of them on one core each meeting takes a turn of its scheduler: 4 ms a tensor were measured, eight times the copy.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def write_pieces(
