@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from benchmarks.gpu.instruments import (
@@ -21,7 +20,6 @@ from benchmarks.gpu.instruments import (
     Case,
     Line,
     difference_problem,
-    kernel_facts,
     kernel_problem,
     left_out,
     rate,
@@ -32,7 +30,6 @@ from benchmarks.gpu.models import (
     build_model,
     config_of,
     draw_input,
-    forward_backward,
     grid_of,
     has,
     measure_step,
@@ -131,18 +128,11 @@ def climb(bench: Bench, shape: Shape, row: str, name: str) -> Sequence[Line]:
     config = config_of(bench, shape.model, shape.layers)
     model, wanted = build(bench, shape, row)
     data = draw_input(bench, config, [grid_of(bench, shape.tokens)])
-
-    def step() -> torch.Tensor:
-        model.zero_grad(set_to_none=True)
-        return forward_backward(bench, model, data)
-
-    found = measure_step(bench, model, step)
-    seconds, names = found.pop("seconds"), found.pop("kernels")
+    found, seconds, names = measure_step(bench, model, [data])
     problems = [kernel_problem(names, wanted)] if wanted is not None else []
     others = [bench.found[other] for other in (name_of(shape, r) for r in ROWS) if other in bench.found]
     if plain := next((other for other in others if other.value), None):  # row A, or the first that ran
         problems.append(difference_problem(found, plain.facts))
-    found |= {"by": type(model).__name__, **kernel_facts(names)}
     flops = train_flops(config, size_of(bench, shape.tokens))
     return [
         rate(
@@ -151,7 +141,7 @@ def climb(bench: Bench, shape: Shape, row: str, name: str) -> Sequence[Line]:
             seconds,
             expect=f"{EXPECT[shape][row]}",
             at_least=GATES.get((shape, row)) if name == name_of(shape, row) else None,
-            facts=found,
+            facts=found | {"by": type(model).__name__},
             problem=", ".join(filter(None, problems)),
             note="wanloom's own model, eager: diffusers is not here" if row == "A" and wanted else "",
         )
@@ -187,15 +177,8 @@ def fp8(bench: Bench, shape: Shape) -> Sequence[Line]:
     recipe = replace(Float8LinearConfig.from_recipe_name("rowwise"), pad_inner_dim=True)  # 8190 is no multiple of 16
     convert_to_float8_training(model.blocks, config=recipe)
     apply_compile(model, bench.compile, bench.device)
-
-    def step() -> torch.Tensor:
-        model.zero_grad(set_to_none=True)
-        return forward_backward(bench, model, data)
-
-    found = measure_step(bench, model, step)
-    seconds, names = found.pop("seconds"), found.pop("kernels")
-    flops = train_flops(config, size_of(bench, shape.tokens))
-    return [rate(name, flops, seconds, facts=found | {**kernel_facts(names)})]
+    found, seconds, _ = measure_step(bench, model, [data])
+    return [rate(name, train_flops(config, size_of(bench, shape.tokens)), seconds, facts=found)]
 
 
 def again_cases(bench: Bench) -> Iterator[Case]:

@@ -7,6 +7,7 @@ are drawn so that activations keep their size, the head too, which starts at zer
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from benchmarks.gpu.instruments import Bench
+from benchmarks.gpu.instruments import Bench, kernel_facts
 from wanloom.model.dit import CONFIGS, DiTConfig, WanDiT, cast_weights
 from wanloom.model.sequence import Grid, Pack, build_pack, patchify, unpatchify
 from wanloom.parallel.apply import apply_layout
@@ -112,17 +113,21 @@ def parts_of(whole: Input) -> list[Input]:
     return out
 
 
-def forward_backward(bench: Bench, model: nn.Module, data: Input, total: int | None = None) -> Tensor:
-    """Add the gradients of the squared error, divided by `total` elements; returns that loss.
+def forward_backward(bench: Bench, model: nn.Module, packs: Sequence[Input]) -> Tensor:
+    """Leave the gradients of the mean squared error over all packs, one after the other; returns that error.
 
     fp32 weights run under autocast, as in training; bf16 weights as they are.
     """
+    model.zero_grad(set_to_none=True)
     bf16_weights = any(p.dtype == torch.bfloat16 for p in model.parameters())
-    with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=not bf16_weights):
-        velocity = model(data.pack, data.sigma)
-    loss = F.mse_loss(velocity, data.target, reduction="sum") / (total or data.target.numel())
-    loss.backward()
-    return loss.detach()
+    total, losses = sum(data.target.numel() for data in packs), []
+    for data in packs:
+        with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=not bf16_weights):
+            velocity = model(data.pack, data.sigma)
+        loss = F.mse_loss(velocity, data.target, reduction="sum") / total
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
 
 
 def gradient_facts(model: nn.Module) -> dict[str, Any]:
@@ -141,18 +146,19 @@ def gradient_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def measure_step(
-    bench: Bench, model: nn.Module, step: Callable[[], Tensor], timed: Callable[[], Tensor] | None = None
-) -> dict[str, Any]:
-    """Loss, gradient norm, kernels, seconds and peak memory of a step that clears the gradients itself.
+    bench: Bench, model: nn.Module, packs: Sequence[Input], update: Callable[[], object] = lambda: None
+) -> tuple[dict[str, Any], list[float], list[str]]:
+    """Facts (loss, gradient norm, kernels, peak memory), seconds and all kernels of a pass forward and backward.
 
-    The first call compiles and gives loss and norm, the second is profiled: two of the three warm-up calls. What is
-    timed may do more than that.
+    The first call compiles and gives loss and norm, the second is profiled: two of the three warm-up calls. `update`
+    is timed with the pass.
     """
-    facts = {"loss": step().item()} | gradient_facts(model)
-    facts["kernels"] = bench.kernels(step)
+    run = partial(forward_backward, bench, model, packs)
+    facts = {"loss": run().item()} | gradient_facts(model)
+    names = bench.kernels(run)
     bench.reset_peak()
-    seconds = bench.time(timed or step, warm_up=1)
-    return facts | {"seconds": seconds, "gib": bench.peak_gib()}
+    seconds = bench.time(lambda: (run(), update()), warm_up=1)
+    return facts | {"gib": bench.peak_gib(), **kernel_facts(names)}, seconds, names
 
 
 def has(package: str) -> bool:

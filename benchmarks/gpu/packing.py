@@ -31,9 +31,8 @@ from benchmarks.gpu.models import (
     build_model,
     config_of,
     draw_input,
-    forward_backward,
-    gradient_facts,
     grid_of,
+    measure_step,
     parts_of,
     size_of,
 )
@@ -122,22 +121,14 @@ def timed(bench: Bench, name: str, model: WanDiT, packs: Sequence[Input], plain:
 
     Self-attention must run by `kernel`, if one is said.
     """
-    total = sum(data.target.numel() for data in packs)
-
-    def step() -> Tensor:
-        model.zero_grad(set_to_none=True)
-        return torch.stack([forward_backward(bench, model, data, total) for data in packs]).sum()
-
-    facts: dict[str, Any] = {"tokens": sum(len(data.target) for data in packs), "loss": step().item()}
-    facts |= gradient_facts(model)
+    facts, seconds, names = measure_step(bench, model, packs)
+    facts["tokens"] = sum(len(data.target) for data in packs)
     problems = []
     if (found := bench.found.get(plain)) and found.value:
         problems.append(difference_problem(facts, found.facts))
     if kernel:
-        problems.append(kernel_problem(bench.kernels(step), {bench.kernel(kernel), bench.kernel("efficient")}))
-    bench.reset_peak()
-    seconds = bench.time(step, warm_up=1 if kernel else 2)
-    return taken(name, seconds, facts=facts | {"gib": bench.peak_gib()}, problem=", ".join(filter(None, problems)))
+        problems.append(kernel_problem(names, {bench.kernel(kernel), bench.kernel("efficient")}))
+    return taken(name, seconds, facts=facts, problem=", ".join(filter(None, problems)))
 
 
 def measure(bench: Bench, mix: str, way: str) -> Sequence[Line]:

@@ -12,15 +12,13 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from benchmarks.gpu.instruments import Bench, Case, Line, difference_problem, kernel_facts, kernel_problem, taken
+from benchmarks.gpu.instruments import Bench, Case, Line, difference_problem, kernel_problem, taken
 from benchmarks.gpu.models import (
     Input,
     build_model,
     config_of,
     draw_input,
-    forward_backward,
     grid_of,
     measure_step,
 )
@@ -75,20 +73,9 @@ def train(bench: Bench, name: str, model: WanDiT, data: Input, expect: str, at_m
     """Seconds and memory of a step."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = AdamW(trained.items(), OptimizerConfig(lr=LR))
-
-    def gradients() -> Tensor:
-        model.zero_grad(set_to_none=True)
-        return forward_backward(bench, model, data)
-
-    def step() -> Tensor:
-        loss = gradients()
-        optimizer.step(LR)
-        return loss
-
-    found = measure_step(bench, model, gradients, timed=step)
-    seconds, names = found.pop("seconds"), found.pop("kernels")
+    found, seconds, names = measure_step(bench, model, [data], partial(optimizer.step, LR))
     flops = needed_flops(model.config, sum(data.pack.video_lens), len(trained) < len(list(model.parameters())))
-    found |= {"model_tflops": flops / statistics.median(seconds) / 1e12, **kernel_facts(names)}
+    found["model_tflops"] = flops / statistics.median(seconds) / 1e12
     problems = [kernel_problem(names, {bench.kernel("cudnn"), bench.kernel("efficient")})]
     problems += [] if math.isfinite(found["loss"]) else ["the loss is not finite"]
     lines = [taken(name, seconds, expect=expect, at_most=at_most, facts=found)]

@@ -150,7 +150,7 @@ def facts_of(bench, **changes):
     config = models.config_of(bench, "14b")
     model = models.build_model(bench, config, "flash", **changes)
     data = models.draw_input(bench, config, [models.grid_of(bench, 37440)])
-    loss = models.forward_backward(bench, model, data).item()
+    loss = models.forward_backward(bench, model, [data]).item()
     return {"loss": loss} | models.gradient_facts(model)
 
 
