@@ -184,6 +184,8 @@ def test_a_member_that_is_none_is_a_value_error(entry: object) -> None:
         data = len(header).to_bytes(8, "little") + header + bytes(8)
         with pytest.raises(ValueError):
             view_tensors(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        with pytest.raises(UserError, match=r"x\.tar is damaged: (a safetensors header|.*char|.*codec)"):
+            scan(tar_member("a.safetensors", data) + END)
     with pytest.raises(ValueError, match="longer"):
         view_tensors(torch.full((20,), 255, dtype=torch.uint8))
     with pytest.raises(ValueError, match="longer"):

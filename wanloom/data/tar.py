@@ -9,21 +9,18 @@ can run code: latents are safetensors, and a pickled member is refused. Format: 
 import hashlib
 import io
 import json
-import math
-import struct
 import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from wanloom.config import UserError
+from wanloom.tensors import Entry, header_length, parse_header
 
 END = bytes(2 * tarfile.BLOCKSIZE)
 TENSORS = ("latents", "text")  # of a sample
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PICKLED = {"pth", "pt", "pickle", "pkl", "pyd", "ckpt"}
 
 
@@ -35,7 +32,7 @@ class Pair(NamedTuple):
     stop: int
     offset: int  # byte at which the safetensors data begins
     size: int
-    shapes: dict[str, tuple[int, ...]]  # of the tensors in the safetensors member
+    shapes: dict[str, tuple[int, ...]]  # of those of `TENSORS` that the safetensors member has
     record: dict[str, Any]  # the json member
 
 
@@ -85,7 +82,7 @@ def scan_tar(file: BinaryIO, name: str) -> Iterator[Pair]:
                     start = min(record[1], tensors[1])
                     yield Pair(key, start, stop, tensors[2], tensors[3], tensors[4], record[2])
                     record = tensors = None
-    except (tarfile.TarError, ValueError, struct.error, EOFError) as error:
+    except (tarfile.TarError, ValueError, EOFError) as error:
         raise UserError(f"{name} is damaged: {error}. Restore the file or prepare the folder again.") from error
     left = record or tensors
     if left:
@@ -94,15 +91,13 @@ def scan_tar(file: BinaryIO, name: str) -> Iterator[Pair]:
 
 
 def read_shapes(file: BinaryIO, offset: int, size: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a safetensors member, from its header alone. Raises ValueError when it is none."""
+    """Shapes of latents and text of a safetensors member, from its header alone. Raises ValueError when it is none."""
     here = file.tell()
     file.seek(offset)
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > size - 8:
-        raise ValueError("a safetensors header is longer than its member")
-    header = json.loads(file.read(length))
+    length = header_length(file.read(8), size)
+    entries = parse_header(file.read(length), size - 8 - length, TENSORS)
     file.seek(here)
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return {name: entry.shape for name, entry in entries.items()}
 
 
 def view_tensors(data: Tensor) -> dict[str, Tensor]:
@@ -110,30 +105,16 @@ def view_tensors(data: Tensor) -> dict[str, Tensor]:
 
     Raises ValueError when it is none.
     """
-    length = int.from_bytes(data[:8].numpy().tobytes(), "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise ValueError("its header is longer than itself")
-    try:
-        header = json.loads(data[8 : 8 + length].numpy().tobytes())
-    except RecursionError as error:
-        raise ValueError("its header is nested too deeply") from error
-    if not isinstance(header, dict):
-        raise ValueError("its header is no table")
-    return {name: _view(data[8 + length :], header[name]) for name in TENSORS if name in header}
+    start = 8 + header_length(data[:8].numpy().tobytes(), len(data))
+    entries = parse_header(data[8:start].numpy().tobytes(), len(data) - start, TENSORS)
+    return {name: _view(data[start:], entry) for name, entry in entries.items()}
 
 
-def _view(values: Tensor, entry: Any) -> Tensor:
-    try:
-        dtype, shape, (begin, end) = FLOATS[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"its header has {entry}") from error
-    if not whole or end > len(values) or math.prod(shape) * dtype.itemsize != end - begin:
-        raise ValueError(f"its header has {entry}")
-    part = values[begin:end]
-    if part.storage_offset() % dtype.itemsize:  # some writers do not pad their header
+def _view(values: Tensor, entry: Entry) -> Tensor:
+    part = values[entry.begin : entry.end]
+    if part.storage_offset() % entry.dtype.itemsize:  # some writers do not pad their header
         part = part.clone()
-    return part.view(dtype).view(shape)
+    return part.view(entry.dtype).view(entry.shape)
 
 
 def _read_json(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> dict[str, Any]:

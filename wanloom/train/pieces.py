@@ -35,12 +35,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from wanloom.dist import gather, rank
 from wanloom.parallel.params import box_of, local
+from wanloom.tensors import DTYPE_NAMES
 from wanloom.threads import one_thread
 
 SUFFIX = ".safetensors"
 # where torch.distributed.checkpoint looks for the places of pieces
 CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY = "DCP_SHARDING_INFO", "saved_offsets"
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 CHUNK = 2**24  # bytes
 
 
@@ -121,7 +121,7 @@ def _write_file(path: Path, pieces: Mapping[str, Tensor], boxes: Mapping[str, Bo
     end = 0
     for name, piece in pieces.items():
         begin, end = end, end + piece.nbytes
-        header[name] = {"dtype": DTYPES[piece.dtype], "shape": tuple(piece.shape), "data_offsets": (begin, end)}
+        header[name] = {"dtype": DTYPE_NAMES[piece.dtype], "shape": tuple(piece.shape), "data_offsets": (begin, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     crc = told = 0
