@@ -31,6 +31,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "numpy", "av", "webdataset", "
 PACKAGES += ("torchao", "triton")
 THREADS = 2
 ROUNDS = 7  # at least so often does each take its turn
+PATIENCE = 40.0  # seconds after which an unsteady peer is measured no longer
 STEADY = 1.05  # the least of the first half of a peer's rounds over that of the second half, or the other way round
 
 
@@ -82,14 +83,17 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds of every call by name, in turns: A B A B. The peer comes first.
 
-    Goes on to three times the rounds while the peer's least differs between the halves.
+    Goes on while the peer's least differs between the halves, to three times the rounds or until patience ends.
     """
     for _ in range(warm_up):
         for function in functions.values():
             function()
     taken: dict[str, list[float]] = {name: [] for name in functions}
     first = taken[next(iter(functions))]
-    while len(first) < rounds or (len(first) < 3 * rounds and not Row("", "", "s", first).is_steady()):
+    end = time.perf_counter() + PATIENCE
+    while len(first) < rounds or (
+        len(first) < 3 * rounds and time.perf_counter() < end and not Row("", "", "s", first).is_steady()
+    ):
         for name, function in functions.items():
             began = time.perf_counter()
             function()

@@ -33,7 +33,10 @@ def test_turns_are_taken(monkeypatch):
     assert min(taken["b"]) >= 0.01 > min(taken["a"])
     now = iter(range(1000))  # a clock by which every later call is slower
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(now) ** 2)
+    monkeypatch.setattr(measure, "PATIENCE", 1e9)
     assert len(take_turns({"a": lambda: None}, rounds=4)["a"]) == 12
+    monkeypatch.setattr(measure, "PATIENCE", 0.0)
+    assert len(take_turns({"a": lambda: None}, rounds=4)["a"]) == 4
 
 
 def test_a_result_is_kept_and_a_toy_is_not(tmp_path, monkeypatch, capsys):
