@@ -2,7 +2,7 @@
 
 FLOPs are exact, of the 14B, forward and backward: the expected batch of 4 samples of a mix, both sides with 512 text
 keys. Seconds are those of one batch of each mix on wanloom's own model on both sides: the 14B with everything that its
-FLOPs grow with, width, tokens and text, divided by 16, so that attention and products have the shares they have there;
+FLOPs grow with, width, tokens and text, divided by 10, so that attention and products have the shares they have there;
 one block, eager, fp32, forward and backward. The padded side attends to its padding, which is the fastest way to pad
 and gives other values; with the padding masked, velocity at the real tokens and every gradient are compared with those
 of the pack before. The target is 90% of the ratio of the FLOPs of this very batch, text keys as either side has them.
@@ -29,8 +29,8 @@ BATCHES = {  # one that stands for the mix
     "D": (6240, 14040, 20280, 28080),
     "F": (IMAGE, CLIP_240P, IMAGE, CLIP_480P),
 }
-SCALE, TOY_SCALE = 16, 130
-NARROW = DiTConfig(dim=320, ffn_dim=864, num_heads=5, num_layers=1, text_dim=256, text_slots=32)
+SCALE, TOY_SCALE = 10, 130
+NARROW = DiTConfig(dim=512, ffn_dim=1382, num_heads=4, num_layers=1, text_dim=410, text_slots=51)
 TOY = DiTConfig(dim=32, ffn_dim=80, num_heads=2, num_layers=1, text_dim=16, freq_dim=16, text_slots=4)
 
 

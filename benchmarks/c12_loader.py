@@ -6,7 +6,7 @@ then DFM's checks run (no NaN, no infinity, none over 1000). A file each is torc
 wanloom's is its Loader with its order and packing, in steps of 8 samples that are let go where a trainer would have
 made its inputs of them, in the loader's thread; the peers let each sample go when the next one comes. One thread for
 each, as in a worker of PyTorch's DataLoader: with two, the checks take WebDataset many times as long.
-Timed is a pass over all samples, from the system's cache, divided by their number. wanloom checks the sha256 of a
+Timed are four passes over all samples, from the system's cache, divided by their number. wanloom checks the sha256 of a
 sample the first time that a process reads it, the peers have none: the rows with the targets are of the passes after
 the first, two more are of the first. Checked: every tensor of every sample is equal. C13 counts the bytes of the tars.
 """
@@ -32,7 +32,14 @@ T = TypeVar("T")
 
 SLOTS = 226  # of DFM's text states
 PER_STEP = 8
+EPOCHS = 4  # of a pass: a run of training reads on and on, so making the loader should not count
 SHARD = "train/shard-000000.tar"
+AGAIN = (
+    "a third of what torch.load takes is about what the system needs to hand over the bytes in memory that is new for "
+    "each sample; the rest is the plan of a step, the index and the hand-over between threads. Training takes up to "
+    "100 samples a second"
+)
+FIRST = "wanloom alone checks what it reads; training takes up to 100 samples a second"
 
 
 def measure(toy: bool) -> list[Row]:
@@ -45,17 +52,18 @@ def measure(toy: bool) -> list[Row]:
         _check(folder, dataset, number)
         taken = take_turns(
             {
-                "WebDataset": lambda: _count(_read_tar(folder / "dfm.tar"), number),
-                "torch.load": lambda: _count(_read_files(folder / "files"), number),
-                "wanloom": lambda: _count(_steps(dataset, number, _let_go), number),
+                "WebDataset": lambda: [_count(_read_tar(folder / "dfm.tar"), number) for _ in range(EPOCHS)],
+                "torch.load": lambda: [_count(_read_files(folder / "files"), number) for _ in range(EPOCHS)],
+                "wanloom": lambda: _count(_steps(dataset, EPOCHS * number, _let_go), EPOCHS * number),
                 "copy": lambda: _copy(folder / "wanloom" / SHARD, number),
                 "wanloom first": lambda: _count(_steps(Dataset.open(folder / "wanloom"), number, _let_go), number),
             }
         )
         sizes = [(folder / path).stat().st_size / number for path in (f"wanloom/{SHARD}", "dfm.tar")]
-    each = {name: [value / number for value in values] for name, values in taken.items()}
+    read = {name: number * (EPOCHS if name in ("WebDataset", "torch.load", "wanloom") else 1) for name in taken}
+    each = {name: [value / read[name] for value in values] for name, values in taken.items()}
     what = f"one of {number} cached samples, latents {latents}, {text[0]} text states"
-    limit = f"copying {sizes[0] / 1e6:.2f} MB out of the system's cache: {min(taken['copy']) / number * 1e3:.3f} ms"
+    limit = f"copying {sizes[0] / 1e6:.2f} MB out of the system's cache: {min(each['copy']) * 1e3:.3f} ms"
     rows = [
         Row(
             "C12",
@@ -67,9 +75,7 @@ def measure(toy: bool) -> list[Row]:
             target=target if ours == "wanloom" else None,
             limit=limit if ours == "wanloom" else "the sha256 of its bytes: about 0.8 ms",
             checked="every tensor of every sample is equal",
-            note=""
-            if ours == "wanloom"
-            else "wanloom alone checks what it reads; training takes up to 100 samples a second",
+            note=AGAIN if ours == "wanloom" and peer == "torch.load" else FIRST if ours != "wanloom" else "",
             facts={"samples a second": round(1 / min(each[ours]))},
         )
         for ours, when in (("wanloom", "read again"), ("wanloom first", "read first, with its sha256"))

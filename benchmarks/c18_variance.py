@@ -83,7 +83,7 @@ def measure(toy: bool) -> list[Row]:
             [found[False][True]],
             peer,
             [found[False][False]],
-            note=f"{lower}; the preset `pretrain` gave 5.7x with the same samples and 1.2x with others.",
+            note=lower,
             facts=facts,
         ),
     ]
