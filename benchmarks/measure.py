@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -128,13 +129,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe(row: Row) -> str:
-    """A row as a line."""
+def describe(row: Row, judge: bool = True) -> str:
+    """A row as a line, with what its target says unless that is of another size."""
     values = f"wanloom {statistics.median(row.ours):.4g} {row.unit}".rstrip()
     if row.theirs:
         values = f"{row.peer} {statistics.median(row.theirs):.4g} {row.unit}, {values}"
         values += f"  {row.ratio():.3f}x (median {row.ratio(statistics.median):.3f}x)"
-    if row.target is not None:
+    if judge and row.target is not None:
         values += f"  target {'<=' if row.at_most else '>='} {row.target:g} {'met' if row.is_met() else 'MISSED'}"
     return f"{row.claim:4} {row.what}: {values}{'' if row.is_steady() else '  (unsteady)'}"
 
@@ -146,12 +147,20 @@ def main(spec: ModuleSpec | None, measure: Callable[[bool], list[Row]], threads:
     parser.add_argument("--toy", action="store_true", help="tiny sizes, nothing kept: to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the json goes")
     arguments = parser.parse_args()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {arguments.out} cannot be a folder: {error.strerror}")
     torch.set_num_threads(threads)
     before, began = os.getloadavg()[0], time.monotonic()
-    rows = measure(arguments.toy)
+    try:
+        rows = measure(arguments.toy)
+    except KeyboardInterrupt:
+        sys.exit("\nStopped; nothing is kept.")
     for row in rows:
-        print(describe(row), flush=True)
+        print(describe(row, judge=not arguments.toy), flush=True)
     if arguments.toy:
+        print("tiny sizes, whatever the lines say: nothing is judged and nothing kept")
         return
     facts = {
         "command": f"python -m {spec.name}",
@@ -163,5 +172,4 @@ def main(spec: ModuleSpec | None, measure: Callable[[bool], list[Row]], threads:
         "versions": versions(),
         "rows": [asdict(row) for row in rows],
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
     write_atomic(arguments.out / f"{spec.name.split('.')[-1]}.json", (json.dumps(facts, indent=1) + "\n").encode())

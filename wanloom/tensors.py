@@ -50,7 +50,7 @@ def parse_header(data: bytes, size: int, names: Iterable[str]) -> dict[str, Entr
 def _parse_entry(found: Any, size: int) -> Entry:
     try:
         dtype, shape, (begin, end) = DTYPES[found["dtype"]], tuple(found["shape"]), found["data_offsets"]
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        whole = all(isinstance(n, int) and 0 <= n < 2**63 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"a safetensors header has {found}") from error
     if not whole or end > size or math.prod(shape) * dtype.itemsize != end - begin:

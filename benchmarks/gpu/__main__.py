@@ -76,11 +76,16 @@ class Results:
         self.cases: dict[str, Any] = {}
         self.facts = {"command": f"python -m benchmarks.gpu{' --toy' * bench.toy}", "machine": machine()}
         self.facts |= {"versions": versions(), "device": device_facts()}
+        if path and path.is_dir():
+            sys.exit(f"{path} is a folder: name a file with --out.")
         if path and path.is_file():
-            kept = json.loads(path.read_text())
+            try:
+                kept = json.loads(path.read_text())
+                self.cases = dict(kept["cases"])
+            except (ValueError, TypeError, KeyError) as error:
+                sys.exit(f"{path} is damaged or of another kind ({error}): delete it or choose another with --out.")
             if other := [name for name, fact in self.facts.items() if kept.get(name) != fact]:
                 sys.exit(f"{path} was measured with another {', '.join(other)}: choose another file with --out.")
-            self.cases = kept["cases"]
         for case in self.cases.values():
             bench.found |= {line["name"]: Line(**line) for line in case["lines"]}
 

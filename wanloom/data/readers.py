@@ -9,7 +9,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import Generic, TypeVar
 
 J = TypeVar("J")
@@ -17,23 +17,30 @@ R = TypeVar("R")
 
 
 class _Lane(Generic[J, R]):
-    """One job on its thread. An empty list in `results` is the end."""
+    """One job on its thread. An empty list in `results` is the end; `error` is what ended it before."""
 
     def __init__(self, job: J, work: Callable[[J], Iterator[R]], stop: threading.Event) -> None:
         self.job = job
         self.work = work
         self.stop = stop
         self.results: queue.Queue[list[R]] = queue.Queue(maxsize=1)
-        self.future: Future[None] | None = None
+        self.error: BaseException | None = None
+        # Python does not wait for daemons: a generator that is neither read nor closed would hold up its end for ever
+        threading.Thread(target=self.run, name="decode", daemon=True).start()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        self.error = error  # the reader meets it at the end
+        return True
 
     def run(self) -> None:
-        try:
+        with self:
             for result in self.work(self.job):
                 self._put([result])
                 if self.stop.is_set():
                     return
-        finally:  # an error stays in the future, and the reader meets it at the end
-            self._put([])
+        self._put([])
 
     def _put(self, result: list[R]) -> None:
         while not self.stop.is_set():
@@ -51,22 +58,16 @@ def read_ahead(jobs: Iterable[J], work: Callable[[J], Iterator[R]], workers: int
     stop = threading.Event()
     waiting = iter(jobs)
     lanes: deque[_Lane[J, R]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
         while True:
             while len(lanes) < workers and (job := next(waiting, None)) is not None:
-                lane = _Lane(job, work, stop)
-                lane.future = pool.submit(lane.run)
-                lanes.append(lane)
+                lanes.append(_Lane(job, work, stop))
             if not lanes:
                 return
             result = lanes[0].results.get()
             if result:
                 yield lanes[0].job, result[0]
-            else:
-                future = lanes.popleft().future
-                assert future is not None
-                future.result()
+            elif (error := lanes.popleft().error) is not None:
+                raise error
     finally:
         stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
