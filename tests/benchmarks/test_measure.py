@@ -4,6 +4,9 @@ import json
 import time
 from importlib.machinery import ModuleSpec
 
+import pytest
+
+from benchmarks import __main__ as together
 from benchmarks import measure, table
 from benchmarks.measure import Row, describe, main, take_turns
 
@@ -56,3 +59,25 @@ def test_a_result_is_kept_and_a_toy_is_not(tmp_path, monkeypatch, capsys):
     assert result["command"] == "python -m benchmarks.c00_thing"
     page = table.build_table(table.read_results(tmp_path))
     assert "| C0 | a thing | p | 2.5 s | 1 s | 2.50x | at least 2x: met | 3x |" in page and "- C0, a thing: why" in page
+
+
+def test_mistakes_are_told_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    def rows(toy: bool) -> list[Row]:
+        """Nothing of use."""
+        raise AssertionError("measured")
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["x", "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit):
+        main(ModuleSpec("benchmarks.c00_thing", None), rows)
+    monkeypatch.setattr("sys.argv", ["x", "--tpy"])
+    with pytest.raises(SystemExit):
+        together.main()
+    assert "cannot be a folder" in (errors := capsys.readouterr().err) and "--tpy" in errors
+
+
+def test_no_table_is_made_where_one_failed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x"])
+    monkeypatch.setattr(together, "NAMES", ["c00_thing"])  # there is none
+    monkeypatch.setattr(table, "main", lambda: pytest.fail("a table of old numbers"))
+    assert together.main() == 1 and "c00_thing" in capsys.readouterr().out
