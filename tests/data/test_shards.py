@@ -266,6 +266,23 @@ def test_a_shard_cut_while_it_is_in_use_is_an_error_and_not_a_dead_process(tmp_p
         dataset.read(rows[2])
 
 
+class Halves(io.FileIO):
+    """A file whose reads give half of what is asked for."""
+
+    def readinto(self, buffer) -> int:
+        return super().readinto(buffer[: (len(buffer) + 1) // 2])
+
+
+def test_a_read_that_gives_less_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "open", lambda path, mode, buffering: Halves(path, mode), raising=False)
+    dataset = Dataset.open(write_folder(tmp_path))
+    rows = dataset.rows("train")
+    assert all(torch.equal(dataset.read(rows[i]).latents, draw(i)[0]) for i in range(5))
+    os.truncate(tmp_path / rows[0].shard, rows[0].offset + 100)
+    with pytest.raises(UserError, match=r"damaged \(100 of \d+ bytes\)"):
+        dataset.read(rows[0])
+
+
 def rewrite_index(folder: Path, column: str, values: list, kind: pa.DataType | None = None) -> None:
     """Put other values in a column of the index."""
     table = pq.read_table(folder / INDEX)

@@ -5,7 +5,7 @@ Out: `Index` (what planning and packing need, without touching a shard) and `Sam
 decision: the index holds byte ranges, so a sample is one read at a known place and never a scan. It is a read and no
 memory map: a file that is cut while it is mapped kills the process without a word. The tensors are views of the bytes
 that were read. A sample is checked against its sha256 when a process reads it first, which takes ten times as long as
-reading it; what comes over a network is checked every time. A folder without an index is scanned once.
+reading it; what fsspec fetches from elsewhere is checked every time. A folder without an index is scanned once.
 """
 
 import hashlib
@@ -181,8 +181,10 @@ class Dataset:
             if self.is_local:
                 with open(f"{self.root}/{row.shard}", "rb", buffering=0) as file:
                     file.seek(row.offset)
-                    data = torch.empty(row.size, dtype=torch.uint8)
-                    return data[: file.readinto(data.numpy().data)]
+                    data, filled = torch.empty(row.size, dtype=torch.uint8), 0
+                    while more := file.readinto(data.numpy().data[filled:]):  # one read may give less than there is
+                        filled += more
+                    return data[:filled]
             found = self.fs.cat_file(f"{self.root}/{row.shard}", start=row.offset, end=row.offset + row.size)
             return torch.frombuffer(bytearray(found), dtype=torch.uint8)
         except (OSError, ValueError) as error:
