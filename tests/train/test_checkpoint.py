@@ -2,6 +2,7 @@
 
 import json
 import resource
+import threading
 import zlib
 
 import pytest
@@ -13,9 +14,10 @@ from wanloom.config import UserError
 from wanloom.model.dit import DiTConfig
 from wanloom.threads import one_thread
 from wanloom.train import checkpoint as module
+from wanloom.train import saved
 from wanloom.train.checkpoint import CheckpointConfig, Checkpointer, load_tensors, load_weights
 from wanloom.train.pieces import CHUNK
-from wanloom.train.saved import find_checkpoint, list_checkpoints, read_state
+from wanloom.train.saved import find_checkpoint, find_damage, list_checkpoints, read_state
 
 CONFIG = DiTConfig(dim=8, ffn_dim=8, num_heads=1, num_layers=1)
 
@@ -159,6 +161,29 @@ def test_damage_is_named_and_the_last_whole_one_is_offered(tmp_path, damage):
     damage_flip(tmp_path / "checkpoints" / "step_0000001")
     with pytest.raises(UserError, match="no older whole checkpoint"):
         load_tensors(newest, build_tensors())
+
+
+def test_files_are_read_beside_each_other_and_the_first_damaged_one_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FILE_BYTES", 100)
+    save_steps(tmp_path, [1])
+    folder = find_checkpoint(tmp_path)
+    files, both, checksum = sorted(folder.glob("*.safetensors")), threading.Barrier(2), saved._checksum
+
+    def meet(path) -> int:
+        both.wait(timeout=20)
+        return checksum(path)
+
+    monkeypatch.setattr(saved, "_checksum", meet)
+    assert len(files) == 6 and find_damage(folder) is None
+    monkeypatch.setattr(saved, "_checksum", checksum)
+    files[4].unlink()
+    for place in (3, 1):
+        data = bytearray(files[place].read_bytes())
+        data[-1] ^= 1
+        files[place].write_bytes(data)
+        assert find_damage(folder) == f"the content of {files[place].name} has changed"
+    assert find_damage(folder, 4, 6) == f"{files[4].name} is missing" and find_damage(folder, 0, 2) is not None
+    assert find_damage(folder, 2, 6) is None
 
 
 ODD_STATES = {
