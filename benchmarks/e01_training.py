@@ -4,12 +4,13 @@ The peer is a plain loop over diffusers' WanTransformer3DModel, as trainers of W
 diffusion-pipe): buckets of one size, a step is 16 samples of one bucket, captions padded with zeros to 512 states, a
 noise level for each sample drawn by itself, the mean of the weighted squared error. Wanloom is the code of `wanloom
 train`: 16 samples of any size in packs, stratified noise levels. Both are fp32 and eager, with the same initial
-weights, fused AdamW and its settings, learning rate, warm-up, weighting and clipping; each has the number of threads
-that is fastest for it. They train in turns of 25 steps.
+weights, fused AdamW and its settings, learning rate, warm-up, weighting, clipping and number of threads. They train in
+turns of 25 steps.
 
 The held-out loss is that of `wanloom train`, for both computed by one function in one model that the weights are copied
 to. Wanloom minimises its mean over tokens, as it reports it; a loop over buckets minimises the mean over samples, where
-an image counts as much as a clip. Both means are rows; seconds are those to the mean over samples, the peer's.
+an image counts as much as a clip. Both means are rows; seconds are those to the mean over samples, the peer's. Each of
+these rows is the mean over the seeds.
 
 Timed are the steps. Preparing the data, held-out losses and building models are outside. The peer has all latents and
 padded captions in memory; wanloom reads shards in its loader's thread, inside.
@@ -20,17 +21,18 @@ sample after the other with gradient accumulation, or together where sizes agree
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from benchmarks.measure import THREADS, Row, main, take_turns
+from benchmarks.measure import Row, main, take_turns
 from benchmarks.pair import relative
 from benchmarks.peer import build_diffusers
 from benchmarks.tiny_task import (
@@ -53,7 +55,6 @@ from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
 from wanloom.model.sequence import unpatchify
 from wanloom.model.weights import state_dict_as
-from wanloom.threads import one_thread
 from wanloom.train.step import Batch, forward_backward
 
 TRAIN: dict[Size, int] = {(17, 64, 64): 160, (9, 96, 64): 96, (1, 64, 64): 96}  # whole batches of each size
@@ -194,18 +195,7 @@ class Judge:
         return by_tokens, sum(count * loss for _, count, loss in found) / samples
 
 
-def fastest_threads(step: Callable[[], object]) -> int:
-    """With how many threads a step takes least."""
-
-    def step_with(threads: int) -> None:
-        torch.set_num_threads(threads)
-        step()
-
-    taken = take_turns({str(n): lambda n=n: step_with(n) for n in range(1, THREADS + 1)}, 3)
-    return int(min(taken, key=lambda name: min(taken[name])))
-
-
-def train_both(data: Dataset, seed: int, threads: tuple[int, int], turns: int, turn: int) -> list[list[Point]]:
+def train_both(data: Dataset, seed: int, turns: int, turn: int) -> list[list[Point]]:
     """The curves of wanloom and of the peer, from step 0."""
     judge = Judge(data)
     with closing(OwnRun(data, seed)) as ours:
@@ -213,13 +203,11 @@ def train_both(data: Dataset, seed: int, threads: tuple[int, int], turns: int, t
         curves = [[Point(0.0, 0, *judge.losses(run))] for run in (ours, theirs)]
         assert curves[0] == curves[1]
         for _ in range(turns):
-            for run, curve, number in zip((ours, theirs), curves, threads, strict=True):
-                torch.set_num_threads(number)
+            for run, curve in zip((ours, theirs), curves, strict=True):
                 began = time.perf_counter()
                 for _ in range(turn):
                     run.step()
                 seconds = curve[-1].seconds + time.perf_counter() - began
-                torch.set_num_threads(1)
                 curve.append(Point(seconds, run.steps * SAMPLES, *judge.losses(run)))
     return curves
 
@@ -247,18 +235,16 @@ def group_samples(batch: Batch, together: bool) -> list[list[Tensor]]:
     return [[torch.stack(parts) for parts in zip(*group, strict=True)] for group in groups.values()]
 
 
-def compare_steps(ours: OwnRun, threads: tuple[int, int], rounds: int) -> tuple[dict[str, list[float]], str]:
+def compare_steps(ours: OwnRun, rounds: int) -> tuple[dict[str, list[float]], str]:
     """Seconds of forward and backward on one step's samples, and how equal the gradients were."""
     batch, model, theirs = ours.next_batch(), ours.model, build_theirs(ours.model)
     groups = {"one by one": group_samples(batch, False), "size by size": group_samples(batch, True)}
 
     def run_ours() -> None:
-        torch.set_num_threads(threads[0])
         model.zero_grad()
         forward_backward(model, ALONE, batch, FLOW, False)
 
     def run_theirs(name: str) -> None:
-        torch.set_num_threads(threads[1])
         theirs.zero_grad()
         for group in groups[name]:
             noisy, target, sigma, text = group
@@ -280,7 +266,7 @@ def compare_steps(ours: OwnRun, threads: tuple[int, int], rounds: int) -> tuple[
 
 
 def rows_of_curves(curves: Sequence[list[list[Point]]], facts: dict[str, object], flops: float) -> list[Row]:
-    """Seconds and samples of every seed to the highest of all the last losses; `curves` by seed and side."""
+    """Seconds and samples to the highest of all the last losses, means over seeds; `curves` by seed and side."""
     out = []
     for which, unit in (("by_samples", "s"), ("by_samples", "samples"), ("by_tokens", "samples")):
         loss = max(min(getattr(point, which) for point in curve) for pair in curves for curve in pair)
@@ -293,12 +279,12 @@ def rows_of_curves(curves: Sequence[list[list[Point]]], facts: dict[str, object]
                 "E1",
                 f"{'seconds' if seconds else 'samples'} to a held-out loss of {loss:.3f}, mean over {which[3:]}",
                 unit,
-                values[0],
+                [fmean(values[0])],
                 "diffusers, size buckets",
-                values[1],
+                [fmean(values[1])],
                 target=None if seconds else 1.0,
                 limit=f"{flops:.1f}x FLOPs" if seconds else "",
-                note=f"By seed: {ratios}. {PADDING if seconds else SEED}",
+                note=f"The mean of {len(curves)} seeds, whose ratios are {ratios}. {PADDING if seconds else SEED}",
                 facts=facts,
             )
         )
@@ -317,15 +303,13 @@ def measure(toy: bool) -> list[Row]:
     """Seconds and samples to the same held-out loss; seconds of a step with the same samples."""
     train, val = (TOY, dict.fromkeys(TOY, 2)) if toy else (TRAIN, VAL)
     seeds, turns, turn, rounds = (1, 2, 2, 1) if toy else (SEEDS, TURNS, TURN, 7)
-    with tempfile.TemporaryDirectory() as folder, one_thread():
+    with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder), train, val)
         with closing(OwnRun(data, seed=seeds)) as ours:
-            theirs = BucketRun(data, build_theirs(ours.model), seed=seeds)
-            threads = (1, 1) if toy else (fastest_threads(ours.step), fastest_threads(theirs.step))
-            steps, checked = compare_steps(ours, threads, rounds)
-        curves = [train_both(data, seed, threads, turns, turn) for seed in range(seeds)]
+            steps, checked = compare_steps(ours, rounds)
+        curves = [train_both(data, seed, turns, turn) for seed in range(seeds)]
         flops = flops_ratio(data)
-    facts = {"curves": curves, "threads": threads, "turn": turn}
+    facts = {"curves": curves, "turn": turn}
     out = rows_of_curves(curves, facts, flops)
     what = f"forward and backward of the same {SAMPLES} samples"
     for name in ("one by one", "size by size"):

@@ -65,6 +65,14 @@ def test_a_loss_is_reached_on_a_straight_line():
         reach(curve, "by_tokens", 0.5)
 
 
+def test_a_row_of_the_curves_is_the_mean_of_the_seeds():
+    """To a loss of 3, that of the worst: after 2 s and 4 s, and after 4 s and 8 s."""
+    fast, slow, slower = ([Point(0.0, 0, 9.0, 9.0), Point(s, int(16 * s), 3.0, 3.0)] for s in (2.0, 4.0, 8.0))
+    seconds, *samples = e01_training.rows_of_curves([[fast, slow], [slow, slower]], {}, 1.0)
+    assert (list(seconds.ours), list(seconds.theirs)) == ([3.0], [6.0]) and "2.00, 2.00" in seconds.note
+    assert all((list(row.ours), list(row.theirs)) == ([48.0], [96.0]) for row in samples)
+
+
 def test_every_row_is_measured():
     rows = e01_training.measure(toy=True)
     assert [row.unit for row in rows] == ["s", "samples", "samples", "s", "s"]
