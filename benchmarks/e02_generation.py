@@ -1,8 +1,9 @@
 """E2: seconds for a generated video or image, prompt to frames, against diffusers' WanPipeline.
 
 Both have the tiny pipeline with the same weights, prompt, negative prompt, noise, solver (UniPC, shift 5), number of
-steps and guidance, in fp32. The latents are found equal to 1e-3 first. The timed region is all of it: text encoding,
-steps, VAE decoding. Four images at once are one pack for wanloom and a batch for WanPipeline.
+steps and guidance, in fp32. First the latents are found equal to 1e-3, and the pictures to 1 of 255 levels, as rounding
+to levels may fall to the other side. The timed region is all of it: text encoding, steps, VAE decoding. Four images at
+once are one pack for wanloom and a batch for WanPipeline.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ PROMPT = "A red circle moves to the left across a dark background."
 NEGATIVE = "a cat in snow"
 GUIDANCE, SHIFT = 5.0, 5.0
 BOUND = 1e-3
+LEVELS = 1.0
 Size = tuple[int, int, int]  # frames, height, width
 
 
@@ -73,9 +75,12 @@ def compare(what: str, size: Size, count: int, steps: int, rounds: int) -> Row:
     for got, want in zip(ours(False), theirs(False), strict=True):
         off = max(off, ((got - want).abs().max() / want.abs().max()).item())
     assert off < BOUND, off
+    pictures = torch.stack(ours(True)).float()
+    levels = (pictures - (torch.from_numpy(theirs(True)) * 255).round()).abs().max().item()
+    assert levels <= LEVELS, levels
     taken = take_turns({"WanPipeline": lambda: theirs(True), "wanloom": lambda: ours(True)}, rounds)
     each = {name: [seconds / count for seconds in values] for name, values in taken.items()}
-    checked = f"latents within {off:.1e}"
+    checked = f"latents within {off:.1e}, pictures within {levels:g} of 255 levels"
     return Row("E2", what, "s", each["wanloom"], "WanPipeline", each["WanPipeline"], checked=checked)
 
 

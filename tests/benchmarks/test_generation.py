@@ -1,11 +1,12 @@
-"""E2 runs, and finds the latents equal before it measures."""
+"""E2 runs, and finds latents and pictures equal before it measures."""
 
 import pytest
 
 from benchmarks import e02_generation
+from wanloom.codecs.vae import VaeCodec
 
 
-def test_it_runs_and_compares_equal_latents(monkeypatch):
+def test_it_runs_and_compares_equal_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = e02_generation.measure(toy=True)
     assert row.claim == "E2" and min(row.ours) > 0 and "within" in row.checked
     monkeypatch.setattr(e02_generation, "NEGATIVE", "something else")  # of one side, as both read it when they are made
@@ -17,4 +18,11 @@ def test_it_runs_and_compares_equal_latents(monkeypatch):
 
     monkeypatch.setattr(e02_generation, "build_theirs", other)
     with pytest.raises(AssertionError):
+        e02_generation.measure(toy=True)
+
+
+def test_pictures_two_levels_off_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = VaeCodec.decode
+    monkeypatch.setattr(VaeCodec, "decode", lambda self, latents: decode(self, latents) ^ 2)
+    with pytest.raises(AssertionError, match=r"^2\.0"):
         e02_generation.measure(toy=True)
