@@ -1,9 +1,11 @@
 """C9: how long ranks wait for each other: the cost of the costliest rank over the mean, in FLOPs of the 14B, simulated.
 
 The peer is a random bucket for each rank: every rank takes one sample of a size drawn by the shares of the mix, all
-wait for the longest, as trainers with buckets by shape do. Wanloom deals a step of 16 samples for each rank to packs
-of 65,520 tokens, and all wait for the costliest pack of every round. Costs are exact; steps are drawn with fixed seeds,
-and the value is the cost of all steps over their mean. Nothing is timed, and no gradient depends on it.
+wait for the longest, as trainers with buckets by shape do. One that accumulates 16 samples on each rank before it waits
+evens them out: its value is in the row's note. Wanloom deals a step of 16 samples for each rank to packs of 65,520
+tokens, and all wait for the costliest pack of every round. Costs are exact; steps are drawn with fixed seeds. Every
+value is a ratio of sums: what is waited for in all steps over what equal ranks would take. Nothing is timed, and no
+gradient depends on it.
 """
 
 from functools import partial
@@ -21,13 +23,14 @@ cost_of = partial(train_flops, CONFIGS["wan2.1-t2v-14b"])
 
 def packed_balance(mix: str, ranks: int, budget: int, steps: int) -> float:
     """Max over mean of packs."""
-    found = []
+    found, weights = [], []
     for seed in range(steps):
         tokens = draw(mix, PER_RANK * ranks, seed)
         cost = [float(cost_of(count)) for count in tokens]
         packs = pack_samples(tokens, budget, cost, ranks)
         found.append(max_over_mean([sum(cost[i] for i in pack) for pack in packs], ranks))
-    return fmean(found)
+        weights.append(sum(cost))
+    return fmean(found, weights)  # a ratio of sums, as that of the peer
 
 
 def bucket_balance(mix: str, ranks: int, each: int, steps: int) -> float:
@@ -41,7 +44,14 @@ def bucket_balance(mix: str, ranks: int, each: int, steps: int) -> float:
 
 
 def row_of(mix: str, ranks: int, budget: int, steps: int) -> Row:
-    alone = mix == "F" and budget == CLIP_480P
+    note = (
+        f"{bucket_balance(mix, ranks, PER_RANK, steps):.2f} where random buckets accumulate {PER_RANK} samples a rank."
+    )
+    if mix == "F" and budget == CLIP_480P:
+        note += (
+            " A 480p clip fills such a pack alone, and what fits beside it in its round cannot cost as much: attention "
+            "makes the same tokens in shorter clips cheaper. Twice the tokens for a pack are enough."
+        )
     packs = ", packs of one 480p clip" if budget == CLIP_480P else ""
     return Row(
         "C9",
@@ -53,11 +63,7 @@ def row_of(mix: str, ranks: int, budget: int, steps: int) -> Row:
         1.05,
         at_most=True,
         limit="1.0",
-        note="A 480p clip fills such a pack alone, and what fits beside it in its round cannot cost as much: attention "
-        "makes the same tokens in shorter clips cheaper. Twice the tokens for a pack are enough."
-        if alone
-        else "",
-        facts={"16 samples at random before they wait": bucket_balance(mix, ranks, PER_RANK, steps)},
+        note=note,
     )
 
 

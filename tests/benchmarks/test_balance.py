@@ -16,4 +16,6 @@ def test_ranks_wait_at_most_a_twentieth(mix, ranks):
 def test_the_rows_are_those_of_the_claim():
     rows = measure(toy=True)
     assert len(rows) == 10 and all(row.claim == "C9" and row.ours[0] >= 1 for row in rows)
-    assert [bool(row.note) for row in rows] == [False] * 8 + [True] * 2
+    assert ["fills such a pack alone" in row.note for row in rows] == [False] * 8 + [True] * 2
+    for row in rows:  # who waits after 16 samples waits less, and more than wanloom
+        assert row.ours[0] < float(row.note.split()[0]) < row.theirs[0]
