@@ -122,6 +122,18 @@ def test_damage_is_named(tmp_path: Path) -> None:
         Dataset.open(folder)
 
 
+def test_a_file_that_is_written_to_is_checked_again(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    dataset = Dataset.open(folder)
+    row = dataset.rows("train")[1]
+    dataset.read(row)
+    with (folder / row.shard).open("r+b") as file:  # in place, the size stays
+        file.seek(row.offset + row.size - 4)
+        file.write(b"\0\0\0\1")
+    with pytest.raises(UserError, match="its bytes changed"):
+        dataset.read(row)
+
+
 def test_a_sample_is_hashed_once_and_over_a_network_always(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = []
 

@@ -5,13 +5,15 @@ Out: `Index` (what planning and packing need, without touching a shard) and `Sam
 decision: the index holds byte ranges, so a sample is one read at a known place and never a scan. It is a read and no
 memory map: a file that is cut while it is mapped kills the process without a word. The tensors are views of the bytes
 that were read. A sample is checked against its sha256 when a process reads it first, which takes ten times as long as
-reading it; what fsspec fetches from elsewhere is checked every time. A folder without an index is scanned once.
+reading it, and again once its file was written to; what fsspec fetches from elsewhere is checked every time. A folder
+without an index is scanned once.
 """
 
 import hashlib
 import io
 import logging
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import cached_property
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 INDEX = "index.parquet"
 DONE = "prepare.json"  # written last: the folder is complete
 WORK = ".work"  # what prepare keeps while it runs
+Version = tuple[int, int, int]  # of a file: inode, size, time of the last change in ns
 
 
 class Row(NamedTuple):
@@ -112,7 +115,7 @@ class Dataset:
         self.fs, self.root = url_to_fs(path)
         self.table = table.combine_chunks()
         self.is_local = "file" in _protocols(self.fs)
-        self._checked: defaultdict[str, set[int]] = defaultdict(set)  # offsets in each shard
+        self._checked: defaultdict[tuple[str, Version], set[int]] = defaultdict(set)  # offsets in each shard
 
     @classmethod
     def open(cls, path: str | Path) -> "Dataset":
@@ -147,12 +150,13 @@ class Dataset:
 
     def read(self, row: Row) -> Sample:
         """One sample. Raises UserError that names the shard and the key when its bytes are not what was written."""
-        data = self._bytes(row)
+        data, version = self._bytes(row)
+        checked = self._checked[row.shard, version] if version else set[int]()
         problem = ""
         tensors: dict[str, Tensor] = {}
         if len(data) != row.size:
             problem = f"{len(data)} of {row.size} bytes"
-        elif not self._is_checked(row) and hashlib.sha256(data.numpy().data).hexdigest() != row.sha256:
+        elif row.sha256 and row.offset not in checked and hashlib.sha256(data.numpy().data).hexdigest() != row.sha256:
             problem = "its bytes changed"
         else:
             try:
@@ -168,25 +172,22 @@ class Dataset:
                 f"The sample '{row.key}' in {self.path}/{row.shard} is damaged ({problem}): "
                 "restore the file or prepare the folder again."
             )
-        if self.is_local:
-            self._checked[row.shard].add(row.offset)
+        checked.add(row.offset)
         return Sample(row.key, tensors["latents"], tensors["text"], row.caption)
 
-    def _is_checked(self, row: Row) -> bool:
-        return not row.sha256 or row.offset in self._checked[row.shard]
-
-    def _bytes(self, row: Row) -> Tensor:
-        """`(N,)` uint8 of a memory of its own."""
+    def _bytes(self, row: Row) -> tuple[Tensor, Version | None]:
+        """`(N,)` uint8 of a memory of its own; and which version of the file they are from, where that is known."""
         try:
             if self.is_local:
                 with open(f"{self.root}/{row.shard}", "rb", buffering=0) as file:
+                    found = os.fstat(file.fileno())
                     file.seek(row.offset)
                     data, filled = torch.empty(row.size, dtype=torch.uint8), 0
                     while more := file.readinto(data.numpy().data[filled:]):  # one read may give less than there is
                         filled += more
-                    return data[:filled]
-            found = self.fs.cat_file(f"{self.root}/{row.shard}", start=row.offset, end=row.offset + row.size)
-            return torch.frombuffer(bytearray(found), dtype=torch.uint8)
+                    return data[:filled], (found.st_ino, found.st_size, found.st_mtime_ns)
+            fetched = self.fs.cat_file(f"{self.root}/{row.shard}", start=row.offset, end=row.offset + row.size)
+            return torch.frombuffer(bytearray(fetched), dtype=torch.uint8), None
         except (OSError, ValueError) as error:
             raise UserError(f"The sample '{row.key}' in {self.path}/{row.shard} cannot be read: {error}") from error
 
