@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import __main__ as together
 from benchmarks import measure, table
+from benchmarks.__main__ import NAMES
 from benchmarks.measure import Row, describe, main, take_turns
 
 
@@ -81,3 +82,15 @@ def test_no_table_is_made_where_one_failed(monkeypatch, capsys):
     monkeypatch.setattr(together, "NAMES", ["c00_thing"])  # there is none
     monkeypatch.setattr(table, "main", lambda: pytest.fail("a table of old numbers"))
     assert together.main() == 1 and "c00_thing" in capsys.readouterr().out
+
+
+def test_the_page_is_made_from_the_results():
+    results = table.read_results()
+    assert sorted(results) == NAMES, "a benchmark without a result, or a result without a benchmark"
+    assert table.PAGE.read_text().split(table.START)[1].split(table.END)[0].strip() == table.build_table(results)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_result_is_of_this_benchmark(name):
+    result = table.read_results()[name]
+    assert result["command"] == f"python -m benchmarks.{name}" and result["rows"]
