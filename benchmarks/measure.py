@@ -79,16 +79,13 @@ class Row:
         return max(first, second) <= STEADY * min(first, second)
 
 
-def take_turns(
-    functions: Mapping[str, Callable[[], object]], rounds: int = ROUNDS, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of every call by name, in turns: A B A B. The peer comes first.
+def take_turns(functions: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of every call by name, in turns: A B A B, after one call of each. The peer comes first.
 
     Goes on while the peer's least differs between the halves, to three times the rounds or until patience ends.
     """
-    for _ in range(warm_up):
-        for function in functions.values():
-            function()
+    for function in functions.values():
+        function()
     taken: dict[str, list[float]] = {name: [] for name in functions}
     first = taken[next(iter(functions))]
     end = time.perf_counter() + PATIENCE

@@ -85,7 +85,7 @@ def test_ctrl_c_is_a_sentence(tiny_pipeline, tmp_path):
     try:
         while not process.stdout.readline().startswith("model: "):
             assert process.poll() is None
-        time.sleep(2)  # denoising
+        time.sleep(2)  # in the midst of denoising; what is said does not depend on how far it is
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
     finally:

@@ -195,25 +195,25 @@ def make_all(
 
     Returns seconds of denoising and of the rest.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from wanloom.dist import together
-    from wanloom.sample.generate import Request, draw_request_noise, generate, latents_shape
-
-    channels = plan.model_config.in_channels
-    requests = [
-        Request(
-            draw_request_noise(latents_shape(channels, job.frames, job.height, job.width), job.seed),
-            text[job.prompt],
-            text[job.negative],
-        )
-        for job in plan.jobs
-    ]
-    console = Console(stderr=True)
-    quiet = vae is None or not console.is_terminal
     done, writing, began = 0, 0.0, time.monotonic()
     try:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from wanloom.dist import together
+        from wanloom.sample.generate import Request, draw_request_noise, generate, latents_shape
+
+        channels = plan.model_config.in_channels
+        requests = [
+            Request(
+                draw_request_noise(latents_shape(channels, job.frames, job.height, job.width), job.seed),
+                text[job.prompt],
+                text[job.negative],
+            )
+            for job in plan.jobs
+        ]
+        console = Console(stderr=True)
+        quiet = vae is None or not console.is_terminal
         with Progress(console=console, transient=True, disable=quiet) as progress, enough_memory(plan):
             task = progress.add_task("denoising", total=len(requests) * plan.config.steps)
             for index, latents in generate(model, requests, plan.config, lambda n: progress.advance(task, n), mesh):
@@ -225,7 +225,7 @@ def make_all(
                 writing += time.monotonic() - start
     except KeyboardInterrupt:
         if vae is not None:
-            print(f"\n{done} of {len(requests)} are written to {plan.out}.", file=sys.stderr)
+            print(f"\n{done} of {len(plan.jobs)} are written to {plan.out}.", file=sys.stderr)
         raise
     return time.monotonic() - began - writing, writing
 
