@@ -9,7 +9,7 @@ import pytest
 
 from wanloom.config import UserError
 from wanloom.data.spool import Spool
-from wanloom.files import lock_folder, write_atomic, written
+from wanloom.files import lock_folder, parse_json, write_atomic, written
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -51,3 +51,23 @@ def test_a_folder_has_one_owner(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(UserError, match="disk without file locks"), Spool(tmp_path / "out", 1000):
         pass
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"a": ' * 200_000 + b"1" + b"}" * 200_000, "nested too deeply"),
+        (rb'["\ud83d"]', "half of a surrogate pair"),
+        (b'"\xff"', "decode"),
+        (b"1" * 5000, "digits"),
+        (b"{", "line 1 column 2"),
+    ],
+)
+def test_every_fault_of_json_is_a_value_error(data, words):
+    with pytest.raises(ValueError, match=words):
+        parse_json(data)
+
+
+def test_json_is_read():
+    assert parse_json(r'{"\u732b": [1, 2.5, null, "\ud83e\udd9c"]}') == {"猫": [1, 2.5, None, "🦜"]}

@@ -6,11 +6,12 @@ power loss leaves half of one under its name. A lock is the system's: it ends wi
 """
 
 import fcntl
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from wanloom.config import UserError
 
@@ -34,6 +35,18 @@ def write_atomic(path: Path, chunks: bytes | Iterable[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as temporary, temporary.open("wb") as file:
         file.writelines([chunks] if isinstance(chunks, bytes) else chunks)
+
+
+def parse_json(data: str | bytes) -> Any:
+    """JSON from outside. Raises ValueError for every fault of it, such as nesting that would exhaust the stack."""
+    try:
+        value = json.loads(data)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("it holds half of a surrogate pair, which is no character") from error
+    return value
 
 
 def lock_folder(folder: Path, taken: str) -> TextIO:

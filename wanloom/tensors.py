@@ -5,12 +5,13 @@ header is used before it is known to fit the file. Format: the length of the hea
 the values.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+
+from wanloom.files import parse_json
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -39,9 +40,9 @@ def parse_header(data: bytes, size: int, names: Iterable[str]) -> dict[str, Entr
     Raises ValueError when it is no header, or not one of such tensors.
     """
     try:
-        header = json.loads(data)
-    except RecursionError as error:
-        raise ValueError("a safetensors header is nested too deeply") from error
+        header = parse_json(data)
+    except ValueError as error:
+        raise ValueError(f"a safetensors header is no JSON: {error}") from error
     if not isinstance(header, dict):
         raise ValueError("a safetensors header is no table")
     return {name: _parse_entry(header[name], size) for name in names if name in header}

@@ -28,6 +28,7 @@ SIDEWAYS = {
     ("assets", "config"),
     ("dist", "config"),
     ("files", "config"),
+    ("tensors", "files"),
     ("data", "model"),
     ("cli", "recipes"),
     ("cli", "report"),

@@ -193,7 +193,7 @@ ODD_STATES = {
     '{"step": 3, "model": {}, "files": {}, "tokens": null}': "tokens: Input",
     '{"step": 3, "model": {}, "files": {"../a.safetensors": {"bytes": 1, "crc32": 1}}}': "files.../a.safetensors",
     '{"step": 3, "model": {}, "files": {"a.safetensors": {"bytes": 1}}}': "files.a.safetensors.crc32: Field required",
-    "[" * 100_000: "recursion",
+    "[" * 100_000: "nested too deeply",
     "\x00": "state.json cannot be read",
 }
 

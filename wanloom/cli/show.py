@@ -1,7 +1,6 @@
 """`wanloom show`: what a recipe, a run or a prepared folder holds, without weights and without a GPU."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -188,6 +187,7 @@ def show_data(path: Path) -> None:
     """Samples, sizes and captions of a prepared folder."""
     from wanloom.config import UserError
     from wanloom.data.shards import Dataset
+    from wanloom.files import parse_json
 
     source = Dataset.open(path)
     print(describe(source))
@@ -203,7 +203,7 @@ def show_data(path: Path) -> None:
     settings = path / "prepare.json"
     if settings.is_file():
         try:
-            used = json.loads(settings.read_text(encoding="utf-8"))["settings"].items()
+            used = parse_json(settings.read_bytes())["settings"].items()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{settings} is damaged: restore it or prepare the folder again.") from error
         print("  prepared with: " + ", ".join(f"{name} {value}" for name, value in used if value is not None))

@@ -8,7 +8,6 @@ it is listed; a sidecar that cannot be read is a problem of that file alone.
 
 import csv
 import io
-import json
 import stat
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wanloom.config import UserError
+from wanloom.files import parse_json
 
 SIDECARS = (".json", ".jsonl", ".txt")
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -77,9 +77,11 @@ def read_sidecar(root: Path, name: str, key: str | None) -> Caption | Problem:
     try:
         text = (root / name).read_text(encoding="utf-8-sig")
         if name.endswith(".json"):
-            value: Any = _from_object(_parse(text), name, key or "caption")
+            value: Any = _from_object(parse_json(text), name, key or "caption")
         elif name.endswith(".jsonl"):
-            values = [_from_object(_parse(line), name, key or "caption") for line in text.splitlines() if line.strip()]
+            values = [
+                _from_object(parse_json(line), name, key or "caption") for line in text.splitlines() if line.strip()
+            ]
             if len(set(values)) > 1:
                 return Problem(f"{name} has {len(set(values))} different captions, one is needed")
             value = values[0] if values else ""
@@ -100,18 +102,6 @@ def is_special(path: Path) -> bool:
         return not stat.S_ISREG(path.stat().st_mode)
     except OSError:  # reading it will say why
         return False
-
-
-def _parse(text: str) -> Any:
-    """JSON whose text can be written as UTF-8. Raises ValueError."""
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    except UnicodeEncodeError as error:
-        raise ValueError("it holds half of a surrogate pair, which is no character") from error
-    return value
 
 
 def _from_object(value: Any, name: str, key: str) -> str:
@@ -153,7 +143,7 @@ def _read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
         return table.column_names, table.to_pylist()
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":
-        rows = [_parse(line) for line in text.splitlines() if line.strip()]
+        rows = [parse_json(line) for line in text.splitlines() if line.strip()]
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("a line is no JSON object")
         return sorted({column for row in rows for column in row}), rows

@@ -30,7 +30,7 @@ from wanloom.data.shards import DONE, INDEX, WORK, build_table, encode_index, in
 from wanloom.data.spool import SPLITS, Spool
 from wanloom.data.tar import scan_tar
 from wanloom.dist import rank, together, world_size
-from wanloom.files import write_atomic
+from wanloom.files import parse_json, write_atomic
 
 FREE = {"workers", "strict"}  # settings that change no byte of the result
 REPORT = "report.json"
@@ -213,7 +213,7 @@ def _started(out: Path) -> dict[str, Any] | None:
 def _read(path: Path, *keys: str) -> dict[str, Any]:
     """A json file of a prepared folder. Raises UserError when it is missing or damaged."""
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
         if not isinstance(values, dict) or not values.keys() >= set(keys):
             raise ValueError(f"it has no {' and '.join(keys)}")
     except (OSError, ValueError) as error:

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from wanloom.config import UserError
+from wanloom.files import parse_json
 from wanloom.tensors import Entry, header_length, parse_header
 
 END = bytes(2 * tarfile.BLOCKSIZE)
@@ -119,7 +120,7 @@ def _view(values: Tensor, entry: Entry) -> Tensor:
 
 def _read_json(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> dict[str, Any]:
     data = archive.extractfile(member) or io.BytesIO()
-    record = json.loads(data.read())
+    record = parse_json(data.read())
     if not isinstance(record, dict):
         raise ValueError(f"the member '{member.name}' is no json object")
     return record

@@ -6,7 +6,6 @@ and a config.json that describes another network than WanDiT is an error, not a 
 Sources: config.json of Wan-AI/Wan2.1-T2V-1.3B (original) and Wan-AI/Wan2.1-T2V-1.3B-Diffusers; the safetensors format.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from wanloom.config import UserError, build_config
+from wanloom.files import parse_json
 from wanloom.model.dit import DiTConfig
 from wanloom.model.sequence import PATCH
 
@@ -106,8 +106,8 @@ def files_of_index(path: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object.")

@@ -5,7 +5,6 @@ error, because nothing later would show it and the run's own VAE cannot decode w
 encoder are a note, because a fine-tune may be meant so. What cannot be compared is said, never skipped quietly.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from wanloom.assets import find_local
 from wanloom.codecs.identity import folder_identity
 from wanloom.config import UserError
 from wanloom.data.shards import DONE
+from wanloom.files import parse_json
 from wanloom.recipes.run import Run
 
 # the key in prepare.json, how to call it, the folders of a pipeline that it is the identity of
@@ -56,7 +56,7 @@ def read_settings(path: str) -> dict[str, Any]:
     """What a folder was prepared with; empty for a folder that others made. Raises UserError when it is damaged."""
     fs, root = url_to_fs(path)
     try:
-        return json.loads(fs.cat_file(f"{root}/{DONE}"))["settings"]
+        return parse_json(fs.cat_file(f"{root}/{DONE}"))["settings"]
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:

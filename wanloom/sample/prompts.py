@@ -4,13 +4,13 @@ In: prompts in a list, a text file (one a line) or JSON lines. Out: `Job`s with 
 job number i has seed + i unless its line says otherwise, so adding a prompt at the end changes no other video.
 """
 
-import json
 import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 from wanloom.config import Config, UserError, build_config
+from wanloom.files import parse_json
 
 SLUG_LENGTH = 48
 
@@ -59,9 +59,9 @@ def read_prompts(path: Path) -> list[PromptLine]:
 
 def _parse_line(where: str, line: str) -> PromptLine:
     try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error.msg}.") from error
+        values = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}.") from error
     if not isinstance(values, dict):
         raise UserError(f'{where} is not an object such as {{"prompt": "a cat", "seed": 7}}.')
     try:

@@ -25,7 +25,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from wanloom.config import Config, UserError
-from wanloom.files import write_atomic
+from wanloom.files import parse_json, write_atomic
 
 FILE = "metrics.jsonl"
 Record = Mapping[str, float]
@@ -46,7 +46,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, float]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:  # of json, or no text
         record = None
     if not isinstance(record, dict) or "step" not in record:

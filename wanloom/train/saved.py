@@ -5,7 +5,6 @@ damaged. The one decision: state.json names every file with its size and checksu
 checkpoint is named with the whole one before it, never skipped quietly.
 """
 
-import json
 import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from wanloom.config import Config, UserError
+from wanloom.files import parse_json
 
 FOLDER = "checkpoints"
 NAME = re.compile(r"step_\d{7,}")
@@ -77,13 +77,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def _parse_state(checkpoint: Path) -> dict[str, Any]:
     """Raises ValueError, which says what is wrong with state.json."""
     try:
-        return SavedState.model_validate(json.loads((checkpoint / "state.json").read_bytes())).model_dump()
+        return SavedState.model_validate(parse_json((checkpoint / "state.json").read_bytes())).model_dump()
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         reason = f"{place}: {first['msg']}" if place else "it is not an object"
         raise ValueError(f"state.json cannot be read ({reason})") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"state.json cannot be read ({error})") from error
 
 
