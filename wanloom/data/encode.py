@@ -20,9 +20,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from wanloom.config import Config, UserError
+from wanloom.data.decoding import MediaError
 from wanloom.data.framing import Frame, FramingConfig, aspect_change, choose_frame
 from wanloom.data.ledger import Ledger
-from wanloom.data.picture import Clip, MediaError
+from wanloom.data.picture import Clip
 from wanloom.data.plan import Entry
 from wanloom.data.readers import read_ahead
 from wanloom.data.tar import tar_pair

@@ -7,7 +7,9 @@ the same pass as the conversion, and by Pillow for RGB, which swscale would send
 has quick code for RGB in planes alone; the same bytes are interleaved after it.
 """
 
+import logging
 import struct
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -16,23 +18,20 @@ from typing import Any
 
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from wanloom.data.decoding import MediaError
 from wanloom.data.framing import Frame
 
 SWS_FLAGS = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC, SWS_ACCURATE_RND, SWS_FULL_CHR_H_INT
 HDR_TRANSFERS = {16, 18}  # SMPTE ST 2084 (PQ) and ARIB STD-B67 (HLG)
 EXIF_ORIENTATION = 0x0112
 
+# Pillow tells of odd tags on the terminal, without the file's name; what it cannot decode it raises
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
 ChooseFrame = Callable[[float, float, int], Frame]  # displayed width and height, clip number -> frame
-
-
-class MediaError(Exception):
-    """A file that gives no (more) samples. `kind` is the heading in the report."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
 
 
 @dataclass
@@ -53,19 +52,14 @@ class Clip:
 def read_image(path: Path, choose: ChooseFrame) -> Clip:
     """An image as a clip of one frame, turned as its EXIF orientation says."""
     notes = []
-    try:
-        with Image.open(path) as image:
-            stored = image.size
-            if getattr(image, "n_frames", 1) > 1:
-                notes.append("animated image: first picture only")
-            turned = ImageOps.exif_transpose(image)
-            if turned.size != stored or image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-                notes.append("rotated")
-            pixels, has_alpha = _image_to_rgb(turned)
-    except UnidentifiedImageError as error:
-        raise MediaError("broken", "is no image that can be read") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError("broken", f"cannot be decoded: {error}") from error
+    with Image.open(path) as image:
+        stored = image.size
+        if getattr(image, "n_frames", 1) > 1:
+            notes.append("animated image: first picture only")
+        turned = ImageOps.exif_transpose(image)
+        if turned.size != stored or image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            notes.append("rotated")
+        pixels, has_alpha = _image_to_rgb(turned)
     if has_alpha:
         notes.append("alpha on black")
     height, width = pixels.shape[:2]

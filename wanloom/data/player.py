@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import av.error
 
-from wanloom.data.picture import MediaError
+from wanloom.data.decoding import MediaError
 
 TICK = Fraction(1, 1000)  # containers with millisecond clocks (Matroska) round by up to half of this
 FAR = 10  # seconds that are worth a jump

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import av
-import av.error
 import numpy as np
 from pydantic import model_validator
 
 from wanloom.config import Config
-from wanloom.data.picture import ChooseFrame, Clip, MediaError, Screen, read_image
+from wanloom.data.decoding import Decoding, MediaError
+from wanloom.data.picture import ChooseFrame, Clip, Screen, read_image
 from wanloom.data.player import Player, frame_interval
 from wanloom.data.readers import read_ahead
 
@@ -77,15 +77,11 @@ def kind_of(name: str) -> str | None:
 
 def read_clips(path: Path, kind: str, timing: TimingConfig, choose: ChooseFrame) -> Iterator[Clip]:
     """The samples of one file, in order of time. Raises MediaError where it can give no more."""
-    if kind == "image":
-        yield read_image(path, choose)
-        return
-    try:
-        yield from _read_video(path, timing, choose)
-    except av.error.FFmpegError as error:
-        raise MediaError("broken", f"cannot be decoded: {error.strerror or error}") from error
-    except OSError as error:
-        raise MediaError("broken", f"cannot be read: {error.strerror or error}") from error
+    with Decoding(path):
+        if kind == "image":
+            yield read_image(path, choose)
+        else:
+            yield from _read_video(path, timing, choose)
 
 
 def plan_times(timing: TimingConfig, duration: Fraction, pictures: int) -> Iterator[list[Fraction]]:
@@ -193,4 +189,7 @@ def _open(path: Path) -> Any:
 def _video_stream(container: Any) -> Any:
     if not container.streams.video:
         raise MediaError("broken", "has no video in it")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise MediaError("broken", "has pictures in a format that no decoder is for")
+    return stream
