@@ -8,6 +8,7 @@ power loss leaves half of one under its name. A lock is the system's: it ends wi
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,14 @@ def parse_json(data: str | bytes) -> Any:
     except UnicodeEncodeError as error:
         raise ValueError("it holds half of a surrogate pair, which is no character") from error
     return value
+
+
+def is_special(path: Path) -> bool:
+    """Whether this, or what a link leads to, is a pipe or a device: reading it may never end."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:  # reading it will say why
+        return False
 
 
 def lock_folder(folder: Path, taken: str) -> TextIO:

@@ -533,3 +533,22 @@ def test_small_clips_are_encoded_together_and_large_ones_alone(tmp_path: Path) -
         put_image(tmp_path / "in", f"{i:02d}.png", "x", 10 * i)
     run(tmp_path / "in", tmp_path / "out", encoders._replace(frames=encode))
     assert sizes == [16, 4]
+
+
+def test_a_thumbnail_is_dropped_beside_its_clip_and_taken_for_an_image(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    put_video(source, "clip.mp4", "a film")
+    Image.new("RGB", (48, 32), (9, 9, 9)).save(source / "clip.jpg")
+    for name in ("a.png", "a.jpg"):
+        put_image(source, name, "shared", 50 if name == "a.png" else 90)
+    (source / "clip.srt").write_text("1")
+    report = run(source, tmp_path / "video").report
+    assert [(drop["file"], drop["kind"]) for drop in report["dropped"]] == [("clip.jpg", "captionless")]
+    assert report["captions_shared"] == {
+        "a.jpg": "a.txt is also the caption of a.png",
+        "a.png": "a.txt is also the caption of a.jpg",
+    }
+    assert report["ignored"] == ["clip.srt"]
+    report = run(source, tmp_path / "image", timing={"mode": "image"}).report
+    assert {drop["file"]: drop["kind"] for drop in report["dropped"]} == {"clip.mp4": "not taken"}
+    assert report["samples"]["total"] == 3 and report["ignored"] == ["clip.srt"]

@@ -24,10 +24,11 @@ bytes. Files or captions that change in between, and options that would change t
 With --nproc N, or under torchrun, N processes share the files, each on a GPU of its own or on one thread of the CPU;
 the result is the same bytes for every N, and a stopped run may go on with another.
 
-captions   beside the file: NAME.json (key "caption" or --caption-key), NAME.jsonl, NAME.txt; or one table
-           metadata.csv, metadata.jsonl or metadata.parquet in INPUT with a file column (file_name, file, path or
-           video) and a caption column (caption, text or prompt). The first of these that has a caption counts; if
-           another says something else, the report lists the file.
+captions   beside the file: NAME.json (key "caption" or --caption-key), NAME.jsonl, NAME.txt or NAME.caption, where
+           NAME is that of the file with or without its ending; or one table metadata.csv, metadata.jsonl or
+           metadata.parquet in INPUT with a file column (file_name, file, path or video) and a caption column (caption,
+           text or prompt). The first of these that has a caption counts; if another says something else, the report
+           lists the file. A picture beside a video of the same NAME needs a caption of its own (clip.jpg.txt).
 sizes      without --height and --width each file keeps its aspect in at most --max-area pixels and is not enlarged.
            With both, every sample has that size: --crop center and random resize to cover it and cut the rest,
            --crop none fits the whole picture inside it. Sizes are multiples of 16; nothing is squashed but by the

@@ -1,27 +1,30 @@
 """Every form in which people keep captions beside their media, read into one caption per file.
 
 In: a folder and the media files in it. Out: a `Caption` (text and where it was found) or a `Problem` for each. Of the
-sources, the first that has a caption wins: `<stem>.json`, `<stem>.jsonl`, `<stem>.txt`, then one table `metadata.csv`,
-`.jsonl` or `.parquet` at the top. The one decision: a second source that says something else is never silently ignored,
-it is listed; a sidecar that cannot be read is a problem of that file alone.
+sources, the first that has a caption wins: the sidecars `<name>.json`, `.jsonl`, `.txt`, `.caption` of a file's whole
+name, those of its name without its ending, then the table at the top. The one decision: what is not understood is
+never silently ignored. A second source that says something else is listed, a sidecar that cannot be read is a problem
+of that file alone, and what looks like a caption and is none is named.
 """
 
-import csv
-import io
-import stat
+import json
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from wanloom.data.names import Names, compose, loose
+from wanloom.data.tables import TABLES, Table, fault_of, read_table
+from wanloom.data.video import kind_of
+from wanloom.files import is_special, parse_json
 
-from wanloom.config import UserError
-from wanloom.files import parse_json
-
-SIDECARS = (".json", ".jsonl", ".txt")
-TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-FILE_COLUMNS = ("file_name", "file", "path", "video")
-CAPTION_COLUMNS = ("caption", "text", "prompt")
+SIDECARS = (".json", ".jsonl", ".txt", ".caption")
+# endings of texts that are no captions here, and are named when they have the name of a file without one
+OTHER_TEXTS = (".text", ".md", ".srt", ".vtt", ".tags", ".cap", ".yaml", ".yml", ".xml", ".csv", ".tsv")
+OTHER_TABLES = (".csv", ".jsonl", ".json", ".parquet", ".tsv", ".xlsx")
+MOST_BYTES = 1 << 20  # of a sidecar
+MOST_CHARACTERS = 20_000  # of a caption: text encoders take about 2,500
+NOTHING = {"nan", "none", "null", "<na>"}  # what programs write for a missing value
 
 
 class Caption(NamedTuple):
@@ -33,12 +36,42 @@ class Problem(NamedTuple):
     reason: str  # a sentence for the report
 
 
+Answer = Caption | Problem
+
+
 class Captions(NamedTuple):
     """What was found."""
 
-    found: dict[str, Caption | Problem]  # by media file
+    found: dict[str, Answer]  # by media file
     conflicts: dict[str, str]  # media files whose sources disagree, and how
+    shared: dict[str, str]  # media files whose caption is also another's, and whose
     missing: list[str]  # files that the table lists and the folder does not have
+
+
+class Sidecars:
+    """The sidecars among the files of a folder, by the file that they belong to."""
+
+    def __init__(self, files: Iterable[str]) -> None:
+        self._by_stem: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for name in sorted(files):
+            stem, dot, suffix = name.rpartition(".")
+            if (ending := dot + suffix.lower()) in SIDECARS:
+                self._by_stem[compose(stem), ending].append(name)
+
+    def own(self, media: str) -> list[str]:
+        """Those of the whole name, such as clip.mp4.txt: they belong to no other file."""
+        return self._find(media)
+
+    def common(self, media: str) -> list[str]:
+        """Those of the name without its ending, such as clip.txt."""
+        return self._find(media.rpartition(".")[0])
+
+    def _find(self, stem: str) -> list[str]:
+        out = []
+        for ending in SIDECARS:
+            names = self._by_stem.get((compose(stem), ending), [])
+            out += [name for name in names if name.rpartition(".")[0] == stem] or names
+        return out
 
 
 def read_captions(root: Path, media: list[str], files: set[str], key: str | None = None) -> Captions:
@@ -47,133 +80,152 @@ def read_captions(root: Path, media: list[str], files: set[str], key: str | None
     `key` is the json key or column; by default "caption", and in tables also "text" or "prompt". Raises UserError for a
     table that cannot be read or whose columns are ambiguous.
     """
-    table, table_name = read_table(root, files, key)
-    found: dict[str, Caption | Problem] = {}
-    conflicts: dict[str, str] = {}
+    table = read_table(root, files, Names(media), key, check_caption)
+    sidecars = Sidecars(files)
+    near = NearMisses(files, sidecars, media, table)
+    groups: dict[str, list[str]] = defaultdict(list)  # media files of one name
     for name in media:
-        stem = str(PurePosixPath(name).with_suffix(""))
-        answers: list[Caption | Problem] = [
-            read_sidecar(root, stem + suffix, key) for suffix in SIDECARS if stem + suffix in files
-        ]
-        answers += [Caption(text, table_name) if text else Problem("it is empty") for text in table.get(name, [])]
-        captions = [answer for answer in answers if isinstance(answer, Caption)]
-        problems = [answer.reason for answer in answers if isinstance(answer, Problem)]
-        if captions:
-            found[name] = captions[0]
-            others = [c.source for c in captions if " ".join(c.text.split()) != " ".join(captions[0].text.split())]
-            if others:
-                conflicts[name] = f"{captions[0].source} is used, {', '.join(others)} says something else"
-            elif problems:
-                conflicts[name] = f"{captions[0].source} is used; {'; '.join(problems)}"
+        groups[compose(name.rpartition(".")[0])].append(name)
+    found: dict[str, Answer] = {}
+    conflicts: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    for name in media:
+        others = [other for other in groups[compose(name.rpartition(".")[0])] if other != name]
+        films = [other for other in others if kind_of(other) == "video"]
+        answers = [read_sidecar(root, source, key) for source in sidecars.own(name)]
+        common = sidecars.common(name)
+        if kind_of(name) == "image" and films:  # a thumbnail does not show what the caption says
+            answers += [
+                Problem(f"{source} is the caption of {films[0]}: give this one its own, {name}.txt")
+                for source in common
+                if not any(isinstance(answer, Caption) for answer in answers)
+            ]
         else:
-            found[name] = Problem("; ".join(problems) or "no caption found")
-    return Captions(found, conflicts, sorted(set(table) - set(media)))
+            answers += [read_sidecar(root, source, key) for source in common]
+        answers += table.answers.get(name, [])
+        found[name], conflict = choose_answer(answers)
+        if conflict:
+            conflicts[name] = conflict
+        if not answers:
+            found[name] = Problem(f"no caption found{near.explain(name)}")
+        source = getattr(found[name], "source", "")
+        sharing = [other for other in others if kind_of(other) == "video" or kind_of(name) == "image"]
+        if source in common and sharing:
+            shared[name] = f"{source} is also the caption of {sharing[0]}"
+    return Captions(found, conflicts, shared, table.missing)
 
 
-def read_sidecar(root: Path, name: str, key: str | None) -> Caption | Problem:
+def choose_answer(answers: list[Answer]) -> tuple[Answer, str]:
+    """The first caption, and what the other sources say against it; without one, every problem."""
+    captions = [answer for answer in answers if isinstance(answer, Caption)]
+    problems = [answer.reason for answer in answers if isinstance(answer, Problem)]
+    if not captions:
+        return Problem("; ".join(problems)), ""
+    first = captions[0]
+    others = [caption.source for caption in captions if caption.text.split() != first.text.split()]
+    if others:
+        return first, f"{first.source} is used, {', '.join(others)} says something else"
+    return first, f"{first.source} is used; {'; '.join(problems)}" if problems else ""
+
+
+def check_caption(value: Any, source: str, where: str) -> Answer:
+    """A caption, unless it is empty, no text, too long or what stands for none; `where` it is goes into the reason."""
+    if value is None or value != value:  # a missing value of a table is the number NaN
+        return Problem(f"{where}: the caption is empty")
+    if not isinstance(value, str):
+        return Problem(f"{where}: the caption is no text")
+    text = value.strip()
+    if not text:
+        return Problem(f"{where}: the caption is empty")
+    if len(text) > MOST_CHARACTERS:
+        return Problem(f"{where}: the caption has {len(text):,} characters, at most {MOST_CHARACTERS:,} are taken")
+    if text.lower() in NOTHING:
+        return Problem(f"{where}: the caption is only '{text}', which stands for a missing one")
+    return Caption(text, source)
+
+
+def read_sidecar(root: Path, name: str, key: str | None) -> Answer:
     """The caption in one sidecar file."""
     if is_special(root / name):
         return Problem(f"{name} is a pipe or a device, not a file")
     try:
-        text = (root / name).read_text(encoding="utf-8-sig")
-        if name.endswith(".json"):
-            value: Any = _from_object(parse_json(text), name, key or "caption")
-        elif name.endswith(".jsonl"):
-            values = [
-                _from_object(parse_json(line), name, key or "caption") for line in text.splitlines() if line.strip()
-            ]
-            if len(set(values)) > 1:
-                return Problem(f"{name} has {len(set(values))} different captions, one is needed")
-            value = values[0] if values else ""
-        else:
-            value = text
+        with (root / name).open("rb") as file:
+            data = file.read(MOST_BYTES + 1)  # never all of it: it may have gigabytes
+        if len(data) > MOST_BYTES:
+            return Problem(f"{name} is larger than {MOST_BYTES >> 20} MiB: it is no caption")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         return Problem(f"{name} is not UTF-8 text")
     except OSError as error:
         return Problem(f"{name} cannot be read: {error.strerror}")
-    except ValueError as error:  # json's errors are ValueErrors too
-        return Problem(str(error) if str(error).startswith(name) else f"{name} is not valid JSON: {error}")
-    return Caption(value.strip(), name) if value.strip() else Problem(f"{name} is empty")
+    if not text.strip():
+        return Problem(f"{name} is empty")
+    ending = name.rpartition(".")[2].lower()
+    if ending == "json":
+        return _read_object(text, name, name, key or "caption")
+    if ending != "jsonl":
+        return check_caption(text, name, name)
+    # other separators of lines, such as U+2028, are part of a text in JSON
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    answers = [_read_object(line, name, f"{name}, line {number}", key or "caption") for number, line in lines]
+    problems = [answer for answer in answers if isinstance(answer, Problem)]
+    if problems:
+        return problems[0]
+    if len(set(answers)) > 1:
+        return Problem(f"{name} has {len(set(answers))} different captions, one is needed")
+    return answers[0]
 
 
-def is_special(path: Path) -> bool:
-    """Whether this, or what a link leads to, is a pipe or a device: reading it may never end."""
+def _read_object(text: str, name: str, where: str, key: str) -> Answer:
     try:
-        return not stat.S_ISREG(path.stat().st_mode)
-    except OSError:  # reading it will say why
-        return False
-
-
-def _from_object(value: Any, name: str, key: str) -> str:
+        value = parse_json(text)
+    except json.JSONDecodeError as error:
+        return Problem(f"{where} is not valid JSON: {error if name == where else fault_of(error)}")
+    except ValueError as error:
+        return Problem(f"{where} is not valid JSON: {error}")
     if not isinstance(value, dict) or key not in value:
         keys = f", only {', '.join(map(repr, value))}" if isinstance(value, dict) and value else ""
-        raise ValueError(f"{name} has no key '{key}'{keys}")
-    if not isinstance(value[key], str):
-        raise ValueError(f"{name}: '{key}' is no text")
-    return value[key]
+        return Problem(f"{where} has no key '{key}'{keys}")
+    return check_caption(value[key], name, where)
 
 
-def read_table(root: Path, files: set[str], key: str | None) -> tuple[dict[str, list[str]], str]:
-    """Captions by file of the one table in `root` (none: an empty dict), and the name of the table."""
-    names = [name for name in TABLES if name in files]
-    if not names:
-        return {}, ""
-    if len(names) > 1:
-        raise UserError(f"'{root}' has {' and '.join(names)}: keep one of them.")
-    name = names[0]
-    try:
-        columns, rows = _read_rows(root / name)
-    except (OSError, ValueError, csv.Error, pa.ArrowInvalid) as error:
-        raise UserError(f"{root / name} cannot be read: {error}") from error
-    file_column = _choose(columns, FILE_COLUMNS, None, name, "file", "rename or remove the others")
-    caption_column = _choose(columns, CAPTION_COLUMNS, key, name, "caption", "say which with --caption-key")
-    out: dict[str, list[str]] = {}
-    for row in rows:
-        file, caption = row.get(file_column), row.get(caption_column)
-        if file:
-            out.setdefault(_relative(root, str(file)), []).append(str(caption).strip() if caption else "")
-    return out, name
+class NearMisses:
+    """What looks like the caption of a file that has none: the reason is a name, far more often than a lost text."""
 
+    def __init__(self, files: set[str], sidecars: Sidecars, media: list[str], table: Table[Answer]) -> None:
+        used = {name for file in media for name in sidecars.own(file) + sidecars.common(file)}
+        self.table = table.name
+        self.tables = sorted(name for name in files if PurePosixPath(name).name.lower() in TABLES)
+        texts = (name for name in sorted(files - used) if PurePosixPath(name).suffix.lower() in SIDECARS + OTHER_TEXTS)
+        self.texts = self._by_name(name for name in texts if name not in self.tables)
+        self.entries = self._by_name(table.missing)
+        self.other_tables = [
+            name
+            for name in sorted(files - used)
+            if "/" not in name and PurePosixPath(name).suffix.lower() in OTHER_TABLES and name not in TABLES
+        ]
 
-def _read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    if is_special(path):
-        raise ValueError("it is a pipe or a device, not a file")
-    if path.suffix == ".parquet":
-        table = pq.read_table(path)
-        return table.column_names, table.to_pylist()
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".jsonl":
-        rows = [parse_json(line) for line in text.splitlines() if line.strip()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a line is no JSON object")
-        return sorted({column for row in rows for column in row}), rows
-    csv.field_size_limit(1 << 24)
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    rows = list(reader)
-    for number, row in enumerate(rows, start=2):
-        if None in row:
-            raise ValueError(
-                f"row {number} has more fields than there are columns (a caption with commas needs quotes)"
-            )
-    return list(reader.fieldnames or []), rows
+    @staticmethod
+    def _by_name(names: Iterable[str]) -> dict[str, str]:
+        out: dict[str, str] = {}
+        for name in names:
+            out.setdefault(loose(name), name)
+            if kind_of(PurePosixPath(name).stem):  # clip.mp4.txt
+                out.setdefault(loose(PurePosixPath(name).stem), name)
+        return out
 
-
-def _choose(columns: list[str], known: tuple[str, ...], wanted: str | None, table: str, what: str, advice: str) -> str:
-    if wanted is not None:
-        if wanted not in columns:
-            raise UserError(f"{table} has no column '{wanted}', only {', '.join(columns)}.")
-        return wanted
-    matches = [name for name in known if name in columns]
-    if not matches:
-        raise UserError(f"{table} has no {what} column: call one of {', '.join(columns)} '{known[0]}'.")
-    if len(matches) > 1:
-        raise UserError(f"{table} has several {what} columns ({', '.join(matches)}): {advice}.")
-    return matches[0]
-
-
-def _relative(root: Path, file: str) -> str:
-    """A table's entry as a path relative to `root`, with '/'."""
-    path = PurePosixPath(file.replace("\\", "/"))
-    if path.is_absolute() and path.is_relative_to(root.absolute().as_posix()):
-        path = path.relative_to(root.absolute().as_posix())
-    return str(path)
+    def explain(self, name: str) -> str:
+        """`": why"`, or an empty string."""
+        stem, near = name.rpartition(".")[0], loose(name)
+        if text := self.texts.get(near):
+            suffix = PurePosixPath(text).suffix.lower()
+            return f": {text} is not read, call it {stem}{suffix if suffix in SIDECARS else '.txt'}"
+        if entry := self.entries.get(near):
+            return f": {self.table} has '{entry}', it must say '{name}'"
+        above = {str(folder) for folder in PurePosixPath(name).parents}
+        if tables := [table for table in self.tables if str(PurePosixPath(table).parent) in above - {"."}]:
+            return f": {tables[0]} is not read, a table lies at the top of the input"
+        if self.other_tables and not self.table:
+            other = self.other_tables[0]
+            return f": {other} is not read, a table is called {', '.join(TABLES)}"
+        return ""

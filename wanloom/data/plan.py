@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from wanloom.config import UserError
-from wanloom.data.captions import SIDECARS, TABLES, Caption, is_special, read_captions
+from wanloom.data.captions import Caption, Sidecars, read_captions
+from wanloom.data.tables import TABLES
 from wanloom.data.video import kind_of
+from wanloom.files import is_special
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Plan:
 
     entries: list[Entry]
     conflicts: dict[str, str]  # media files whose caption sources disagree
+    shared: dict[str, str]  # media files whose caption is also another's
     missing: list[str]  # listed in the metadata table, not in the folder
     ignored: list[str]  # neither media nor captions
 
@@ -99,9 +102,11 @@ def build_plan(
     media = [name for name in visible if kind_of(name)]
     if not media:
         raise UserError(f"'{root}' holds no videos or images ({len(visible)} other files).")
-    captions = read_captions(root, [name for name in media if _is_text(name)], set(visible), caption_key)
-    stems = {name.rsplit(".", 1)[0] for name in media}
-    ignored = [name for name in visible if not kind_of(name) and not _is_caption_file(name, stems)]
+    taken = [name for name in media if _is_text(name) and (mode != "image" or kind_of(name) == "image")]
+    captions = read_captions(root, taken, {name for name in visible if _is_text(name)}, caption_key)
+    sidecars = Sidecars(visible)
+    texts = {text for name in media for text in sidecars.own(name) + sidecars.common(name)} | set(TABLES)
+    ignored = [name for name in visible if not kind_of(name) and name not in texts]
     entries = []
     for name in media:
         stat = _stat(root / name)
@@ -124,16 +129,11 @@ def build_plan(
         entries.append(entry)
     entries = _add_hashes(root, entries, known, workers, on_read)
     entries = _split(_drop_duplicates(entries), val_fraction, seed)
-    return Plan(entries, captions.conflicts, captions.missing, sorted(ignored + hidden))
+    return Plan(entries, captions.conflicts, captions.shared, captions.missing, sorted(ignored + hidden))
 
 
 def _is_text(name: str) -> bool:
     return not any("\ud800" <= char <= "\udfff" for char in name)
-
-
-def _is_caption_file(name: str, stems: set[str]) -> bool:
-    stem, dot, suffix = name.rpartition(".")
-    return name in TABLES or (dot + suffix in SIDECARS and stem in stems)
 
 
 def _stat(path: Path) -> tuple[int, int]:

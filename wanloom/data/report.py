@@ -55,6 +55,7 @@ class Report:
             "dropped": sorted(dropped, key=lambda drop: drop["file"]),
             "dropped_by_kind": Counter(drop["kind"] for drop in dropped),
             "captions_in_conflict": self.plan.conflicts,
+            "captions_shared": self.plan.shared,
             "captions_without_file": self.plan.missing,
             **self.facts,
             "notes": {note: sorted(files) for note, files in self.notes.items()},
@@ -115,6 +116,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for name, title in (
         ("captions_truncated", "captions cut"),
         ("captions_in_conflict", "captions disagree"),
+        ("captions_shared", "captions shared"),
         ("bent_by_rounding", "bent by rounding"),
         ("resampled_in_time", "resampled in time"),
         ("cropped", "cropped"),
