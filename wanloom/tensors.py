@@ -14,6 +14,7 @@ import torch
 from wanloom.files import parse_json
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+MOST_HEADER = 100_000_000  # bytes, as the format has it
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -31,6 +32,8 @@ def header_length(data: bytes, size: int) -> int:
     length = int.from_bytes(data, "little")
     if len(data) < 8 or length > size - 8:
         raise ValueError("a safetensors header is longer than its file")
+    if length > MOST_HEADER:
+        raise ValueError(f"a safetensors header has {length} bytes, more than the {MOST_HEADER} of the format")
     return length
 
 

@@ -16,7 +16,7 @@ def draw_sizes(count: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("crop", ["center", "random"])
 def test_one_size_for_all_covers_and_cuts(crop: str) -> None:
-    config = FramingConfig(height=480, width=832, crop=crop)
+    config = FramingConfig(height=480, width=832, crop=crop, max_aspect=100)
     for width, height in draw_sizes(300):
         frame = choose_frame(width, height, config, 0, f"{width}x{height}")
         assert frame.size == (832, 480)
@@ -36,7 +36,7 @@ def test_random_crops_differ_by_key_and_stay_by_seed() -> None:
 
 
 def test_none_fits_the_whole_picture_inside() -> None:
-    config = FramingConfig(height=480, width=832, crop="none")
+    config = FramingConfig(height=480, width=832, crop="none", max_aspect=100)
     for width, height in draw_sizes(300):
         if min(832 / width, 480 / height) * min(width, height) < 16:
             continue
@@ -53,7 +53,7 @@ def test_none_fits_the_whole_picture_inside() -> None:
 
 @pytest.mark.parametrize("crop", ["center", "none"])
 def test_by_area_every_file_keeps_its_aspect(crop: str) -> None:
-    config = FramingConfig(max_area=480 * 832, crop=crop)
+    config = FramingConfig(max_area=480 * 832, crop=crop, max_aspect=100)
     for width, height in draw_sizes(300):
         frame = choose_frame(width, height, config, 0, "k")
         assert all(side % 16 == 0 and side >= 16 for side in frame.size)
@@ -67,6 +67,35 @@ def test_by_area_every_file_keeps_its_aspect(crop: str) -> None:
     assert choose_frame(832, 480, config, 0, "k").size == (832, 480)
     assert choose_frame(1920, 1080, config, 0, "k").size == (832, 464)
     assert choose_frame(100, 50, config, 0, "k").size == (96, 48)
+
+
+@pytest.mark.parametrize("crop", ["center", "random", "none"])
+def test_a_sliver_is_refused_before_it_is_resized(crop: str) -> None:
+    """1x1000 would cover 832x480 with 692 million pixels."""
+    for values in ({"height": 480, "width": 832}, {"height": 480, "width": 832, "keep_aspect": True}, {}):
+        config = FramingConfig(crop=crop, **values)
+        for width, height in ((1, 1000), (65535, 1), (100, 2001)):
+            with pytest.raises(ValueError, match=r"too narrow: \d+x\d+, one side [\d.]+ times .* --max-aspect 20"):
+                choose_frame(width, height, config, 0, "k")
+        frame = choose_frame(100, 2000, config, 0, "k")
+        assert frame.resized[0] * frame.resized[1] <= 20 * 832 * 832
+
+
+@pytest.mark.parametrize("crop", ["center", "none"])
+@pytest.mark.parametrize("area", [256, 300, 1000, 4096, 480 * 832])
+def test_no_shape_passes_the_area(crop: str, area: int) -> None:
+    """Slivers too, whose short side would grow to one token."""
+    config = FramingConfig(max_area=area, crop=crop, max_aspect=1000)
+    fitted = 0
+    for width, height in [(1, 400_000), (1, 1000), (10, 200), (15, 10_000), (10, 10), (3000, 20), *draw_sizes(200)]:
+        try:
+            frame = choose_frame(width, height, config, 0, "k")
+        except ValueError as error:
+            assert str(error).startswith("too narrow: ")
+            continue
+        fitted += 1
+        assert frame.size[0] * frame.size[1] <= area, (width, height)
+    assert fitted > (0 if area == 256 else 5)
 
 
 def test_keep_aspect_uses_the_area_of_height_and_width() -> None:
@@ -87,6 +116,8 @@ def test_keep_aspect_uses_the_area_of_height_and_width() -> None:
         ({"height": 480, "width": 832, "max_area": 1000}, "no effect"),
         ({"height": 480, "width": 832, "max_area": 1000, "keep_aspect": True}, "not both"),
         ({"max_area": 100}, "less than one token"),
+        ({"max_aspect": 0.5}, "--max-aspect 0.5 is not between 1 and 1000"),
+        ({"max_aspect": float("nan")}, "--max-aspect nan is not between 1 and 1000"),
     ],
 )
 def test_sizes_that_cannot_be(values: dict, message: str) -> None:

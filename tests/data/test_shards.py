@@ -18,8 +18,9 @@ from safetensors.torch import save
 from wanloom.config import UserError
 from wanloom.data import shards
 from wanloom.data.shards import INDEX, SCHEMA, Dataset, build_table, encode_index, index_rows
-from wanloom.data.tar import END, scan_tar, tar_member, tar_pair, view_tensors
+from wanloom.data.tar import END, MOST_JSON, scan_tar, tar_member, tar_pair, view_tensors
 from wanloom.files import write_atomic
+from wanloom.tensors import header_length
 
 SHAPES = [(16, 3, 4, 6), (16, 1, 8, 8), (16, 2, 2, 4), (16, 5, 4, 4)]
 
@@ -232,6 +233,37 @@ def test_scanning_refuses_what_it_cannot_trust() -> None:
         scan(tar_member("c.json", b"{") + END)
     with pytest.raises(UserError, match="damaged"):
         scan(tar_member("c.safetensors", b"no tensors here") + END)
+
+
+def sparse_tar(name: str, size: int) -> bytes:
+    """A member of `size` zeros of which none is in the archive (GNU's sparse format)."""
+    info = tarfile.TarInfo(name)
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (size - 1, 0)  # one piece, at the end and empty
+    header[483:495] = b"%011o\0" % size
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
+    return bytes(header) + END
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.safetensors"])
+def test_a_small_tar_that_unfolds_to_gigabytes_is_refused(name: str) -> None:
+    data = sparse_tar(name, 5 << 30)
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        assert archive.getmembers()[0].size == 5 << 30  # a reader that trusts it would take as much
+    with pytest.raises(UserError, match=rf"x.tar is damaged: the member '{name}' is sparse"):
+        list(scan_tar(io.BytesIO(data), "x.tar"))
+
+
+def test_a_record_without_measure_is_refused() -> None:
+    data = tar_member("a.json", b" " * (MOST_JSON + 1)) + END
+    with pytest.raises(UserError, match=r"the member 'a\.json' has 16777217 bytes, more than 16777216 of a record"):
+        list(scan_tar(io.BytesIO(data), "x.tar"))
+
+
+def test_a_header_without_measure_is_refused() -> None:
+    with pytest.raises(ValueError, match="more than the 100000000 of the format"):
+        header_length((5 << 30).to_bytes(8, "little"), 6 << 30)
 
 
 def test_odd_sizes_and_equal_keys_are_errors(tmp_path: Path) -> None:

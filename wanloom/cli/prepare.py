@@ -69,6 +69,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "each file keeps its aspect, in as many pixels as --height times --width",
         },
         "--max-area": {"type": int, "metavar": "N", "help": "most pixels of a picture (399360, which is 480x832)"},
+        "--max-aspect": {
+            "type": float,
+            "metavar": "X",
+            "help": "a picture whose longer side is more than X times the shorter one is dropped (20)",
+        },
     },
     "time": {
         "--frames": {"type": int, "metavar": "N", "help": "of every clip, 4n+1 (81)"},
@@ -127,7 +132,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 TIMING = ("mode", "frames", "fps", "clips", "clips_per_video", "frames_per_video")
-FRAMING = ("height", "width", "crop", "keep_aspect", "max_area")
+FRAMING = ("height", "width", "crop", "keep_aspect", "max_area", "max_aspect")
 OTHER = ("caption_key", "max_text_length", "val_fraction", "shard_size", "batch_size", "dtype", "seed", "workers")
 
 

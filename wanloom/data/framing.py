@@ -3,7 +3,8 @@
 In: the displayed size of a file (rotation and pixel shape applied) and the user's wish. Out: a `Frame`: the size to
 resize to, the window to cut, in whole pixels. The one decision: a picture is never squashed to fit. It is resized by
 one factor and cut (`center`, `random`), or fitted whole inside the size and rounded to the grid of 16 (`none`), which
-bends it by the rounding alone, and that is recorded.
+bends it by the rounding alone, and that is recorded. A side that is too many times the other one is refused before
+anything is resized: what covers a size would grow with it without end.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ class FramingConfig(Config):
     crop: Literal["center", "random", "none"] = "center"
     keep_aspect: bool = False
     max_area: int | None = None
+    max_aspect: float = 20.0
 
     @model_validator(mode="after")
     def _check(self) -> "FramingConfig":
@@ -40,6 +42,8 @@ class FramingConfig(Config):
                 raise ValueError(f"--max-area {self.max_area} is less than one token of {GRID}x{GRID} pixels")
             if self.height is not None and not self.keep_aspect:
                 raise ValueError("--max-area has no effect beside --height and --width: leave one out")
+        if not 1 <= self.max_aspect <= 1000:
+            raise ValueError(f"--max-aspect {self.max_aspect:g} is not between 1 and 1000: a longer by a shorter side")
         if self.keep_aspect and self.height is None:
             raise ValueError("--keep-aspect has no effect without --height and --width, it is so then: leave it out")
         if self.keep_aspect and self.max_area is not None:
@@ -65,8 +69,14 @@ class Frame(NamedTuple):
 def choose_frame(width: float, height: float, config: FramingConfig, seed: int, key: str) -> Frame:
     """The frame for a picture displayed at `width` x `height`; `seed` and `key` place a random crop.
 
-    Raises ValueError when a picture is too narrow to be fitted without squashing.
+    Raises ValueError when a picture is too narrow to be fitted without squashing, or beyond `max_aspect`.
     """
+    aspect = max(width, height) / min(width, height)
+    if aspect > config.max_aspect:
+        raise ValueError(
+            f"too narrow: {width:.0f}x{height:.0f}, one side {aspect:.2f} times the other, is beyond --max-aspect "
+            f"{config.max_aspect:g}"
+        )
     if config.area is not None:
         size = fit_area(width, height, config.area)
     else:
@@ -107,7 +117,10 @@ def fit_area(width: float, height: float, area: int) -> tuple[int, int]:
     ]
     if scale == 1.0:  # a small picture: only down to the grid, never up
         options = [o for o in options if o[0] <= max(GRID, width) and o[1] <= max(GRID, height)]
-    options = options or [(_below(sides[0]), _below(sides[1]))]
+    if not options:  # the short side is one token already
+        raise ValueError(
+            f"too narrow: {width:.0f}x{height:.0f} has no size in steps of {GRID} within --max-area {area}"
+        )
     return min(options, key=lambda o: (abs(math.log(o[0] / o[1] * height / width)), -o[0] * o[1]))
 
 

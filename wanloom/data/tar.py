@@ -3,7 +3,8 @@
 In: samples as latents `(C, F, H, W)`, text states `(L, D)` and a record of where they come from. Out: the members
 `<key>.json` and `<key>.safetensors`, one after the other; a shard is nothing but such pairs joined and an end mark. The
 one decision: member headers carry no time, user or mode of this machine, so equal samples are equal bytes. Nothing here
-can run code: latents are safetensors, and a pickled member is refused. Format: POSIX ustar.
+can run code: latents are safetensors, and a pickled member is refused; nor can a small file take much memory: sparse
+members and json members without measure are refused by their headers. Format: POSIX ustar.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from wanloom.tensors import Entry, header_length, parse_header
 
 END = bytes(2 * tarfile.BLOCKSIZE)
 TENSORS = ("latents", "text")  # of a sample
+MOST_JSON = 1 << 24  # bytes of a sample's record; captions are far shorter
 PICKLED = {"pth", "pt", "pickle", "pkl", "pyd", "ckpt"}
 
 
@@ -65,6 +67,8 @@ def scan_tar(file: BinaryIO, name: str) -> Iterator[Pair]:
             for member in archive:
                 if not member.isfile():
                     continue
+                if member.issparse():
+                    raise ValueError(f"the member '{member.name}' is sparse, its bytes are not all there")
                 folder, slash, name_only = member.name.rpartition("/")
                 stem, _, suffix = name_only.partition(".")  # as WebDataset has it
                 key = folder + slash + stem
@@ -119,6 +123,8 @@ def _view(values: Tensor, entry: Entry) -> Tensor:
 
 
 def _read_json(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> dict[str, Any]:
+    if member.size > MOST_JSON:
+        raise ValueError(f"the member '{member.name}' has {member.size} bytes, more than {MOST_JSON} of a record")
     data = archive.extractfile(member) or io.BytesIO()
     record = parse_json(data.read())
     if not isinstance(record, dict):
