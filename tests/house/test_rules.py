@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "wanloom"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
-    {"", "config", "dist", "assets", "files", "signals", "tensors", "threads"},
+    {"", "config", "dist", "assets", "files", "signals", "tensors", "terminal", "threads"},
     {"model", "codecs", "objective", "data"},
     {"parallel", "adapt"},
     {"train", "sample", "evaluate"},
@@ -129,6 +129,8 @@ def test_no_unsafe_or_silent_code(path):
             assert safe.get("weights_only") == "True", f"line {node.lineno}: load tensors with weights_only=True"
         if isinstance(node, ast.Call) and ast.unparse(node.func) in {"eval", "exec", "os.system", "yaml.load"}:
             pytest.fail(f"line {node.lineno} runs or loads what may come from outside")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"print", "Console"} and name != "terminal.py":
+            pytest.fail(f"line {node.lineno}: what is printed goes through wanloom.terminal: say or Terminal")
         if isinstance(node, ast.keyword) and node.arg == "shell":
             pytest.fail(f"line {node.value.lineno} starts a shell")
 

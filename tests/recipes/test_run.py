@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from wanloom.config import UserError
+from wanloom.config import UserError, setting_paths
 from wanloom.model.dit import CONFIGS
 from wanloom.objective.flow import PRESETS
-from wanloom.recipes.run import MAY_CHANGE, changed_keys, dump_run, load_run, model_config, recipe_names, use_mock
+from wanloom.recipes.run import MAY_CHANGE, Run, changed_keys, dump_run, load_run, model_config, recipe_names, use_mock
 
 
 def test_every_shipped_recipe_loads_both_ways():
@@ -118,3 +118,37 @@ def test_an_unknown_recipe_or_model_is_said():
         model_config("nothing")
     with pytest.raises(UserError, match="'my models/tiny' is no folder here"):
         model_config("my models/tiny")
+
+
+def test_names_of_other_trainers_lead_to_settings_that_are_there():
+    known = setting_paths(Run)
+    settings = [name for name in Run.ELSEWHERE.values() if " " not in name]
+    assert set(settings) <= set(known) and len(settings) > 20
+    leaves = {name.rpartition(".")[2] for name in known}
+    assert set(Run.ELSEWHERE) & leaves == {"data"}, "a setting of ours needs no other name"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lora.rank=16", "There is no setting 'lora'. LoRA is not there yet"),
+        ("log.wandb=true", "There is no setting 'log.wandb'. There is no wandb"),
+        ("optimizer.name=adam", "There is no setting 'optimizer.name'. 'optimizer' has: lr, betas, eps, weight_decay."),
+        ("data=folder", "The setting 'data' is 'folder': write data.path=folder."),
+        ("data.sources=[a, b]", "The setting 'data.sources.0' is 'a': write {path: a} for it."),
+        ("data.sources=[{path: a, weigth: 1}]", "Did you mean 'data.sources.0.weight'?"),
+        ("data.folder=x", "There is no setting 'data.folder'. 'data' has: path, sources, mock, prefetch"),
+        ("optimizer.betas=0.9,0.99", "it must be a list such as [0.9,0.99]."),
+        ("train.steps=1e3", "it must be a whole number, as in 1000."),
+        ("lr=1", "Did you mean 'optimizer.lr'?"),
+        ("learning-rate=1", "Did you mean 'optimizer.lr'?"),
+        ("offload=1", "it must be true or false."),
+        ("run_dir=5", "it must be text, in quotes where it looks like a number."),
+        ("trian.steps=4", "There is no setting 'trian'. Did you mean 'train'?"),
+    ],
+)
+def test_a_word_that_is_no_setting_is_told_what_is_near(word, message):
+    with pytest.raises(UserError) as caught:
+        load_run("tiny", [word])
+    text = str(caught.value)
+    assert message in text and not any(jargon in text for jargon in ("instance", "dictionary", "tuple", "Config"))

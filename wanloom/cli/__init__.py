@@ -6,6 +6,7 @@ OSError is printed as one sentence and ends with exit code 2; a command that was
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import time
@@ -15,7 +16,9 @@ from types import ModuleType
 from typing import NoReturn
 
 import wanloom
+from wanloom.cli.words import Parser
 from wanloom.config import UserError, nearest, sentence_of
+from wanloom.terminal import is_text, say
 
 COMMANDS = {
     "prepare": "turn a folder of videos and images into a training set",
@@ -30,32 +33,44 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    overview = argparse.ArgumentParser(
-        prog="wanloom", description=wanloom.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    overview.add_argument("--version", action="version", version=f"wanloom {wanloom.__version__}")
-    commands = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
-    overview.epilog = f"commands:\n{commands}\n\n`wanloom COMMAND --help` explains one."
-    overview.add_argument("command", metavar="COMMAND")
-    if not words:
-        overview.print_help()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal in another encoding shows `\\xfc` and ends no run
+            stream.reconfigure(errors="backslashreplace")
+    if strange := next((word for word in words if not is_text(word)), None):
+        return _fail(f"'{strange}' is no text in UTF-8: give the file another name, or write the text in UTF-8.")
+    try:
+        run = _read(words)
+    except (UserError, OSError) as error:
+        return _fail(sentence_of(error))
+    if run is None:
         return 2
-    name = words[0]
-    if name.startswith("-"):
-        overview.parse_args(words)  # --help and --version leave here, anything else is an error
-    if name not in COMMANDS:
-        return _fail(f"There is no command '{name}'.{nearest(name, list(COMMANDS))} `wanloom --help` lists them.")
-    command = importlib.import_module(f"wanloom.cli.{name}")
-    parser = argparse.ArgumentParser(
-        prog=f"wanloom {name}", description=command.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    command.add_arguments(parser)
-    arguments = parser.parse_intermixed_args(words[1:])
-    run = _choose(command, arguments, words)
     try:
         return _run_one(run) if os.environ.get("WORLD_SIZE", "1") == "1" else _leave(_run_rank(run))
     except KeyboardInterrupt:  # a rank that still joins the others
         return 130
+
+
+def _read(words: list[str]) -> Callable[[], int] | None:
+    """What is to be done, by the words; None when only the overview could be shown. Raises UserError."""
+    overview = Parser("wanloom", wanloom.__doc__)
+    overview.add_argument("--version", action="version", version=f"wanloom {wanloom.__version__}")
+    commands = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    overview.epilog = f"commands:\n{commands}\n\n`wanloom COMMAND --help` explains one."
+    overview.add_argument("command", metavar="COMMAND", help="what to do")
+    if not words:
+        overview.print_help()
+        return None
+    if words[0] == "help":  # as other tools have it
+        words = [*words[1:2], "--help"]
+    name = words[0]
+    if name.startswith("-"):
+        overview.parse_words(words)  # --help and --version leave here, anything else is an error
+    if name not in COMMANDS:
+        raise UserError(f"There is no command '{name}'.{nearest(name, list(COMMANDS))} `wanloom --help` lists them.")
+    command = importlib.import_module(f"wanloom.cli.{name}")
+    parser = Parser(f"wanloom {name}", command.HELP)
+    command.add_arguments(parser)
+    return _choose(command, parser.parse_words(words[1:]), words)
 
 
 def _choose(command: ModuleType, arguments: argparse.Namespace, words: list[str]) -> Callable[[], int]:
@@ -125,5 +140,5 @@ def _leave(code: int) -> NoReturn:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"wanloom: {message}", file=sys.stderr)
+    say(f"wanloom: {message}", file=sys.stderr)
     return code

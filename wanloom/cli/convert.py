@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import wanloom
 from wanloom.config import UserError
+from wanloom.terminal import say
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
     from wanloom.recipes.trained import Trained
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     average = "averaged " if arguments.ema else ""
-    print(f"{average}weights of step {trained.step} in {arguments.layout} layout: {out}")
+    say(f"{average}weights of step {trained.step} in {arguments.layout} layout: {out}")
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import wanloom
 from wanloom.cli import main
 from wanloom.config import UserError
+from wanloom.terminal import Terminal, say
 
 HELP = (
     "Make small clips, prepare them, train on them from random weights, generate from prompts, and write report.html."
@@ -37,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; 0 when every target is reached, 1 when not."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = Terminal()
     out: Path = arguments.out
     clear(out)
     commands, began = [], time.monotonic()
@@ -48,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = write_prompts(out / "prompts.jsonl")
     for words in job(out):
         text = shlex.join(["wanloom", *words])
-        console.print(f"\n[bold]$ {text}[/bold]", soft_wrap=True)
+        console.print(f"\n$ {text}", style="bold", soft_wrap=True)
         began = time.monotonic()
         code = main(words)  # in this process: the same code as from the shell, without loading the libraries again
         if code:
@@ -64,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     page.write_text(build_page(report), encoding="utf-8")
     print_scores(console, report, commands)
-    print(page.resolve())
+    say(str(page.resolve()))
     return 0 if all(score.reached for score in report.scores) else 1
 
 
@@ -208,16 +207,17 @@ def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
     return {"training loss (unweighted)": raw, "the same, smoothed": smooth, "validation loss": held_out}
 
 
-def print_scores(console: Any, report: Any, commands: list[tuple[str, float]]) -> None:
+def print_scores(console: Terminal, report: Any, commands: list[tuple[str, float]]) -> None:
     """The table of results, and the time it took, in the terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="generated clips that show what the prompt says, measured from pixels")
     for column in ("attribute", "all", "seen combinations", "held-out combinations", "target", ""):
         table.add_column(column, justify="left" if column in ("attribute", "") else "right")
     for score in report.scores:
         cells = [f"{100 * n / of:.0f}% ({n}/{of})" for n, of in (score.all, score.seen, score.held_out)]
-        verdict = "reached" if score.reached else "[bold red]missed[/bold red]"
+        verdict = "reached" if score.reached else Text("missed", style="bold red")
         table.add_row(score.name, *cells, f"{100 * score.target:.0f}%", verdict)
     console.print(table)
     console.print(f"The demo took {sum(seconds for _, seconds in commands):.0f} s.")

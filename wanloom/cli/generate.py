@@ -14,6 +14,7 @@ from wanloom.cli import launch
 from wanloom.cli.generate_files import check_outputs, describe, write_result
 from wanloom.cli.generate_plan import DEFAULTS, Plan, build_plan, check_alike
 from wanloom.config import UserError
+from wanloom.terminal import Terminal, say
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
     from torch import Tensor
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         if is_first:
             check_outputs(plan, arguments.overwrite)
     check_alike(plan)
-    say = partial(print, flush=True) if is_first else lambda _: None
+    say = partial(print) if is_first else lambda _: None
     say(
         f"{plan.model_name} on {plan.where} in {plan.precision}, attention by {plan.kernel}: "
         f"{len(plan.jobs)} to make with {plan.config.steps} steps of {plan.config.solver}"
@@ -131,7 +132,7 @@ def encode_texts(plan: Plan) -> "tuple[list[Tensor], str]":
     for prompt in plan.prompts:
         count = codec.count_tokens(prompt)
         if count > slots:
-            print(f"note: of {count} tokens only the first {slots} are used: {prompt[:60]}...", file=sys.stderr)
+            say(f"note: of {count} tokens only the first {slots} are used: {prompt[:60]}...", file=sys.stderr)
     states = codec.encode(plan.prompts, slots)
     identity = codec.identity
     del codec
@@ -172,7 +173,7 @@ def load_model(plan: Plan, mesh: "Mesh") -> "WanDiT":
         with together():
             model = load_dit(plan.pipeline, plan.dtype, plan.device, plan.kernel, apply, params.fill)
         if rank() == 0 and not params.local(model.head.head.weight).any():
-            print(f"note: the transformer of '{plan.model_name}' is untrained, it will give noise", file=sys.stderr)
+            say(f"note: the transformer of '{plan.model_name}' is untrained, it will give noise", file=sys.stderr)
     return model.eval().requires_grad_(False)
 
 
@@ -197,7 +198,6 @@ def make_all(
     """
     done, writing, began = 0, 0.0, time.monotonic()
     try:
-        from rich.console import Console
         from rich.progress import Progress
 
         from wanloom.dist import together
@@ -212,7 +212,7 @@ def make_all(
             )
             for job in plan.jobs
         ]
-        console = Console(stderr=True)
+        console = Terminal(stderr=True)
         quiet = vae is None or not console.is_terminal
         with Progress(console=console, transient=True, disable=quiet) as progress, enough_memory(plan):
             task = progress.add_task("denoising", total=len(requests) * plan.config.steps)
@@ -225,7 +225,7 @@ def make_all(
                 writing += time.monotonic() - start
     except KeyboardInterrupt:
         if vae is not None:
-            print(f"\n{done} of {len(plan.jobs)} are written to {plan.out}.", file=sys.stderr)
+            say(f"\n{done} of {len(plan.jobs)} are written to {plan.out}.", file=sys.stderr)
         raise
     return time.monotonic() - began - writing, writing
 

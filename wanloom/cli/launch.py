@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from wanloom.config import UserError
+from wanloom.terminal import say
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -96,7 +97,7 @@ def run_processes(count: int, words: Sequence[str], restarts: int = 0) -> int:
             code = run_once(config, words)
             if code in NEEDS_NO_RESTART or not left:
                 break
-            print(f"wanloom: starting all processes again, {left - 1} restarts left.", file=sys.stderr)
+            say(f"wanloom: starting all processes again, {left - 1} restarts left.", file=sys.stderr)
     except SignalException as error:  # once it has started processes, torch turns signals into these
         return 128 + error.sigval
     return code
@@ -113,7 +114,7 @@ def run_once(config: "LaunchConfig", words: Sequence[str]) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
             return failure.exitcode
-        print(f"wanloom: rank {rank} was ended by {failure.signal_name()}.", file=sys.stderr)
+        say(f"wanloom: rank {rank} was ended by {failure.signal_name()}.", file=sys.stderr)
         return 128 - failure.exitcode
     return 0
 

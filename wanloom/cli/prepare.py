@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from wanloom.cli import launch
 from wanloom.config import UserError, build_config
 from wanloom.signals import StopSignal
+from wanloom.terminal import Terminal
 
 if TYPE_CHECKING:
     from wanloom.data.encode import Encoders, PrepareConfig, Progress
@@ -192,7 +193,6 @@ def check_alike(identity: dict[str, str]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prepare, with a progress bar and the report on rank 0; 128 and the number of the signal when it was stopped."""
     config = read_config(arguments)
-    from rich.console import Console
 
     from wanloom.assets import find_pipeline
     from wanloom.data.prepare import check_folders, prepare
@@ -205,7 +205,7 @@ def run(arguments: argparse.Namespace) -> int:
         pipeline = find_pipeline(arguments.model, PARTS)
         identity = identify(pipeline, device)
     check_alike(identity)
-    console = Console(highlight=False, quiet=rank() != 0)
+    console = Terminal(quiet=rank() != 0)
     started = time.monotonic()
     stop = StopSignal("the samples under way")
     threads = one_thread() if device == "cpu" else nullcontext()  # the bytes of any number of processes are equal

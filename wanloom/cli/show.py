@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanloom.terminal import say
+
 if TYPE_CHECKING:
     from wanloom.data.loader import Source
     from wanloom.model.dit import DiTConfig, WanDiT
@@ -77,22 +79,22 @@ def show_recipe(run: "Run", world: int | None, per_node: int) -> None:
         model = WanDiT(config)
     params = sum(p.numel() for p in model.parameters())
     copies = 5 if run.ema.decay else 4  # weights, gradients, two moments, average
-    print(dump_run(run), end="")
-    print(f"# parameters: {params:,}; with gradients, moments and average {params * 4 * copies / GIB:.2f} GiB")
+    say(dump_run(run), end="")
+    say(f"# parameters: {params:,}; with gradients, moments and average {params * 4 * copies / GIB:.2f} GiB")
     if layout:
         show_layout(layout, per_node)
         show_memory(run, model, layout)
     if run.data.path or run.data.sources or run.data.mock:
         show_plan(run, config, layout)
     else:
-        print("# data: none given; add data.path=FOLDER to see samples, packs and FLOPs of a step")
+        say("# data: none given; add data.path=FOLDER to see samples, packs and FLOPs of a step")
 
 
 def show_layout(layout: "Layout", per_node: int) -> None:
     """The axes that are used, and which ranks work together with rank 0 on each."""
     from wanloom.parallel.mesh import AXES
 
-    print(f"# layout of {layout.world}: {layout.describe()}; data ranks: {layout.data_ranks}")
+    say(f"# layout of {layout.world}: {layout.describe()}; data ranks: {layout.data_ranks}")
     for axis, size in zip(AXES, layout.sizes, strict=True):
         if size == 1:
             continue
@@ -100,7 +102,7 @@ def show_layout(layout: "Layout", per_node: int) -> None:
         group = [r for r in range(layout.world) if others.items() <= layout.coordinates(r).items()]
         ranks = ", ".join(map(str, group)) if size <= 4 else f"{group[0]}, {group[1]}, ... {group[-1]}"
         where = "inside a machine" if per_node % (group[-1] + group[1]) == 0 else "across machines"
-        print(f"#   {axis} {size}: {AXIS_WORDS[axis]}; rank 0 with {ranks}, {where} of {per_node}")
+        say(f"#   {axis} {size}: {AXIS_WORDS[axis]}; rank 0 with {ranks}, {where} of {per_node}")
 
 
 def show_memory(run: "Run", model: "WanDiT", layout: "Layout") -> None:
@@ -114,10 +116,10 @@ def show_memory(run: "Run", model: "WanDiT", layout: "Layout") -> None:
     most = max(states, key=lambda state: state.total)
     numbers = sum(part.numel for part in held[states.index(most)].values())
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in most._asdict().items() if size)
-    print(f"# a rank holds at most {numbers:,} parameters, {most.total / GIB:.2f} GiB: {parts}")
+    say(f"# a rank holds at most {numbers:,} parameters, {most.total / GIB:.2f} GiB: {parts}")
     pack = run.batch.tokens_per_pack
     sizes = (f"{name} {activation_bytes(model.config, layout, pack, name, bf16) / GIB:.2f}" for name in KEPT)
-    print(
+    say(
         f"# activations on a rank, {-(-pack // (layout.cp * layout.tp)):,} tokens of a pack of {pack:,}, in GiB "
         f"(estimate), by what is recomputed: {', '.join(sizes)}"
     )
@@ -132,26 +134,26 @@ def show_plan(run: "Run", config: "DiTConfig", layout: "Layout | None" = None) -
     sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
     plan = Plan(sources, run.data.resolved(), run.batch, run.seed, lambda tokens: train_flops(config, tokens), ranks)
     for source, weight in zip(sources, plan.shares(), strict=True):
-        print(f"# data: {describe(source)}, {weight:.0%} of the samples")
+        say(f"# data: {describe(source)}, {weight:.0%} of the samples")
     steps = [plan.packs(step) for step in range(min(STEPS_PLANNED, run.train.steps))]
     totals = [plan.totals(packs) for packs in steps]
     num_packs = sum(len(packs) for packs in steps)
     tokens = sum(step.num_tokens for step in totals)
     flops = sum(step.flops for step in totals)
     efficiency = tokens / (num_packs * run.batch.tokens_per_pack)
-    print(f"# step: {run.batch.samples} samples, {tokens / len(steps):,.0f} tokens, {num_packs / len(steps):.1f} packs")
-    print(f"# packs: {efficiency:.1%} full; step: {flops / len(steps) / 1e12:,.3f} model TFLOP")
+    say(f"# step: {run.batch.samples} samples, {tokens / len(steps):,.0f} tokens, {num_packs / len(steps):.1f} packs")
+    say(f"# packs: {efficiency:.1%} full; step: {flops / len(steps) / 1e12:,.3f} model TFLOP")
     if layout:
         balance = sum(step.balance for step in totals) / len(steps)
         parts = layout.cp * layout.tp
         lens = [sum(plan.tokens(position) for position in pack) for packs in steps for pack in packs]
         filler = sum(-length % parts or (0 if length else parts) for length in lens)
-        print(
+        say(
             f"# data rank: {num_packs / len(steps) / ranks:.1f} packs and {tokens / len(steps) / ranks:,.0f} tokens a "
             f"step; balance {balance:.3f} (how much longer a step takes than with equal packs), padding "
             f"{filler / (tokens + filler):.3%}"
         )
-    print(f"# run: {run.train.steps:,} steps, {run.train.steps * run.batch.samples:,} samples")
+    say(f"# run: {run.train.steps:,} steps, {run.train.steps * run.batch.samples:,} samples")
 
 
 def describe(source: "Source") -> str:
@@ -170,17 +172,17 @@ def show_run(path: Path) -> None:
     records = read_metrics(path / FILE)
     if records:
         last = records[-1]
-        print(f"last record: step {last['step']}, loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s")
+        say(f"last record: step {last['step']}, loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s")
         held_out = [record for record in records if "val_loss" in record]
         if held_out:
-            print(f"held-out loss: {held_out[-1]['val_loss']:.4f} at step {held_out[-1]['step']}")
+            say(f"held-out loss: {held_out[-1]['val_loss']:.4f} at step {held_out[-1]['step']}")
     for checkpoint in list_checkpoints(path):
         state = read_state(checkpoint)
         size = sum(file["bytes"] for file in state["files"].values()) / 2**30
         seen = f"{state['samples']:,} samples, {state['tokens']:,} tokens"
-        print(f"{checkpoint}: {seen}, {format_seconds(state['seconds'])} of training, {size:.2f} GiB")
+        say(f"{checkpoint}: {seen}, {format_seconds(state['seconds'])} of training, {size:.2f} GiB")
     if not list_checkpoints(path):
-        print(f"{path} has no checkpoint yet.")
+        say(f"{path} has no checkpoint yet.")
 
 
 def show_data(path: Path) -> None:
@@ -190,20 +192,20 @@ def show_data(path: Path) -> None:
     from wanloom.files import parse_json
 
     source = Dataset.open(path)
-    print(describe(source))
+    say(describe(source))
     index = source.rows("train")
     shapes: dict[tuple[int, ...], int] = {}
     for shape in index.shapes.tolist():
         shapes[tuple(shape[1:])] = shapes.get(tuple(shape[1:]), 0) + 1
     for (frames, height, width), count in sorted(shapes.items(), key=lambda item: -item[1]):
         pixels = f"{4 * (frames - 1) + 1} frames of {height * 8} x {width * 8}"
-        print(f"  {count:,} x {pixels} ({frames * height * width // 4:,} tokens)")
+        say(f"  {count:,} x {pixels} ({frames * height * width // 4:,} tokens)")
     for i in range(min(NUM_CAPTIONS, len(index))):
-        print(f"  {index[i].key}: {index[i].caption}")
+        say(f"  {index[i].key}: {index[i].caption}")
     settings = path / "prepare.json"
     if settings.is_file():
         try:
             used = parse_json(settings.read_bytes())["settings"].items()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{settings} is damaged: restore it or prepare the folder again.") from error
-        print("  prepared with: " + ", ".join(f"{name} {value}" for name, value in used if value is not None))
+        say("  prepared with: " + ", ".join(f"{name} {value}" for name, value in used if value is not None))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import wanloom
 from wanloom.cli import launch
+from wanloom.terminal import say
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
     import torch
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     words += ["--mock", arguments.mock] if arguments.mock else []
     if rank() == 0:
         how = shlex.join(words) if world_size() == 1 else "the same command again"
-        print(f"Stopped by a signal, and saved. To go on: {how}", flush=True)
+        say(f"Stopped by a signal, and saved. To go on: {how}")
     return 128 + stopped
 
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from wanloom.data.plan import Plan
+from wanloom.terminal import printable
 
 NAMES = 5  # file names shown for one line of the table; report.json has all
 
@@ -112,7 +113,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for kind, number in sorted(report["dropped_by_kind"].items()):
         drops = [drop for drop in report["dropped"] if drop["kind"] == kind]
         lines = [f"{d['file']}: {d['reason']}{_partly(d)}" for d in drops]
-        table.add_row(f"[red]dropped, {kind}[/red]", str(number), _shorten(lines))
+        table.add_row(Text(f"dropped, {kind}", style="red"), str(number), _shorten(lines))
     for name, title in (
         ("captions_truncated", "captions cut"),
         ("captions_in_conflict", "captions disagree"),
@@ -137,6 +138,6 @@ def _partly(drop: dict[str, Any]) -> str:
     return f" ({drop['samples']} samples before that are kept)" if drop["samples"] else ""
 
 
-def _shorten(lines: list[str]) -> str:
+def _shorten(lines: list[str]) -> Text:
     more = f"\nand {len(lines) - NAMES} more in report.json" if len(lines) > NAMES else ""
-    return escape("\n".join(lines[:NAMES])) + more
+    return Text(printable("\n".join(lines[:NAMES])) + more)

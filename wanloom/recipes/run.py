@@ -49,11 +49,69 @@ MAY_CHANGE = (
     "offload",
     "compile",
 )
+# what other trainers call it: our setting, or what to say
+NAMES_ELSEWHERE = {
+    "data": "data.path",
+    "dataset": "data.path",
+    "data_dir": "data.path",
+    "dataset_path": "data.path",
+    "num_workers": "data.prefetch",
+    "workers": "data.prefetch",
+    "output": "run_dir",
+    "output_dir": "run_dir",
+    "out": "run_dir",
+    "learning_rate": "optimizer.lr",
+    "adam_epsilon": "optimizer.eps",
+    "batch_size": "batch.samples",
+    "global_batch_size": "batch.samples",
+    "train_batch_size": "batch.samples",
+    "gradient_accumulation_steps": "A step is batch.samples samples, in as many packs of batch.tokens_per_pack as that "
+    "takes.",
+    "max_steps": "train.steps",
+    "max_train_steps": "train.steps",
+    "num_steps": "train.steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "dtype": "train.precision",
+    "mixed_precision": "train.precision",
+    "attention": "train.kernel",
+    "gradient_checkpointing": "recompute",
+    "activation_checkpointing": "recompute",
+    "lr_scheduler": "schedule.kind",
+    "scheduler": "schedule.kind",
+    "warmup": "schedule.warmup_steps",
+    "lr_warmup_steps": "schedule.warmup_steps",
+    "max_grad_norm": "clip_norm",
+    "grad_clip": "clip_norm",
+    "ema_decay": "ema.decay",
+    "use_ema": "ema.decay",
+    "save_every": "checkpoint.every",
+    "save_steps": "checkpoint.every",
+    "checkpointing_steps": "checkpoint.every",
+    "validation_steps": "log.validate_every",
+    "eval_steps": "log.validate_every",
+    "resume": "The same command goes on from the newest checkpoint of its run_dir.",
+    "resume_from_checkpoint": "The same command goes on from the newest checkpoint of its run_dir.",
+    "device": "wanloom takes the GPU where there is one; CUDA_VISIBLE_DEVICES chooses it, and an empty one hides it.",
+    "gpus": "Several GPUs of a machine are used with --nproc N.",
+    "num_gpus": "Several GPUs of a machine are used with --nproc N.",
+    "lora": "LoRA is not there yet: all weights are trained.",
+    "lora_rank": "LoRA is not there yet: all weights are trained.",
+    "wandb": "There is no wandb: run_dir holds metrics.jsonl and files for TensorBoard.",
+    "report_to": "There is no choice of trackers: run_dir holds metrics.jsonl and files for TensorBoard.",
+    "width": "Sizes are those that `wanloom prepare` gave the data.",
+    "height": "Sizes are those that `wanloom prepare` gave the data.",
+    "resolution": "Sizes are those that `wanloom prepare` gave the data.",
+    "frames": "Sizes are those that `wanloom prepare` gave the data.",
+    "num_frames": "Sizes are those that `wanloom prepare` gave the data.",
+    "fps": "The frame rate is that which `wanloom prepare` gave the data.",
+}
 
 
 class Run(Config):
     """Everything that decides a run."""
 
+    ELSEWHERE = NAMES_ELSEWHERE
     model: str  # `tiny`, a folder in diffusers layout, or a name on the Hugging Face hub
     init: Literal["random", "pretrained"] = "random"  # start from random weights or from those of `model`
     run_dir: str | None = None  # where checkpoints and metrics go; `wanloom train` needs it

@@ -26,6 +26,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from wanloom.config import Config, UserError
 from wanloom.files import parse_json, write_atomic
+from wanloom.terminal import Terminal
 
 FILE = "metrics.jsonl"
 Record = Mapping[str, float]
@@ -119,7 +120,7 @@ class ProgressLine:
     def __init__(
         self, start_step: int, num_steps: int, console: Console | None = None, ranks: int = 1, quiet: bool = False
     ) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self.console = console or Terminal(soft_wrap=True, quiet=quiet)
         self._num_steps, self._ranks = num_steps, ranks
         self._seen = start_step, time.monotonic()  # the last record's step, and when
         self._live: Progress | None = None

@@ -1,0 +1,56 @@
+"""The border to the terminal: what is printed holds no commands for it.
+
+In: sentences and tables, in which names of files, captions, prompts and configs of others stand. Out: the same, with
+every control character as a visible escape (`\\x1b`), on stdout or stderr. The one decision: every print of wanloom is
+`say` or a `Terminal`, which a house test checks, so that nobody has to think of where a name came from.
+"""
+
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+# C0 but for tab and newline, DEL and C1; marks that change the direction of what follows; halves of a character
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """`text` without anything that a terminal would obey; tabs and newlines stay."""
+    return CONTROL.sub(lambda found: _escape(found[0]), text)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python holds a byte of a file's name that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def is_text(word: str) -> bool:
+    """Whether a word of the command line is UTF-8: Python holds its bytes as halves of characters where it is not."""
+    return not any("\ud800" <= character <= "\udfff" for character in word)
+
+
+def say(text: str = "", file: TextIO | None = None, end: str = "\n") -> None:
+    """Print a line, at once, on stdout if no other file is given."""
+    print(printable(text), file=file or sys.stdout, end=end, flush=True)
+
+
+class Terminal(Console):
+    """rich's console for texts of others: what stands in brackets or between colons is no markup and no emoji."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"highlight": False, "markup": False, "emoji": False, **options})
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Made printable before it is laid out, where control characters count as nothing."""
+        return super().render_str(printable(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Segments of text are made printable; rich's own codes are segments of another kind and pass."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
