@@ -50,6 +50,11 @@ def parse_json(data: str | bytes) -> Any:
     return value
 
 
+def json_fault(error: ValueError) -> str:
+    """What is wrong with one line of JSON. The parser counts lines itself: of one line it always says the first."""
+    return f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
 def is_special(path: Path) -> bool:
     """Whether this, or what a link leads to, is a pipe or a device: reading it may never end."""
     try:

@@ -7,16 +7,15 @@ never silently ignored. A second source that says something else is listed, a si
 of that file alone, and what looks like a caption and is none is named.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from wanloom.data.names import Names, compose, loose
-from wanloom.data.tables import TABLES, Table, fault_of, read_table
+from wanloom.data.tables import TABLES, Table, read_table
 from wanloom.data.video import kind_of
-from wanloom.files import is_special, parse_json
+from wanloom.files import is_special, json_fault, parse_json
 
 SIDECARS = (".json", ".jsonl", ".txt", ".caption")
 # endings of texts that are no captions here, and are named when they have the name of a file without one
@@ -179,10 +178,8 @@ def read_sidecar(root: Path, name: str, key: str | None) -> Answer:
 def _read_object(text: str, name: str, where: str, key: str) -> Answer:
     try:
         value = parse_json(text)
-    except json.JSONDecodeError as error:
-        return Problem(f"{where} is not valid JSON: {error if name == where else fault_of(error)}")
     except ValueError as error:
-        return Problem(f"{where} is not valid JSON: {error}")
+        return Problem(f"{where} is not valid JSON: {error if name == where else json_fault(error)}")
     if not isinstance(value, dict) or key not in value:
         keys = f", only {', '.join(map(repr, value))}" if isinstance(value, dict) and value else ""
         return Problem(f"{where} has no key '{key}'{keys}")

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from wanloom.config import UserError
 from wanloom.data.names import Names
-from wanloom.files import is_special, parse_json
+from wanloom.files import is_special, json_fault, parse_json
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_COLUMNS = ("file_name", "file", "path", "video")
@@ -130,16 +130,10 @@ def _read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise ValueError(f"line {number} is not valid JSON: {fault_of(error)}") from error
+            raise ValueError(f"line {number} is not valid JSON: {json_fault(error)}") from error
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is no JSON object")
         yield number, row
-
-
-def fault_of(error: ValueError) -> str:
-    """What is wrong with one line of JSON. The parser counts its own lines: of one line it always says the first."""
-    message, column = getattr(error, "msg", None), getattr(error, "colno", None)
-    return f"{message} at character {column}" if message else str(error)
 
 
 def _read_csv(path: Path, choose: Choose, media: Names) -> Iterator[Row]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wanloom.config import Config, UserError, build_config
-from wanloom.files import parse_json
+from wanloom.files import json_fault, parse_json
 
 SLUG_LENGTH = 48
+MOST_BYTES = 64 << 20  # of a file of prompts
 
 
 class PromptLine(Config):
@@ -45,7 +46,11 @@ def read_prompts(path: Path) -> list[PromptLine]:
     Raises UserError for a file that cannot be read or holds no prompt, and names the line that is wrong.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise UserError(f"'{path}' is larger than {MOST_BYTES >> 20} MiB: it is no file of prompts.")
+        lines = data.decode("utf-8-sig").split("\n")  # other separators, such as U+2028, are part of a prompt
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"The prompts in '{path}' cannot be read: {reason}.") from error
@@ -61,7 +66,7 @@ def _parse_line(where: str, line: str) -> PromptLine:
     try:
         values = parse_json(line)
     except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}.") from error
+        raise UserError(f"{where} is not JSON: {json_fault(error)}.") from error
     if not isinstance(values, dict):
         raise UserError(f'{where} is not an object such as {{"prompt": "a cat", "seed": 7}}.')
     try:
