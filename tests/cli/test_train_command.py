@@ -23,6 +23,7 @@ from wanloom.data.tar import END, tar_pair
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import forward_flops
 from wanloom.model.weights import state_dict_as
+from wanloom.keys import SCHEME, keyed_normal
 from wanloom.objective.noise import draw_noise, draw_uniform
 from wanloom.train.checkpoint import load_weights
 from wanloom.train.metrics import read_metrics
@@ -119,7 +120,7 @@ def test_three_steps_equal_a_plain_loop_with_diffusers_and_torch(tiny_pipeline, 
     expected = {name: p.detach().clone() for name, p in transformer.named_parameters()}
     source = MockDataset("1x64x64,9x32x32,5x48x32", text_dim=64)
     index, order = source.rows("train"), Order([1024], [Fraction(1)], seed=3)
-    empty, dropped = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)), 0  # the empty caption of --mock
+    empty, dropped = keyed_normal((1, 64), "mock", "empty text"), 0  # the empty caption of --mock
     for step, lr in enumerate((0.005, 0.01, 0.01)):
         loss, count, flops = torch.zeros(()), 0, 0
         for position in range(4 * step, 4 * step + 4):
@@ -295,6 +296,19 @@ def test_a_run_of_before_a_setting_was_added_goes_on(tmp_path, capsys):
         file.write("old_name: 3\n")
     assert main(words(tmp_path, "train.steps=4")) == 2
     assert "run.yaml cannot be read: There is no setting 'old_name'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("draws", [None, "torch's"])
+def test_a_run_of_other_draws_does_not_go_on(tmp_path, capsys, draws):
+    """The first version had torch's generator and said nothing of it: half a run of each is neither."""
+    assert main(words(tmp_path, "train.steps=1")) == 0
+    checkpoint = find_checkpoint(tmp_path)
+    state = read_state(checkpoint)
+    assert state["draws"] == SCHEME
+    state["draws"] = draws
+    (checkpoint / "state.json").write_text(json.dumps({key: value for key, value in state.items() if value}))
+    assert main(words(tmp_path, "train.steps=2")) == 2
+    assert "another version of wanloom, which drew other noise for the same seed" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_named_and_not_skipped(tmp_path, capsys):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "wanloom"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
-    {"", "config", "dist", "assets", "files", "signals", "tensors", "terminal", "threads"},
+    {"", "config", "dist", "assets", "files", "keys", "signals", "tensors", "terminal", "threads"},
     {"model", "codecs", "objective", "data"},
     {"parallel", "adapt"},
     {"train", "sample", "evaluate"},

@@ -2,7 +2,7 @@
 
 import torch
 
-from wanloom.objective.noise import draw_noise, draw_uniform, generator
+from wanloom.objective.noise import draw_noise, draw_uniform
 
 
 def test_a_draw_depends_on_every_part_of_its_key_and_on_nothing_else():
@@ -15,7 +15,8 @@ def test_a_draw_depends_on_every_part_of_its_key_and_on_nothing_else():
         assert not torch.equal(base, draw_noise(shape, *key))
     # parts do not run into each other
     assert draw_uniform(1, "a", "1", 2) != draw_uniform(1, "a", "12", 0)
-    assert generator(1, "a", "b", 0).initial_seed() != generator(1, "ab", "", 0).initial_seed()
+    assert draw_uniform(1, "a", "b", 0) != draw_uniform(1, "ab", "", 0)
+    assert draw_uniform(1, "a", "b", 0) != draw_uniform(1, "a", "b", 1) != draw_uniform(2, "a", "b", 1)
 
 
 def test_draws_of_many_keys_have_the_right_distribution():

@@ -41,6 +41,8 @@ def outputs_of(plan: "Plan", job: "Job") -> list[Path]:
 
 def describe(plan: "Plan", text_identity: str, vae_identity: str) -> dict[str, Any]:
     """What all results of this call share, for their json."""
+    from wanloom.keys import SCHEME
+
     trained = plan.trained
     packages = ("torch", "diffusers", "transformers", "av")
     return {
@@ -54,6 +56,7 @@ def describe(plan: "Plan", text_identity: str, vae_identity: str) -> dict[str, A
         "precision": plan.precision,
         "kernel": plan.kernel,
         "device": plan.device.type if plan.layout.world > 1 else str(plan.device),
+        "draws": SCHEME,
         "processes": {
             "number": plan.layout.world,
             "cfg_parallel": plan.layout.data_ranks,

@@ -180,10 +180,11 @@ def choose_kernel(run: "Run", device: "torch.device") -> str:
 
 
 def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
-    """Where to go on. Raises UserError when the recipe or the data are not those of the checkpoint."""
+    """Where to go on. Raises UserError when the draws, the recipe or the data are not those of the checkpoint."""
     import yaml
 
     from wanloom.config import UserError, build_config, load_yaml
+    from wanloom.keys import SCHEME
     from wanloom.recipes.run import MAY_CHANGE, Run, changed_keys
     from wanloom.train.loop import RunState
     from wanloom.train.saved import read_state
@@ -191,6 +192,11 @@ def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
     if newest is None:
         return RunState()
     stored = read_state(newest)
+    if stored.get("draws") != SCHEME:
+        raise UserError(
+            f"{run.run_dir} was started by another version of wanloom, which drew other noise for the same seed: go on "
+            "with that version, or give another run_dir to start anew."
+        )
     try:
         # settings that are newer than the run take their defaults
         before = build_config(Run, load_yaml((newest / "run.yaml").read_text()))
@@ -225,6 +231,7 @@ def build_parts(
     import torch
 
     from wanloom.evaluate.validation import build_validation
+    from wanloom.keys import SCHEME
     from wanloom.recipes.run import dump_run
     from wanloom.train.checkpoint import load_tensors
     from wanloom.train.ema import Ema
@@ -245,6 +252,7 @@ def build_parts(
         facts={
             "model": config.model_dump(),
             "data": plan.fingerprint(),
+            "draws": SCHEME,
             "versions": {"wanloom": wanloom.__version__, "torch": torch.__version__},
         },
         recipe=dump_run(run),
@@ -290,12 +298,13 @@ def empty_text(run: "Run", run_dir: Path, text_dim: int, device: "torch.device")
     from safetensors.torch import load_file, save
 
     from wanloom.files import write_atomic
+    from wanloom.keys import keyed_normal
 
     path = run_dir / EMPTY_TEXT
     if run.caption_dropout == 0:
         return None
     if run.data.mock:
-        return torch.randn(1, text_dim, generator=torch.Generator().manual_seed(0))
+        return keyed_normal((1, text_dim), "mock", "empty text")
     if not path.is_file():
         from wanloom.assets import find_pipeline
         from wanloom.codecs.text import TextCodec  # seconds to import

@@ -8,10 +8,9 @@ repeatable as a real one.
 import re
 from itertools import cycle, islice
 
-import torch
-
 from wanloom.config import UserError
 from wanloom.data.shards import Index, Row, Sample, build_table
+from wanloom.keys import keyed_fractions, keyed_normal
 from wanloom.model.sequence import grid_of
 
 SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)(?:\*(\d+))?")
@@ -57,16 +56,14 @@ class MockDataset:
 
     def read(self, row: Row) -> Sample:
         """The sample of a row: latents in bf16 as in a prepared folder."""
-        generator = torch.Generator().manual_seed(row.offset)
-        latents = torch.randn(row.channels, row.frames, row.height, row.width, generator=generator)
-        text = torch.randn(row.text_len, self._text_dim, generator=generator)
+        latents = keyed_normal((row.channels, row.frames, row.height, row.width), "mock", "latents", row.offset)
+        text = keyed_normal((row.text_len, self._text_dim), "mock", "text", row.offset)
         return Sample(row.key, latents.bfloat16(), text, row.caption)
 
     @staticmethod
     def _row(number: int, split: str, shape: tuple[int, int, int, int]) -> Row:
         frames, rows, cols = grid_of(shape)
-        generator = torch.Generator().manual_seed(number)
-        text_len = int(torch.randint(MIN_TEXT, MAX_TEXT + 1, (), generator=generator))
+        (fraction,) = keyed_fractions(1, "mock", "text length", number)
         return Row(
             key=f"mock-{number:06d}",
             split=split,
@@ -78,7 +75,7 @@ class MockDataset:
             width=shape[3],
             channels=shape[0],
             tokens=frames * rows * cols,
-            text_len=text_len,
+            text_len=MIN_TEXT + int(fraction * (MAX_TEXT + 1 - MIN_TEXT)),
             caption="",
             source="",
             sha256="",

@@ -16,7 +16,6 @@ Module names are those of the published checkpoint, because LoRA files in the wi
 leaf module, the modulation tables too. Source: Wan, arXiv 2503.20314, and its published weights.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from wanloom.config import Config
+from wanloom.keys import keyed_normal, keyed_uniform
 from wanloom.model.attention import PackedAttention
 from wanloom.model.modulation import TokenLayout, add_gated, build_layout, modulate_norm
 from wanloom.model.sequence import PATCH, Pack, apply_rope, rope_table
@@ -377,20 +377,22 @@ def init_weights(model: WanDiT, seed: int, fill: Fill = Tensor.copy_) -> None:
     `fill(parameter, values)` sets a parameter of which there may be a part here.
     """
     for name, param in model.named_parameters():
-        key = hashlib.blake2b(f"{seed}/init/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        value = torch.empty(param.shape)
+        shape, key = tuple(param.shape), (seed, "init", name)
         if "norm" in name:
-            value.fill_(float(name.endswith("weight")))
+            value = torch.full(shape, float(name.endswith("weight")))
         elif "modulation" in name:
-            value.normal_(0, param.shape[-1] ** -0.5, generator=generator)
+            value = keyed_normal(shape, *key).mul_(shape[-1] ** -0.5)
         elif name == "patch_embedding.bias":
-            bound = (model.config.in_channels * PATCH_SIZE) ** -0.5
-            value.uniform_(-bound, bound, generator=generator)
+            value = _draw_within((model.config.in_channels * PATCH_SIZE) ** -0.5, shape, key)
         elif name.endswith("bias") or name == "head.head.weight":
-            value.zero_()
+            value = torch.zeros(shape)
         elif name.startswith(("text_embedding", "time_embedding")):
-            value.normal_(0, 0.02, generator=generator)
+            value = keyed_normal(shape, *key).mul_(0.02)
         else:
-            nn.init.xavier_uniform_(value, generator=generator)
+            value = _draw_within(math.sqrt(6 / (shape[0] + shape[1])), shape, key)  # Xavier
         fill(param, value)
+
+
+def _draw_within(bound: float, shape: tuple[int, ...], key: tuple[str | int, ...]) -> Tensor:
+    """Uniform in +-bound, fp32."""
+    return keyed_uniform(shape, *key).mul_(2 * bound).sub_(bound)
