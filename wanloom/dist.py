@@ -9,8 +9,7 @@ sentence, and `say_once` prints it once. Host values travel as JSON over gloo.
 import itertools
 import json
 import os
-import signal
-import threading
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +20,14 @@ import torch
 import torch.distributed as dist
 
 from wanloom.config import UserError, sentence_of
+from wanloom.signals import LAUNCHER
 
 TIMEOUT = timedelta(minutes=30)  # the first step of a large model compiles, a checkpoint is read
 SAID = "wanloom/said"
 HEARD = "wanloom/heard"  # by how many
 TALLY = "wanloom/tally"
 WAIT_FOR_RANK_0 = 5.0  # seconds
+LOOPBACK = "127.0.0.1"
 # what gloo (a plain RuntimeError) and NCCL (a DistBackendError, as for its other errors) say of the other end
 LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
 LOST += ("timeout caused pair closure", "Connect timeout", "connectFullMesh failed")
@@ -87,12 +88,9 @@ def process_group() -> Iterator[None]:
         yield
         return
     check_restarts()
-    follow_launcher()
-    store = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))[0]  # pyright: ignore
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun keeps the store when it starts all again, with the addresses of processes that are gone
-        # (pytorch issue 135712); the count is that of a machine, so it helps on one alone
-        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # pyright: ignore
+    if is_on_one_machine():
+        stay_inside()
+    store = _open_store()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank(), world_size=world_size())
     try:
@@ -112,18 +110,55 @@ def check_restarts() -> None:
         )
 
 
-def follow_launcher() -> None:
-    """Stop as by SIGTERM when torch's launcher, which would say so, is killed: a run never goes on unwatched."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    launcher = os.getppid()
+def is_on_one_machine() -> bool:
+    """Whether all processes of the run are on this machine."""
+    return local_world_size() == world_size()
 
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+def stay_inside() -> None:
+    """Let gloo and NCCL talk over the loopback interface: by themselves they would listen on the network.
+
+    On one machine NCCL only introduces its processes to one another by sockets; the data goes between the GPUs.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is not None:
+        os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": f"={loopback}"}
+
+
+def serve_store(port: int = 0) -> dist.TCPStore:
+    """A store of this process that nobody on another machine can reach; torch's own one listens on all interfaces."""
+    listening = socket.create_server((LOOPBACK, port), backlog=1024)
+    port = listening.getsockname()[1]
+    return dist.TCPStore(
+        LOOPBACK, port, None, True, TIMEOUT, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
+
+
+def _open_store() -> dist.Store:
+    """The store in which the processes find one another. Raises UserError when the environment does not say where."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not is_on_one_machine():
+        store = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))[0]  # pyright: ignore
+        if os.environ.get("GROUP_WORLD_SIZE") != "1":
+            return store
+        # torchrun keeps the store when it starts all again, with the addresses of processes that are gone
+        # (pytorch issue 135712); the count is that of a machine, so it helps on one alone
+        return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    port = os.environ.get("MASTER_PORT", "")
+    if not port.isdecimal():
+        raise UserError(
+            f"WORLD_SIZE is {world_size()}, but MASTER_PORT is not a port: start the processes with --nproc."
+        )
+    if rank() == 0 and LAUNCHER not in os.environ:
+        try:
+            return serve_store(int(port))
+        except OSError as error:
+            raise UserError(f"The port {port} (MASTER_PORT) cannot be had: {error.strerror}.") from error
+    return dist.TCPStore(LOOPBACK, int(port), None, False, TIMEOUT, wait_for_workers=False)
+
+
+def outlives_ranks() -> bool:
+    """Whether the store is that of a launcher, not of rank 0."""
+    return LAUNCHER in os.environ or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -197,7 +232,7 @@ def says_first(message: str) -> bool:
     deadline = time.monotonic() + WAIT_FOR_RANK_0
     if rank() == 0:
         store.set(SAID, message)
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store ends with this process
+        if not outlives_ranks():  # the store ends with this process
             while store.add(HEARD, 0) < world_size() - 1 and time.monotonic() < deadline:
                 time.sleep(0.05)
         return True

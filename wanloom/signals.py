@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish: the work under way is finished first, and the second time it stops at once.
+"""Ctrl-C, SIGTERM and a closed terminal as a wish: the work under way is finished first; asked twice it stops at once.
 
 In: what is finished first, in words. Out: the signal that came, which the command turns into its exit code. The one
 decision: the first signal only leaves a note, so nothing is interrupted half way; while `is_patient` is false there is
@@ -7,15 +7,39 @@ nothing worth finishing, and it stops at once.
 
 import os
 import signal
+import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 SAME = 1.0  # seconds
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LAUNCHER = "WANLOOM_LAUNCHER"  # the process that has started this one as one of several, by its number
+
+
+def follow_launcher() -> None:
+    """Stop as by SIGTERM when the launcher that has started this process is gone: a run never goes on unwatched.
+
+    To be called first of all, before the seconds in which torch is imported.
+    """
+    if LAUNCHER not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = int(os.environ.get(LAUNCHER, os.getppid()))  # torch's does not say its number
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class StopSignal:
-    """Remembers the first SIGTERM or SIGINT; a second one raises KeyboardInterrupt.
+    """Remembers the first SIGTERM, SIGINT or SIGHUP; a second one raises KeyboardInterrupt.
+
+    Not a second SIGHUP: a closed terminal sends several, and there is no one who insists. One that is ignored, as below
+    nohup, stays so.
 
     Of a run of several processes one tells the user. There a second signal right after the first is the same one: a
     launcher passes on what a scheduler has sent to its processes too.
@@ -29,7 +53,9 @@ class StopSignal:
         self._first = 0.0  # when it came
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -39,10 +65,12 @@ class StopSignal:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         is_second, now = self.received is not None, time.monotonic()
-        if is_second and now - self._first < SAME and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        is_same = now - self._first < SAME and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if is_second and (is_same or number == signal.SIGHUP):
             return
         self.received, self._first = signal.Signals(number), now
         if is_second or not self.is_patient:
             raise KeyboardInterrupt
         if os.environ.get("RANK", "0") == "0":  # not print: a signal may come in the middle of one
-            os.write(2, f"\n{self.received.name}: finishing {self.finishes}; once more stops at once.\n".encode())
+            with suppress(OSError):  # the terminal is closed
+                os.write(2, f"\n{self.received.name}: finishing {self.finishes}; once more stops at once.\n".encode())

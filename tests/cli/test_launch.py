@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,17 +14,27 @@ import torch
 from wanloom.cli import launch, main
 
 ROOT = Path(__file__).parents[2]
-START = "import sys; from wanloom.cli.launch import run_processes as r; sys.exit(r(2, sys.argv[2:], int(sys.argv[1])))"
+LOOPBACK = "0100007F"
+START = """
+import sys
+from wanloom.cli import launch
+launch.NOTICE = 1
+sys.exit(launch.run_processes(2, sys.argv[2:], int(sys.argv[1])))
+"""
 # waits to be stopped, then "saves" for a second; or does what its rank is told to
 WORKER = """
-import contextlib, os, pathlib, sys, time
-from wanloom.signals import StopSignal
+import os, pathlib, sys, time
+from wanloom.signals import StopSignal, follow_launcher
 rank, out = os.environ["RANK"], pathlib.Path(sys.argv[1])
-joined = contextlib.nullcontext()
-if "follow" in sys.argv:
-    from wanloom.dist import process_group
+follow_launcher()
+if "join" in sys.argv:
+    from wanloom.dist import gather, process_group
+    from wanloom.train.checkpoint import _build_group
     joined = process_group()
-with joined, StopSignal("saving") as stop:
+    joined.__enter__()
+    gather(None)
+    gather(None, _build_group())
+with StopSignal("saving") as stop:
     (out / f"began-{rank}").write_text(os.environ["WORLD_SIZE"] + " " + str(os.getpid()))
     if rank == "1" and "dies" in sys.argv:
         os.kill(os.getpid(), 9)
@@ -90,7 +101,7 @@ def have_begun(folder: Path) -> bool:
     return len([path for path in folder.glob("began-*") if path.read_text().startswith("2 ")]) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_every_process_save(start, tmp_path, number):
     process = start()
     wait_for(lambda: have_begun(tmp_path))
@@ -124,11 +135,81 @@ def test_a_scheduler_may_signal_the_processes_too(start, tmp_path):
 
 
 def test_a_killed_launcher_leaves_nothing_behind(start, tmp_path):
-    process = start("follow")
+    process = start()
     wait_for(lambda: have_begun(tmp_path))
     process.kill()
     wait_for(lambda: len(list(tmp_path.glob("saved-*"))) == 2)
     wait_for(lambda: not any(is_running(pid) for pid in pids(tmp_path)))
+
+
+def listening(pid: int) -> set[str]:
+    """The addresses, in hex as the kernel writes them, at which a process waits for connections."""
+    held = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()}
+    found = set()
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in held:
+                found.add(local.split(":")[0])
+    return found
+
+
+def test_no_socket_listens_to_the_network(start, tmp_path, monkeypatch):
+    """Whoever can reach the sockets of a run can stop or change it; that is this machine alone."""
+    outside = [name for _, name in socket.if_nameindex() if name.startswith(("e", "w"))]
+    for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(key, outside[0] if outside else "lo")  # as the name of most machines leads there
+    process = start("join")
+    wait_for(lambda: have_begun(tmp_path))
+    ranks = pids(tmp_path)
+    for pid in ranks:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        assert not [entry for entry in environment if entry.startswith(b"TORCHELASTIC")]
+    assert listening(process.pid) == {LOOPBACK}, "the store of the launcher"
+    for pid in ranks:
+        assert listening(pid) == {LOOPBACK}, "those of gloo"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+
+
+def test_ranks_without_a_launcher_stay_inside_too(tmp_path, monkeypatch):
+    """The store is that of rank 0 then."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    shared = {"MASTER_ADDR": "0.0.0.0", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, str(tmp_path / "worker.py"), str(tmp_path), "join"]
+    ranks = [subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank)}) for rank in range(2)]
+    try:
+        wait_for(lambda: have_begun(tmp_path))
+        assert [listening(process.pid) for process in ranks] == [{LOOPBACK}] * 2
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def test_a_launcher_killed_at_once_leaves_nothing_behind(tmp_path, monkeypatch):
+    """In the seconds in which the processes import torch: their parent is watched from the first line."""
+    monkeypatch.delenv("RANK", raising=False)
+    words = ["train", "tiny", "--mock=1x64x64", f"run_dir={tmp_path}", "--nproc=2"]
+    process = subprocess.Popen([sys.executable, "-m", "wanloom", *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    def children() -> list[int]:
+        return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+    wait_for(lambda: len(children()) == 2)
+    ranks = children()
+    process.kill()
+    process.wait()
+    try:
+        wait_for(lambda: not any(is_running(pid) for pid in ranks), 20)
+    finally:
+        for pid in ranks:
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_the_first_failure_is_the_exit_code(start, tmp_path):

@@ -27,6 +27,7 @@ FLOORS = (
 SIDEWAYS = {
     ("assets", "config"),
     ("dist", "config"),
+    ("dist", "signals"),
     ("files", "config"),
     ("tensors", "files"),
     ("data", "model"),

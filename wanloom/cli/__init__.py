@@ -18,6 +18,7 @@ from typing import NoReturn
 import wanloom
 from wanloom.cli.words import Parser
 from wanloom.config import UserError, nearest, sentence_of
+from wanloom.signals import follow_launcher
 from wanloom.terminal import is_text, say
 
 COMMANDS = {
@@ -32,6 +33,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    follow_launcher()
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal in another encoding shows `\\xfc` and ends no run

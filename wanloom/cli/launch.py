@@ -1,28 +1,32 @@
-"""`--nproc N`: the same command as N processes of this machine, started as `torchrun --standalone` does.
+"""`--nproc N`: the same command as N processes of this machine.
 
 In: the words of a command. Out: one exit code for all of them: 0, or that of the process that failed first, or 128 and
-the number of the signal. The one decision: torch's elastic launcher starts, watches and stops the processes, and says
-nothing itself: what they have to say they have said. SIGINT and SIGTERM are passed on to every process and waited for;
-a second one is passed on as SIGTERM, which stops them at once.
+the number of the signal. The one decision: the processes and their launcher talk over the loopback interface alone, and
+nothing that comes from there is ever unpickled; torch's own launcher listens on all interfaces and does. The launcher
+says nothing that a process can say itself. Signals are passed on to every process and waited for; a second one is
+passed on as SIGTERM, which stops them at once.
 """
 
 import argparse
-import logging
 import os
 import signal
+import subprocess
 import sys
-import uuid
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import Any
 
 from wanloom.config import UserError
+from wanloom.signals import LAUNCHER, STOPS
 from wanloom.terminal import say
 
-if TYPE_CHECKING:
-    from torch.distributed.launcher.api import LaunchConfig
-
-SAVING = 3600  # seconds from a signal until what still runs is killed; torch 2.11 knows no such setting and waits 30
-NEEDS_NO_RESTART = {0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM}  # done, a mistake of the user, asked to stop
+SAVING = 3600.0  # seconds from a signal until what still runs is killed
+NOTICE = 15.0  # seconds in which the others notice that one is gone, say so and leave by themselves
+ENDING = 30.0  # seconds from SIGTERM to SIGKILL, then
+LOOK = 0.05  # seconds between two looks at the processes
+LOST = 1  # the exit code of a process that has lost another one
+NEEDS_NO_RESTART = {0, 2, *(128 + number for number in STOPS)}  # done, a mistake of the user, asked to stop
 
 
 def add_arguments(parser: argparse.ArgumentParser, restarts: bool) -> None:
@@ -76,51 +80,97 @@ def check(arguments: argparse.Namespace, restarts: int | None) -> None:
 
 def run_processes(count: int, words: Sequence[str], restarts: int = 0) -> int:
     """Run `python words` as `count` processes that know of one another; returns the exit code when all have ended."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.launcher.api import LaunchConfig
-
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING))
-    silence("torch.distributed.elastic")
-    code = 0
-    try:
+    with Inbox() as inbox:
         for left in range(restarts, -1, -1):
-            config = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
-                nproc_per_node=count,
-                run_id=uuid.uuid4().hex,
-                rdzv_backend="c10d",
-                rdzv_endpoint="localhost:0",  # any free port
-                max_restarts=0,  # torch would also repeat a mistake of the user
-                logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # to the terminal, and no folder of logs
-            )
-            code = run_once(config, words)
+            code = run_once(count, words, inbox)
             if code in NEEDS_NO_RESTART or not left:
                 break
             say(f"wanloom: starting all processes again, {left - 1} restarts left.", file=sys.stderr)
-    except SignalException as error:  # once it has started processes, torch turns signals into these
-        return 128 + error.sigval
     return code
 
 
-def run_once(config: "LaunchConfig", words: Sequence[str]) -> int:
+class Inbox:
+    """The signals that came to the launcher, to be passed on; it never ends before its processes."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Inbox":
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # nohup
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if not self.received or number != signal.SIGHUP:  # a closed terminal sends several
+            self.received.append(number)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def run_once(count: int, words: Sequence[str], inbox: Inbox) -> int:
     """Start the processes once; returns the exit code of the one that failed first, or 0."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import launch_agent
+    from wanloom.dist import serve_store
 
+    store = serve_store()  # of this process, so that it outlives any rank
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": store.port, LAUNCHER: os.getpid()}
+    ranks = list[subprocess.Popen[bytes]]()
     try:
-        launch_agent(config, sys.executable, list(words))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            return failure.exitcode
-        say(f"wanloom: rank {rank} was ended by {failure.signal_name()}.", file=sys.stderr)
-        return 128 - failure.exitcode
-    return 0
+        for rank in range(count):
+            env = os.environ | {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            # sessions of their own: the terminal sends its signals here alone
+            ranks.append(subprocess.Popen([sys.executable, *words], env=env, start_new_session=True))
+        return watch(ranks, inbox)
+    finally:
+        for process in ranks:  # none is left, unless one could not be started
+            process.kill()
+            process.wait()
 
 
-def silence(name: str) -> None:
-    """Let the loggers under `name` print nothing: they repeat in many lines what the processes have said."""
-    logger = logging.getLogger(name)
-    logger.addHandler(logging.NullHandler())
-    logger.propagate = False
+def watch(ranks: Sequence[subprocess.Popen[bytes]], inbox: Inbox) -> int:
+    """Pass signals on until all have ended, and end all when one has failed. Returns the exit code of all."""
+    first, passed = (0, 0), 0  # rank and exit code of the first failure; signals that were passed on
+    plan = list[tuple[float, int]]()  # when which signal is sent to those that are left
+    while None in (codes := [process.poll() for process in ranks]):
+        now = time.monotonic()
+        for number in inbox.received[passed:]:
+            plan = plan if passed else [(now + SAVING, signal.SIGKILL)]
+            plan.insert(0, (now, signal.SIGTERM if passed else number))
+            passed += 1
+        if any(codes) and not plan:
+            first = find_first(codes)
+            plan = [(now + NOTICE, signal.SIGTERM), (now + NOTICE + ENDING, signal.SIGKILL)]
+        while plan and plan[0][0] <= now:
+            send(ranks, plan.pop(0)[1])
+        time.sleep(LOOK)
+    if passed:
+        return find_stop(codes, inbox.received[0])
+    rank, code = first if any(first) else find_first(codes)
+    if code >= 0:
+        return code
+    say(f"wanloom: rank {rank} was ended by {signal.Signals(-code).name}.", file=sys.stderr)
+    return 128 - code
+
+
+def send(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    """Send a signal to the processes that still run."""
+    for process in ranks:
+        process.send_signal(number)  # nothing to one that has ended
+
+
+def find_first(codes: Sequence[int | None]) -> tuple[int, int]:
+    """Rank and exit code of what failed; one that only lost another comes last. `(0, 0)` when none failed."""
+    failed = [(code == LOST, rank, code) for rank, code in enumerate(codes) if code]
+    return min(failed)[1:] if failed else (0, 0)
+
+
+def find_stop(codes: Sequence[int | None], number: int) -> int:
+    """The exit code of a run that was told to stop by signal `number`: that of a process that could not, if any."""
+    asked = {0, *(128 + stop for stop in STOPS), *(-stop for stop in STOPS)}
+    failed = [code for code in codes if code is not None and code not in asked]
+    if failed:
+        return failed[0] if failed[0] >= 0 else 128 - failed[0]
+    return 128 + number if any(codes) else 0
