@@ -33,13 +33,14 @@ def trained(tiny_pipeline, tmp_path_factory) -> Path:
     return run_dir
 
 
-def save_checkpoint(run_dir: Path, pipeline: Path, ema: bool) -> None:
+def save_checkpoint(run_dir: Path, pipeline: Path, ema: bool, change=lambda name, value: value) -> None:
     model = load_dit(pipeline)
     generator = torch.Generator().manual_seed(5)
     tensors: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
         for prefix in ("model.", "ema.") if ema else ("model.",):
-            tensors[prefix + name] = value + 0.02 * torch.randn(value.shape, generator=generator)
+            value = value + 0.02 * torch.randn(value.shape, generator=generator)
+            tensors[prefix + name] = change(prefix + name, value)
     saver = Checkpointer(run_dir, CheckpointConfig())
     state = {"step": 30, "model": model.config.model_dump()}
     recipe = {"model": str(pipeline), "ema": {"decay": 0.9 if ema else None}}
@@ -224,6 +225,26 @@ def test_a_full_disk_is_one_sentence(tiny_pipeline, tmp_path, capsys, monkeypatc
     expect_mistake(capsys, words, "000-x' cannot be written: No space left on device.")
 
 
+def test_weights_of_a_run_that_are_not_finite_are_named(tiny_pipeline, tmp_path, capsys):
+    def spoil(name, value):
+        return value.index_fill(0, torch.tensor([0]), float("nan")) if name == "ema.head.head.bias" else value
+
+    save_checkpoint(tmp_path / "run", tiny_pipeline, ema=True, change=spoil)
+    words = ["--checkpoint", str(tmp_path / "run"), "--prompt", "x", *SMALL, *out_at(tmp_path)]
+    expect_mistake(capsys, [*words, "--ema"], "step_0000030: 'head.head.bias' holds NaN or infinity")
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "c"), "--ema"]) == 2
+    assert "'head.head.bias' holds NaN" in capsys.readouterr().err and not (tmp_path / "c").exists()
+    assert main(["generate", *words]) == 0, "the others are whole"
+
+
+def test_latents_that_are_not_finite_are_never_written(tiny_pipeline, tmp_path, capsys, monkeypatch):
+    """They would be a black video."""
+    monkeypatch.setattr(sampling, "unpatchify", lambda part, grid: torch.full((16, 2, 4, 6), float("inf")))
+    words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, *out_at(tmp_path)]
+    expect_mistake(capsys, words, "'000-x' cannot be decoded: The latents hold NaN or infinity")
+    assert not list(tmp_path.rglob("*.*"))
+
+
 def test_an_untrained_model_is_said_to_be_one(tiny_pipeline, tmp_path, capsys):
     folder = tmp_path / "new"
     folder.mkdir()
@@ -251,6 +272,7 @@ def test_a_long_prompt_is_cut_and_said_so(tiny_pipeline, tmp_path, capsys):
         (["--frames", "16"], "The number of frames is 16, it must be 4n+1: try 13 or 17."),
         (["--steps", "0"], "The number of steps is 0"),
         (["--shift", "-1"], "The shift is -1.0"),
+        (["--guidance", "1e30"], "The setting 'guidance' is 1e+30: it must be at most 100."),
         (["--guidance", "0.5"], "The setting 'guidance' is 0.5: it must be at least 1."),
         (["--fps", "0"], "--fps is 0"),
         (["--ema"], "give the run with --checkpoint"),

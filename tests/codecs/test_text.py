@@ -1,4 +1,4 @@
-"""The text codec against transformers and diffusers called directly, and the embedding trap."""
+"""The text codec against transformers and diffusers called directly."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from wanloom.codecs.text import TextCodec, check_embeddings, clean_prompt
+from wanloom.codecs.text import TIED, TextCodec, clean_prompt
 from wanloom.config import UserError
 
 PROMPTS = ["A red circle moves to the left.", "", "The cat  runs\n through snow, and the dog   too &amp;amp; so on"]
@@ -71,15 +71,30 @@ def test_zero_embeddings_of_a_checkpoint_are_an_error(tiny_pipeline: Path, tmp_p
         TextCodec.load(tmp_path / "p", "cpu")
 
 
-@pytest.mark.parametrize("broken", ["zero", "random"])
-def test_untied_embeddings_are_an_error(tiny_pipeline: Path, broken: str) -> None:
-    encoder = UMT5EncoderModel.from_pretrained(tiny_pipeline / "text_encoder")
-    check_embeddings(encoder)
-    table = torch.zeros_like if broken == "zero" else torch.randn_like
-    # what the broken versions leave behind: shared.weight read, the encoder's own table untied
-    encoder.encoder.embed_tokens = torch.nn.Embedding.from_pretrained(table(encoder.shared.weight))
-    with pytest.raises(UserError, match="all zero" if broken == "zero" else "not those of the checkpoint"):
-        check_embeddings(encoder)
+def test_tables_of_one_name_and_another_must_be_one(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """Files have the embeddings once or twice; two that differ would give each prompt the states of some other one."""
+    shutil.copytree(tiny_pipeline, tmp_path / "p")
+    file = tmp_path / "p" / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    table = state.pop(TIED[1], state.get(TIED[0]))
+    save_file({**state, TIED[0]: table, TIED[1]: table.clone()}, file, metadata={"format": "pt"})
+    assert TextCodec.load(tmp_path / "p", "cpu").encoder.encoder.embed_tokens.weight.equal(table)
+    save_file({**state, TIED[0]: table, TIED[1]: table + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="are one tensor of the model, but differ"):
+        TextCodec.load(tmp_path / "p", "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_encoder_is_that_of_the_library(tiny_pipeline: Path, dtype: torch.dtype) -> None:
+    theirs = UMT5EncoderModel.from_pretrained(tiny_pipeline / "text_encoder", dtype=dtype).eval()
+    codec = TextCodec.load(tiny_pipeline, "cpu", dtype)
+    assert codec.encoder.config._attn_implementation == theirs.config._attn_implementation
+    for (name, ours), (_, other) in zip(codec.encoder.named_parameters(), theirs.named_parameters(), strict=True):
+        assert ours.dtype == other.dtype and torch.equal(ours, other), name
+    ids = codec.tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        want = theirs(ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+    assert torch.equal(codec.encode(PROMPTS[:1])[0], want)
 
 
 def test_a_checkpoint_that_stores_only_shared_loads(tiny_pipeline: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "wanloom"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
-    {"", "config", "dist", "assets", "files", "keys", "signals", "tensors", "terminal", "threads"},
+    {"", "assets", "config", "dist", "files", "folders", "keys", "signals", "tensors", "terminal", "threads"},
     {"model", "codecs", "objective", "data"},
     {"parallel", "adapt"},
     {"train", "sample", "evaluate"},
@@ -29,6 +29,8 @@ SIDEWAYS = {
     ("dist", "config"),
     ("dist", "signals"),
     ("files", "config"),
+    ("folders", "config"),
+    ("folders", "files"),
     ("tensors", "files"),
     ("data", "model"),
     ("cli", "recipes"),
@@ -134,6 +136,34 @@ def test_no_unsafe_or_silent_code(path):
             pytest.fail(f"line {node.lineno}: what is printed goes through wanloom.terminal: say or Terminal")
         if isinstance(node, ast.keyword) and node.arg == "shell":
             pytest.fail(f"line {node.value.lineno} starts a shell")
+
+
+def loading_faults(text: str) -> list[str]:
+    """Calls that let a library read a model folder without being told to run none of its code."""
+    faults = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if node.func.attr in {"from_pretrained", "from_single_file", "load_config", "pipeline"}:
+            told = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            wanted = {"trust_remote_code": "False", "use_safetensors": "True", "local_files_only": "True"}
+            if not told.items() >= wanted.items():
+                faults.append(f"line {node.lineno}: {ast.unparse(node.func)}")
+    return faults
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_model_folder_runs_no_code(path):
+    assert loading_faults(path.read_text()) == []
+
+
+def test_the_check_of_model_folders_can_fail():
+    assert loading_faults("AutoTokenizer.from_pretrained(x, trust_remote_code=False)") != []
+    assert (
+        loading_faults("M.from_pretrained(x, trust_remote_code=y, use_safetensors=True, local_files_only=True)") != []
+    )
+    found = [path.name for path in FILES if "from_pretrained(" in path.read_text()]
+    assert "text.py" in found, "the call that reads tokenizers is looked at"
 
 
 def test_files_are_named_by_nouns_of_the_field():

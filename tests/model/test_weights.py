@@ -9,9 +9,10 @@ from dit_reference import SMALL, build_model, build_reference
 from safetensors.torch import load_file, save_file
 
 from wanloom.config import UserError
+from wanloom.folders import Stored
 from wanloom.model import weights
 from wanloom.model.dit import CONFIGS, DiTConfig, WanDiT, keeps_fp32
-from wanloom.model.published import Stored, config_json, parse_config
+from wanloom.model.published import config_json, parse_config
 from wanloom.model.weights import (
     LAYOUTS,
     config_of,
@@ -101,7 +102,10 @@ def test_names_are_those_of_the_original(model):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "model.diffusion_model.", "diffusion_model.", "pipe.dit.", "module.", "_orig_mod.", "module._orig_mod."],
+)
 def test_a_single_file_loads_with_or_without_prefix(model, layout, prefix, tmp_path):
     state = state_dict_as(model.state_dict(), layout)
     save_file({prefix + key: value.contiguous() for key, value in state.items()}, tmp_path / "wan.safetensors")
@@ -223,14 +227,14 @@ def test_two_copies_of_a_tensor_are_an_error(folder):
 
 def test_quantised_weights_are_an_error(folder):
     rewrite(folder, lambda tensors: tensors.update({"proj_out.bias": tensors["proj_out.bias"].to(torch.int8)}))
-    with pytest.raises(UserError, match=r"'proj_out.bias' is torch.int8; quantised weights are not read"):
+    with pytest.raises(UserError, match=r"'proj_out.bias' is of type I8, and quantised weights are not read"):
         load_dit(folder)
 
 
 def test_where_there_is_no_model(tmp_path):
     with pytest.raises(UserError, match="There is no model at"):
         load_dit(tmp_path / "nothing")
-    with pytest.raises(UserError, match="neither safetensors files nor a folder"):
+    with pytest.raises(UserError, match="has no safetensors files: it holds no model"):
         load_dit(tmp_path)
     (tmp_path / "model.pth").write_bytes(b"x")
     with pytest.raises(UserError, match="not a safetensors file"):
@@ -239,6 +243,87 @@ def test_where_there_is_no_model(tmp_path):
         (tmp_path / name).mkdir()
     with pytest.raises(UserError, match="two transformers"):
         load_dit(tmp_path)
+
+
+def add(changes):
+    """A change of a file that gives it further tensors, or renames all of them."""
+    return lambda tensors: tensors.update({key: torch.zeros(2) for key in changes})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add(["scaled_fp8", "proj_out.scale_weight"]), "holds scaled fp8 weights"),
+        (add(["proj_out.weight_scale"]), "holds scaled fp8 weights"),
+        (add(["proj_out.weight.absmax"]), "holds quantised weights \\(it has 'proj_out.weight.absmax'\\)"),
+        (add(["blocks.0.ffn.qweight"]), "holds quantised weights"),
+        (add([f"blocks.{i}.attn1.to_q.lora_A.weight" for i in range(99)]), "is a LoRA \\(99 tensors\\)"),
+        (add([f"lora_unet_blocks_{i}_ffn.lora_down.weight" for i in range(99)]), "is a LoRA"),
+        (add([f"blocks.{i}.ffn.0.lokr_w1" for i in range(99)]), "is a LoRA"),
+        (add(["module.proj_out.bias"]), "1 unexpected: module.proj_out.bias"),
+    ],
+)
+def test_what_is_no_model_of_its_own_is_one_short_sentence(folder, change, message):
+    rewrite(folder, change)
+    with pytest.raises(UserError, match=message) as caught:
+        load_dit(folder)
+    assert len(str(caught.value)) < 500 + len(str(folder))
+
+
+def test_a_checkpoint_of_several_models_is_named_as_such(folder):
+    def change(tensors):
+        renamed = {f"model.diffusion_model.{key}": value for key, value in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed | {"first_stage_model.conv1.weight": torch.zeros(2)})
+
+    rewrite(folder, change)
+    with pytest.raises(UserError, match=r"has several models in one: give .* 'model\.diffusion_model\.' alone"):
+        load_dit(folder)
+
+
+@pytest.mark.parametrize(
+    "names", [["encoder.block.0.layer.0.SelfAttention.q.weight"], [f"decoder.x{i}.weight" for i in range(900)]]
+)
+def test_another_model_is_named_in_one_short_sentence(folder, names):
+    save_file({name: torch.zeros(2) for name in names}, folder / FILE)
+    with pytest.raises(
+        UserError, match=f"holds another model: of its {len(names)} tensors .* none is expected"
+    ) as caught:
+        load_dit(folder)
+    assert len(str(caught.value)) < 400 + len(str(folder))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_named_where_it_is_read(folder, bad):
+    rewrite(folder, lambda tensors: tensors["blocks.1.ffn.net.2.weight"].view(-1)[-1:].fill_(bad))
+    with pytest.raises(UserError, match=r"'blocks.1.ffn.net.2.weight' holds NaN or infinity"):
+        load_dit(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda key, value: value.half(), "are 69 in fp16."),
+        (lambda key, value: value.to(torch.float8_e4m3fn), "are 69 in fp8: in fp8 most of their precision is gone."),
+        (lambda key, value: value.bfloat16() if "ffn" in key else value, "are 8 in bf16 and 61 in fp32."),
+        (lambda key, value: value.bfloat16(), None),
+        (lambda key, value: value, None),
+    ],
+)
+def test_unusual_types_are_read_and_named_in_a_line(model, folder, caplog, change, line):
+    tensors = {key: change(key, value) for key, value in load_file(folder / FILE).items()}
+    save_file(tensors, folder / FILE)
+    found = load_dit(folder).state_dict()
+    want = state_dict_as({k: v for k, v in found.items()}, "diffusers")
+    assert all(torch.equal(want[key], value.float()) for key, value in tensors.items())
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ([] if line is None else [f"note: the tensors of {folder} {line}"])
+
+
+def test_files_that_could_run_code_are_named_and_not_read(folder):
+    (folder / FILE).rename(folder / f"{NAME}.bin")
+    with pytest.raises(UserError, match=f"has no safetensors files, only {NAME}.bin: such files can run code"):
+        load_dit(folder)
 
 
 # ---- configs
@@ -309,7 +394,7 @@ def test_published_configs_are_read():
 def test_settings_that_are_not_read_are_named(caplog):
     values = config_json(SMALL, "diffusers") | {"new_thing": 3, "_name_or_path": "x"}
     assert parse_config(values, Path("config.json")) == SMALL
-    assert [record.getMessage() for record in caplog.records] == ["config.json: not read: new_thing"]
+    assert [record.getMessage() for record in caplog.records] == ["note: config.json: not read: new_thing"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 BLOCK = 1 << 20
 STRIDE = 64 * BLOCK
-SUFFIXES = {".json", ".safetensors", ".model", ".txt"}
+SUFFIXES = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # of everything that is read
 
 
 def folder_identity(folder: Path) -> str:

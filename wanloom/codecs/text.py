@@ -9,22 +9,53 @@ import html
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import ftfy
 import torch
+from pydantic import Field
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from wanloom.codecs.identity import text_identity
-from wanloom.config import UserError
+from wanloom.codecs.parts import ForeignError, PartConfig, fill_part, foreign, read_part
+from wanloom.config import UserError, build_config
+from wanloom.folders import brief, read_json
+
+TIED = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor, which files have under either name or both
+VOCABULARIES = ("tokenizer.json", "spiece.model")
+TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
 
 
 def clean_prompt(text: str) -> str:
     """A prompt as Wan reads it: mended encoding, no HTML entities, single spaces."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
+
+
+class EncoderConfig(PartConfig):
+    """A UMT5 encoder; the defaults are the library's."""
+
+    vocab_size: int = Field(250_112, gt=0, le=4_000_000)
+    d_model: int = Field(512, gt=0, le=32_768)
+    d_kv: int = Field(64, gt=0, le=4096)
+    d_ff: int = Field(1024, gt=0, le=262_144)
+    num_layers: int = Field(8, gt=0, le=256)
+    num_heads: int = Field(6, gt=0, le=1024)
+    relative_attention_num_buckets: int = Field(32, gt=1, le=4096)
+    relative_attention_max_distance: int = Field(128, gt=1, le=1_000_000)
+    dropout_rate: float = Field(0.1, ge=0, lt=1)
+    layer_norm_epsilon: float = Field(1e-6, gt=0, lt=1)
+    feed_forward_proj: Literal["gated-gelu", "gated-silu", "relu"] = "gated-gelu"
+
+
+class TokenizerConfig(PartConfig):
+    """What decides how long reading a tokenizer takes; the rest is the library's."""
+
+    tokenizer_class: str = TOKENIZERS[0]
+    extra_ids: int = Field(0, ge=0, le=1000)
+    additional_special_tokens: tuple[str, ...] = Field((), max_length=1000)
+    model_max_length: float = Field(512, gt=0)
 
 
 class TextCodec:
@@ -44,30 +75,21 @@ class TextCodec:
     ) -> "TextCodec":
         """Read the `text_encoder` and `tokenizer` folders of a pipeline.
 
-        Raises UserError for fp16 (UMT5 overflows to zeros), missing files or tensors, and embeddings that are zero.
+        Raises UserError for fp16 (UMT5 overflows to zeros), and for a part that is missing, of another kind or broken.
         """
         if dtype == torch.float16:
             raise UserError("The text encoder does not work in fp16, its states overflow: use bf16 or fp32.")
-        pipeline = Path(pipeline_folder)
+        pipeline, device = Path(pipeline_folder), torch.device(device)
         folder = pipeline / "text_encoder"
-        for part in (folder / "config.json", pipeline / "tokenizer"):
-            if not part.exists():
-                raise UserError(f"There is no text encoder in '{pipeline}': {part} is missing.")
-        transformers_logging.disable_progress_bar()  # it would tear our own
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(pipeline / "tokenizer", local_files_only=True)
-            loaded: Any = UMT5EncoderModel.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"The text encoder in {pipeline} cannot be loaded: {error}") from error
-        encoder, info = loaded
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise UserError(f"The text encoder in {folder} lacks {len(missing)} tensors: {', '.join(missing)}.")
-        check_embeddings(encoder)
-        device = torch.device(device)
-        return cls(encoder.to(device).eval().requires_grad_(False), tokenizer, pipeline, device)
+        config = read_part(EncoderConfig, folder, "text encoder", "UMT5EncoderModel")
+        tokenizer = load_tokenizer(pipeline / "tokenizer", config.vocab_size)
+        with torch.device("meta"):
+            encoder = UMT5EncoderModel(UMT5Config(**config.model_dump(mode="json")))
+        fill_part(encoder, folder, "model", dtype, device, ("decoder.", "lm_head."), TIED)
+        encoder.encoder.embed_tokens.weight = encoder.shared.weight
+        if not encoder.shared.weight.any():
+            raise UserError(f"The token embeddings of the text encoder in {folder} are all zero.")
+        return cls(encoder, tokenizer, pipeline, device)
 
     @property
     def dim(self) -> int:
@@ -92,27 +114,41 @@ class TextCodec:
                 clean_prompt(text), truncation=True, max_length=max_length, return_tensors="pt", verbose=False
             ).input_ids.to(self.device)
             states = self.encoder(ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+            if not states.isfinite().all():
+                raise UserError(f"The text encoder in {self.folder} gives NaN or infinity for: {text[:60]}")
             out.append(states.cpu())
         return out
 
 
-def check_embeddings(encoder: UMT5EncoderModel) -> None:
-    """Raise UserError when the token embeddings were not loaded.
+def load_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, which gives ids below `vocabulary`. No code of the folder is run, nothing is asked.
 
-    The checkpoints store the table once, as `shared.weight`. Some transformers 5 versions do not tie it to
-    `encoder.embed_tokens`, which then stays zero or random, and every prompt gets the same or meaningless states
-    (huggingface/transformers issue 43992).
+    Raises UserError when it is missing, of another kind or broken.
     """
-    used = encoder.encoder.embed_tokens.weight
-    reason = ""
-    if used.is_meta or not torch.isfinite(used).all():
-        reason = "are not loaded"
-    elif not used.any():
-        reason = "are all zero"
-    elif used.data_ptr() != encoder.shared.weight.data_ptr() and not torch.equal(used, encoder.shared.weight):
-        reason = "are not those of the checkpoint"
-    if reason:
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        raise UserError(f"There is no tokenizer in '{folder.parent}': {file} is missing.")
+    try:
+        named = build_config(TokenizerConfig, read_json(file)).tokenizer_class
+    except UserError as error:
+        raise UserError(f"{file} does not describe the tokenizer of a Wan 2.1 model. {brief(error)}") from error
+    if named not in TOKENIZERS:
+        raise UserError(f"{file} describes a {named[:60]!r}, but the tokenizer of Wan is a T5Tokenizer.")
+    if not any((folder / name).is_file() for name in VOCABULARIES):  # the library would make an empty one
+        raise UserError(f"The tokenizer in {folder} has neither of {' and '.join(VOCABULARIES)}.")
+    for other in folder.glob("*.json"):  # the library reads several of them, and a deep one would exhaust its stack
+        read_json(other)
+    try:
+        with foreign():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
+            size = max(tokenizer.get_vocab().values()) + 1
+    except ForeignError as error:
+        raise UserError(f"The tokenizer in {folder} cannot be read: {error}.") from error
+    if size > vocabulary:
         raise UserError(
-            f"The text encoder's token embeddings {reason}: this version of transformers does not tie them to "
-            "shared.weight. Install transformers 5.2 or newer, or save the encoder again with its embeddings."
+            f"The tokenizer in {folder} has ids up to {size - 1}, the text encoder beside it knows {vocabulary}: they "
+            "do not belong together."
         )
+    return tokenizer

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from wanloom.config import Config
@@ -40,18 +40,21 @@ Fill = Callable[[Tensor, Tensor], object]  # sets a parameter, or the part of it
 
 
 class DiTConfig(Config):
-    """The shape of a WanDiT; the defaults are what all published Wan 2.1 models share."""
+    """The shape of a WanDiT; the defaults are what all published Wan 2.1 models share.
 
-    dim: PositiveInt
-    ffn_dim: PositiveInt
-    num_heads: PositiveInt
-    num_layers: PositiveInt
-    in_channels: PositiveInt = 16
-    out_channels: PositiveInt = 16
-    text_dim: PositiveInt = 4096
-    freq_dim: PositiveInt = 256
-    text_slots: PositiveInt = 512
-    eps: PositiveFloat = 1e-6
+    The bounds are far from any model: what a file says beyond them would take the machine's memory, or hours.
+    """
+
+    dim: int = Field(gt=0, le=65_536)
+    ffn_dim: int = Field(gt=0, le=262_144)
+    num_heads: int = Field(gt=0, le=1024)
+    num_layers: int = Field(gt=0, le=256)
+    in_channels: int = Field(default=16, gt=0, le=4096)
+    out_channels: int = Field(default=16, gt=0, le=4096)
+    text_dim: int = Field(default=4096, gt=0, le=65_536)
+    freq_dim: int = Field(default=256, gt=0, le=65_536)
+    text_slots: int = Field(default=512, gt=0, le=65_536)
+    eps: float = Field(default=1e-6, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _divides(self) -> "DiTConfig":

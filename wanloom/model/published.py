@@ -1,25 +1,17 @@
-"""Published model folders: which files hold the weights, what config.json says, and which tensors are there.
+"""Published transformers: which files hold the weights, and what config.json says.
 
-In: a path. Out: safetensors files, a DiTConfig, and the place and shape of every tensor, nothing of them read yet. The
-one decision: files from elsewhere are not trusted. Only safetensors is opened, an index may name only files beside it,
-and a config.json that describes another network than WanDiT is an error, not a guess.
+In: a path. Out: safetensors files and a DiTConfig. The one decision: a config.json that describes another network than
+WanDiT is an error, not a guess.
 Sources: config.json of Wan-AI/Wan2.1-T2V-1.3B (original) and Wan-AI/Wan2.1-T2V-1.3B-Diffusers; the safetensors format.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from safetensors import SafetensorError, safe_open
+from typing import Any
 
 from wanloom.config import UserError, build_config
-from wanloom.files import parse_json
+from wanloom.folders import brief, files_in, files_of_index, note
 from wanloom.model.dit import DiTConfig
 from wanloom.model.sequence import PATCH
-
-PREFIX = "model.diffusion_model."  # some single files carry it
 
 # (ours, original, diffusers) keys of config.json; diffusers gives the width of a head in place of that of the model
 CONFIG_KEYS = (
@@ -48,16 +40,6 @@ BUILT_IN: dict[str, tuple[Any, ...]] = {
 }
 UNUSED = {"rope_max_seq_len"}  # our angles are computed for any length
 
-log = logging.getLogger(__name__)
-
-
-class Stored(NamedTuple):
-    """Where a tensor is, before it is read."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-
 
 def transformer_folder(path: Path) -> Path:
     """`path` itself, or the transformer of the pipeline there."""
@@ -79,63 +61,7 @@ def find_files(path: Path) -> list[Path]:
         if path.suffix != ".safetensors":
             raise UserError(f"{path} is not a safetensors file: only those are read, because they cannot run code.")
         return [path]
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if len(indices) > 1:
-        raise UserError(f"{path} has several indices; give the path of one: {', '.join(i.name for i in indices)}.")
-    files = files_of_index(indices[0]) if indices else sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{path} has neither safetensors files nor a folder 'transformer': it holds no model.")
-    return files
-
-
-def files_of_index(path: Path) -> list[Path]:
-    """The shards that an index names."""
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path} has no 'weight_map' from tensors to files.")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        # a name that leads elsewhere would read files that the model's author has no business with
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise UserError(f"{path} names '{name}', which is not a safetensors file beside it.")
-        if not (path.parent / name).is_file():
-            raise UserError(f"{path} names '{name}', but that file is missing: fetch the model again.")
-    return [path.parent / name for name in names]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
-    try:
-        value = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object.")
-    return value
-
-
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """An open safetensors file; one that is corrupt or truncated is a UserError."""
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): fetch or write it again.") from error
-
-
-def read_headers(files: list[Path]) -> dict[str, Stored]:
-    """Every tensor of the files by its name; a prefix that all of them carry is taken off."""
-    found: dict[str, Stored] = {}
-    for file in files:
-        with open_tensors(file) as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                if key in found:
-                    raise UserError(f"'{key}' is in {found[key].file} and in {file.name}: give the path of one file.")
-                found[key] = Stored(file, key, tuple(tensors.get_slice(key).get_shape()))
-    if found and all(key.startswith(PREFIX) for key in found):
-        found = {key.removeprefix(PREFIX): place for key, place in found.items()}
-    return found
+    return files_in(path)
 
 
 def parse_config(values: dict[str, Any], file: Path) -> DiTConfig:
@@ -143,7 +69,7 @@ def parse_config(values: dict[str, Any], file: Path) -> DiTConfig:
     for key, allowed in BUILT_IN.items():
         if key in values and values[key] not in allowed:
             raise UserError(
-                f"{file}: {key} is {values[key]!r}, but only Wan text-to-video transformers are supported, "
+                f"{file}: {key} is {str(values[key])[:60]!r}, but only Wan text-to-video transformers are supported, "
                 f"where it is {allowed[0]!r}."
             )
     diffusers = "num_attention_heads" in values
@@ -157,11 +83,11 @@ def parse_config(values: dict[str, Any], file: Path) -> DiTConfig:
     unread = values.keys() - names.keys() - BUILT_IN.keys() - UNUSED - {"attention_head_dim"}
     unread = sorted(key for key in unread if not key.startswith("_"))
     if unread:
-        log.warning("%s: not read: %s", file, ", ".join(unread))
+        note(f"{file}: not read: {', '.join(unread)}")
     try:
         out = build_config(DiTConfig, config)
     except UserError as error:
-        raise UserError(f"{file} does not describe a Wan transformer. {error}") from error
+        raise UserError(f"{file} does not describe a Wan transformer. {brief(error)}") from error
     return check_channels(out, file)
 
 

@@ -20,19 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wanloom.config import UserError
+from wanloom.config import UserError, build_config
+from wanloom.folders import Stored, match_tensors, read_headers, read_json, read_tensors, tell_dtypes
 from wanloom.model.dit import PATCH_SIZE, DiTConfig, Fill, WanDiT, cast_weights
-from wanloom.model.published import (
-    Stored,
-    check_channels,
-    config_json,
-    find_files,
-    open_tensors,
-    parse_config,
-    read_headers,
-    read_json,
-    transformer_folder,
-)
+from wanloom.model.published import check_channels, config_json, find_files, parse_config, transformer_folder
 from wanloom.model.sequence import PATCH
 
 Layout = Literal["original", "diffusers"]
@@ -125,15 +116,11 @@ def load_dit(
     shapes = {name: param.shape for name, param in model.named_parameters()}
     apply(model)
     model.to_empty(device=device)
-    for file in files:
-        with open_tensors(file) as tensors, torch.no_grad():
-            for name, param in model.named_parameters():
-                if places[name].file != file:
-                    continue
-                value = tensors.get_tensor(places[name].key)
-                if not value.is_floating_point():
-                    raise UserError(f"{file}: '{places[name].key}' is {value.dtype}; quantised weights are not read.")
-                fill(param, value.reshape(shapes[name]))
+    tell_dtypes(stored, path)
+    params = dict(model.named_parameters())  # of this stage
+    with torch.no_grad():
+        for name, value in read_tensors({name: places[name] for name in params}):
+            fill(params[name], value.reshape(shapes[name]))
     return model
 
 
@@ -159,11 +146,14 @@ def config_of(files: list[Path], stored: dict[str, Stored]) -> DiTConfig:
     patch, ffn, text, time, head = (stored[key].shape for key in keys)
     if patch[0] % HEAD_DIM or patch[0] < 1024:
         raise UserError(f"{files[0]} is no published Wan size (width {patch[0]}): it needs its config.json beside it.")
-    blocks = {int(key.split(".")[1]) for key in stored if re.match(r"blocks\.\d+\.", key)}
+    blocks = {key.split(".")[1] for key in stored if re.match(r"blocks\.\d+\.", key)}
     channels = {"in_channels": patch[1], "out_channels": head[0] // PATCH_SIZE}
-    sizes = {"ffn_dim": ffn[0], "num_heads": patch[0] // HEAD_DIM, "num_layers": max(blocks) + 1}
+    sizes = {"ffn_dim": ffn[0], "num_heads": patch[0] // HEAD_DIM, "num_layers": len(blocks)}
     values = {"dim": patch[0], **sizes, **channels, "text_dim": text[1], "freq_dim": time[1]}
-    return check_channels(DiTConfig(**values), files[0])
+    try:
+        return check_channels(build_config(DiTConfig, values), files[0])
+    except UserError as error:
+        raise UserError(f"{files[0]} has tensors of sizes that no Wan transformer has: {error}") from error
 
 
 def layout_of(stored: dict[str, Stored]) -> Layout:
@@ -185,18 +175,7 @@ def match_names(model: WanDiT, stored: dict[str, Stored], path: Path) -> dict[st
     layout = layout_of(stored)
     names = {name: rename(name, layout) for name, _ in model.named_parameters()}
     shapes = {names[name]: shape_in_file(name, tuple(param.shape)) for name, param in model.named_parameters()}
-    problems = {
-        "missing": [key for key in shapes if key not in stored],
-        "unexpected": [key for key in stored if key not in shapes],
-        "of another shape": [
-            f"{key} ({list(stored[key].shape)} in the file, {list(shape)} in the model)"
-            for key, shape in shapes.items()
-            if key in stored and stored[key].shape != shape
-        ],
-    }
-    if any(problems.values()):
-        lines = [f"{len(found)} {kind}: {', '.join(sorted(found))}" for kind, found in problems.items() if found]
-        raise UserError(f"The tensors at {path} are not those of its config. {'. '.join(lines)}.")
+    match_tensors(shapes, stored, path)
     return {name: stored[key] for name, key in names.items()}
 
 

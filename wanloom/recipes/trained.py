@@ -14,7 +14,10 @@ import yaml
 from torch import Tensor
 
 from wanloom.config import UserError, build_config
+from wanloom.dist import together
+from wanloom.folders import check_finite
 from wanloom.model.dit import DiTConfig, WanDiT, cast_weights
+from wanloom.parallel.params import local
 from wanloom.train.checkpoint import load_tensors, load_weights
 from wanloom.train.saved import find_checkpoint, read_state
 
@@ -31,7 +34,9 @@ class Trained:
 
     def load_weights(self, ema: bool) -> dict[str, Tensor]:
         """The weights by parameter name, or their average. Raises UserError when there is none, or for damage."""
-        return load_weights(self.path, ema)[1]
+        weights = load_weights(self.path, ema)[1]
+        self._check(weights)
+        return weights
 
     def load_model(
         self,
@@ -52,7 +57,13 @@ class Trained:
         model.to_empty(device=device)
         kind = "ema" if ema else "model"
         load_tensors(self.path, {f"{kind}.{name}": param.detach() for name, param in model.named_parameters()})
+        with together():
+            self._check({name: local(param) for name, param in model.named_parameters()})
         return model
+
+    def _check(self, weights: dict[str, Tensor]) -> None:
+        for name, value in weights.items():
+            check_finite(value, f"The checkpoint {self.path}: '{name}'")
 
 
 def open_trained(run_or_step: Path, ema: bool = False) -> Trained:

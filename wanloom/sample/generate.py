@@ -36,7 +36,7 @@ class GenerateConfig(Config):
     solver: SolverName = "unipc"
     steps: int = 50
     shift: float = 5.0
-    guidance: float = Field(5.0, ge=1)  # 1 leaves the negative prompt out
+    guidance: float = Field(5.0, ge=1, le=100)  # 1 leaves the negative prompt out; far above 20 all is one colour
 
 
 @dataclass(frozen=True)
