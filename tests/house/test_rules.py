@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "wanloom"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
-    {"", "assets", "config", "dist", "files", "folders", "keys", "signals", "tensors", "terminal", "threads"},
+    {"", "assets", "config", "dist", "files", "folders", "keys", "memory", "signals", "tensors", "terminal", "threads"},
     {"model", "codecs", "objective", "data"},
     {"parallel", "adapt"},
     {"train", "sample", "evaluate"},
@@ -31,6 +31,7 @@ SIDEWAYS = {
     ("files", "config"),
     ("folders", "config"),
     ("folders", "files"),
+    ("memory", "config"),
     ("tensors", "files"),
     ("data", "model"),
     ("cli", "recipes"),
