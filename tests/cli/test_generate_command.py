@@ -39,8 +39,8 @@ def save_checkpoint(run_dir: Path, pipeline: Path, ema: bool, change=lambda name
     tensors: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
         for prefix in ("model.", "ema.") if ema else ("model.",):
-            value = value + 0.02 * torch.randn(value.shape, generator=generator)
-            tensors[prefix + name] = change(prefix + name, value)
+            moved = value + 0.02 * torch.randn(value.shape, generator=generator)
+            tensors[prefix + name] = change(prefix + name, moved)
     saver = Checkpointer(run_dir, CheckpointConfig())
     state = {"step": 30, "model": model.config.model_dump()}
     recipe = {"model": str(pipeline), "ema": {"decay": 0.9 if ema else None}}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # torch is imported only when the command runs
     from wanloom.codecs.vae import VaeCodec
     from wanloom.model.dit import WanDiT
     from wanloom.parallel.mesh import Mesh
+    from wanloom.sample.prompts import Job
 
 HELP = """Make videos, or images with --frames 1, from prompts.
 
@@ -220,7 +221,7 @@ def make_all(
                 start = time.monotonic()
                 with together(), enough_memory(plan):
                     if vae is not None:
-                        write_result(plan, plan.jobs[index], vae.decode(latents), facts)
+                        write_result(plan, plan.jobs[index], decode_one(plan.jobs[index], vae, latents), facts)
                 done += 1
                 writing += time.monotonic() - start
     except KeyboardInterrupt:
@@ -228,6 +229,16 @@ def make_all(
             say(f"\n{done} of {len(plan.jobs)} are written to {plan.out}.", file=sys.stderr)
         raise
     return time.monotonic() - began - writing, writing
+
+
+def decode_one(job: "Job", vae: "VaeCodec", latents: "Tensor") -> "Tensor":
+    """Frames. Raises UserError for what would be a black video."""
+    try:
+        return vae.decode(latents)
+    except UserError as error:
+        raise UserError(
+            f"'{job.name}' cannot be decoded: {error} A lower --guidance or more --steps may help."
+        ) from error
 
 
 @contextmanager
