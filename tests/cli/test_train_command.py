@@ -20,10 +20,10 @@ from wanloom.cli import main
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order
 from wanloom.data.tar import END, tar_pair
+from wanloom.keys import SCHEME, keyed_normal
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import forward_flops
 from wanloom.model.weights import state_dict_as
-from wanloom.keys import SCHEME, keyed_normal
 from wanloom.objective.noise import draw_noise, draw_uniform
 from wanloom.train.checkpoint import load_weights
 from wanloom.train.metrics import read_metrics

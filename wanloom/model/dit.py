@@ -40,10 +40,7 @@ Fill = Callable[[Tensor, Tensor], object]  # sets a parameter, or the part of it
 
 
 class DiTConfig(Config):
-    """The shape of a WanDiT; the defaults are what all published Wan 2.1 models share.
-
-    The bounds are far from any model: what a file says beyond them would take the machine's memory, or hours.
-    """
+    """The shape of a WanDiT; the defaults are what all published Wan 2.1 models share, the bounds far from any model."""
 
     dim: int = Field(gt=0, le=65_536)
     ffn_dim: int = Field(gt=0, le=262_144)
