@@ -40,7 +40,7 @@ def test_damaged_files_give_clips_or_a_reason(tmp_path: Path, originals: dict[st
 def test_a_folder_of_damaged_files_is_prepared_to_its_end(tmp_path: Path, originals: dict[str, bytes]) -> None:
     source = tmp_path / "in"
     source.mkdir()
-    files = {f"whole.{suffix}": data for suffix, data in originals.items()}
+    files = {f"whole-{suffix}.{suffix}": data for suffix, data in originals.items()}
     files |= {f"m{number}.{suffix}": data for number, suffix, data, _ in mutants(originals, 12, range(39))}
     for name, data in files.items():
         (source / name).write_bytes(data)
