@@ -266,6 +266,54 @@ def test_a_header_without_measure_is_refused() -> None:
         header_length((5 << 30).to_bytes(8, "little"), 6 << 30)
 
 
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (b'{"caption": "x \\ud800 y"}', "half of a surrogate pair"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"caption": "\xff"}', "can't decode"),
+        (b"[]", "no json object"),
+    ],
+)
+def test_a_record_of_others_that_is_no_json(tmp_path: Path, record: bytes, words: str) -> None:
+    tensors = save({"latents": draw(0)[0], "text": draw(0)[1]})
+    (tmp_path / "x.tar").write_bytes(tar_member("a.json", record) + tar_member("a.safetensors", tensors) + END)
+    with pytest.raises(UserError, match=rf"x.tar is damaged: the member 'a.json' is .*{words}"):
+        Dataset.open(tmp_path)
+
+
+def test_records_of_others_may_hold_anything(tmp_path: Path) -> None:
+    record = {"caption": None, "source": ["a", 1], "sha256": {}}
+    tensors = save({"latents": draw(0)[0], "text": draw(0)[1]})
+    data = tar_member("a.json", json.dumps(record).encode()) + tar_member("a.safetensors", tensors) + END
+    (tmp_path / "x.tar").write_bytes(data)
+    row = Dataset.open(tmp_path).rows("train")[0]
+    assert (row.caption, row.source, row.sha256) == ("", "", "")
+
+
+def header(name: bytes, size: bytes, kind: bytes) -> bytes:
+    block = bytearray(tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT))
+    block[: len(name)], block[124:136], block[156:157] = name, size, kind
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + 8 * 32 + sum(block[156:]))
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (header(b"\xff.json", b"00000000002\0", b"0") + b"{}".ljust(512, b"\0"), "is not UTF-8"),
+        (header(b"long", b"77777777777\0", b"L"), r"a header has \d+ bytes"),
+        (header(b"pax", b"\x80" + (1 << 80).to_bytes(11, "big"), b"x"), r"a header has \d+ bytes"),
+        (header(b"back", b"\xff" * 12, b"0"), "the member 'back' has -1 bytes"),
+        (header(b"l", b"00000000001\0", b"L") + b"x".ljust(512, b"\0"), None),
+    ],
+)
+def test_headers_that_no_writer_makes(data: bytes, words: str | None) -> None:
+    data, words = (data * 3000, "headers have no end") if words is None else (data, words)
+    with pytest.raises(UserError, match=rf"x.tar is damaged: .*{words}"):
+        list(scan_tar(io.BytesIO(data + END), "x.tar"))
+
+
 def test_odd_sizes_and_equal_keys_are_errors(tmp_path: Path) -> None:
     def rows(*shape: int) -> list:
         data = tar_pair("a", torch.zeros(shape), torch.zeros(2, 8), {}) + END

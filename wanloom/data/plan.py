@@ -18,6 +18,7 @@ from wanloom.data.captions import Caption, Sidecars, read_captions
 from wanloom.data.tables import TABLES
 from wanloom.data.video import kind_of
 from wanloom.files import is_special
+from wanloom.terminal import is_text
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ def build_plan(
     media = [name for name in visible if kind_of(name)]
     if not media:
         raise UserError(f"'{root}' holds no videos or images ({len(visible)} other files).")
-    taken = [name for name in media if _is_text(name) and (mode != "image" or kind_of(name) == "image")]
-    captions = read_captions(root, taken, {name for name in visible if _is_text(name)}, caption_key)
+    taken = [name for name in media if is_text(name) and (mode != "image" or kind_of(name) == "image")]
+    captions = read_captions(root, taken, {name for name in visible if is_text(name)}, caption_key)
     sidecars = Sidecars(visible)
     texts = {text for name in media for text in sidecars.own(name) + sidecars.common(name)} | set(TABLES)
     ignored = [name for name in visible if not kind_of(name) and name not in texts]
@@ -112,7 +113,7 @@ def build_plan(
         stat = _stat(root / name)
         entry = Entry(name, kind_of(name) or "", *stat)
         found = captions.found.get(name)
-        if not _is_text(name):
+        if not is_text(name):
             entry = replace(entry, source=ascii(name)[1:-1], drop="broken", reason="its name is not valid UTF-8")
         elif is_special(root / name):
             entry = replace(entry, drop="broken", reason="is a pipe or a device, not a file")
@@ -130,10 +131,6 @@ def build_plan(
     entries = _add_hashes(root, entries, known, workers, on_read)
     entries = _split(_drop_duplicates(entries), val_fraction, seed)
     return Plan(entries, captions.conflicts, captions.shared, captions.missing, sorted(ignored + hidden))
-
-
-def _is_text(name: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def _stat(path: Path) -> tuple[int, int]:

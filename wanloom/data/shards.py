@@ -231,12 +231,16 @@ def index_rows(pairs: Iterable[Pair], shard: str, split: str) -> list[Row]:
                 channels=latents[0],
                 tokens=frames * height * width,
                 text_len=text[0],
-                caption=str(pair.record.get("caption", "")),
-                source=str(pair.record.get("source", "")),
-                sha256=str(pair.record.get("sha256", "")),
+                caption=_text(pair.record, "caption"),
+                source=_text(pair.record, "source"),
+                sha256=_text(pair.record, "sha256"),
             )
         )
     return rows
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    return value if isinstance(value := record.get(key), str) else ""  # others may keep anything under these names
 
 
 def build_table(rows: list[Row]) -> pa.Table:

@@ -12,7 +12,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from safetensors.torch import save
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from wanloom.config import UserError
 from wanloom.files import parse_json
 from wanloom.tensors import Entry, header_length, parse_header
+from wanloom.terminal import is_text
 
 END = bytes(2 * tarfile.BLOCKSIZE)
 TENSORS = ("latents", "text")  # of a sample
@@ -37,6 +38,20 @@ class Pair(NamedTuple):
     size: int
     shapes: dict[str, tuple[int, ...]]  # of those of `TENSORS` that the safetensors member has
     record: dict[str, Any]  # the json member
+
+
+class Bounded:
+    """A file of which nobody reads more at once than a record has: what a header says of its size is not believed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int) -> bytes:
+        """As of a file. Raises ValueError for a size that cannot be."""
+        if not 0 <= size <= MOST_JSON + tarfile.BLOCKSIZE:
+            raise ValueError(f"a header has {size} bytes")
+        return self._file.read(size)
 
 
 def tar_member(name: str, data: bytes) -> bytes:
@@ -63,21 +78,12 @@ def scan_tar(file: BinaryIO, name: str) -> Iterator[Pair]:
     record: tuple[str, int, dict[str, Any]] | None = None
     tensors: tuple[str, int, int, int, dict[str, tuple[int, ...]]] | None = None
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                if member.issparse():
-                    raise ValueError(f"the member '{member.name}' is sparse, its bytes are not all there")
+        with tarfile.open(fileobj=cast(BinaryIO, Bounded(file)), mode="r:") as archive:
+            for member in _members(archive, name):
                 folder, slash, name_only = member.name.rpartition("/")
                 stem, _, suffix = name_only.partition(".")  # as WebDataset has it
                 key = folder + slash + stem
                 stop = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if suffix in PICKLED:
-                    raise UserError(
-                        f"{name} holds the pickled member '{member.name}'. Pickles can run code and are never opened: "
-                        "prepare the data again with `wanloom prepare`."
-                    )
                 if suffix == "json":
                     record = (key, member.offset, _read_json(archive, member, name))
                 elif suffix == "safetensors":
@@ -87,12 +93,33 @@ def scan_tar(file: BinaryIO, name: str) -> Iterator[Pair]:
                     start = min(record[1], tensors[1])
                     yield Pair(key, start, stop, tensors[2], tensors[3], tensors[4], record[2])
                     record = tensors = None
+    except RecursionError as error:  # a header of a header of a header
+        raise UserError(f"{name} is damaged: its headers have no end. Restore the file.") from error
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise UserError(f"{name} is damaged: {error}. Restore the file or prepare the folder again.") from error
     left = record or tensors
     if left:
         other = "safetensors" if record else "json"
         raise UserError(f"{name} has no member '{left[0]}.{other}': every sample needs a json and a safetensors.")
+
+
+def _members(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
+    """The files of a tar, each as it can be. Raises UserError for a pickle, ValueError for what no writer makes."""
+    for member in archive:
+        if member.size < 0:  # the next header would be one that was read before, without end
+            raise ValueError(f"the member '{member.name}' has {member.size} bytes")
+        if not member.isfile():
+            continue
+        if member.issparse():
+            raise ValueError(f"the member '{member.name}' is sparse, its bytes are not all there")
+        if not is_text(member.name):
+            raise ValueError(f"the name of the member {member.name!a} is not UTF-8")
+        if member.name.rpartition("/")[2].partition(".")[2] in PICKLED:
+            raise UserError(
+                f"{name} holds the pickled member '{member.name}'. Pickles can run code and are never opened: "
+                "prepare the data again with `wanloom prepare`."
+            )
+        yield member
 
 
 def read_shapes(file: BinaryIO, offset: int, size: int) -> dict[str, tuple[int, ...]]:
@@ -126,7 +153,10 @@ def _read_json(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> 
     if member.size > MOST_JSON:
         raise ValueError(f"the member '{member.name}' has {member.size} bytes, more than {MOST_JSON} of a record")
     data = archive.extractfile(member) or io.BytesIO()
-    record = parse_json(data.read())
+    try:
+        record = parse_json(data.read())
+    except ValueError as error:
+        raise ValueError(f"the member '{member.name}' is not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"the member '{member.name}' is no json object")
     return record
