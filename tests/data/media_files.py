@@ -1,6 +1,6 @@
 """Real media files for the tests: every picture carries its number, so that a test can tell which ones were taken."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import av
 import numpy as np
 
+Edit = Callable[[int, Any], bool]
 LEVELS = 8  # gray steps between two numbers: lossy codecs change a few
 
 
@@ -61,3 +62,42 @@ def write_video(
 def write_numbers(path: Path, count: int, fps: Fraction | int = 16, **keywords: Any) -> Path:
     """A video of `count` numbered pictures."""
     return write_video(path, [numbered(i % 31) for i in range(count)], fps, **keywords)
+
+
+def remux(source: Path, target: Path, edit: Edit = lambda i, packet: True, **options: str) -> Path:
+    """The packets of a video in another container, in their order; `edit` may change them, False leaves one out."""
+    with av.open(str(source)) as given, av.open(str(target), "w", options=options) as made:
+        stream = given.streams.video[0]
+        copy = made.add_stream_from_template(stream)
+        packets = [packet for packet in given.demux(stream) if packet.size]
+        for i, packet in enumerate(packets):
+            if edit(i, packet):
+                packet.stream = copy
+                made.mux(packet)
+    return target
+
+
+def shift(seconds: Fraction | float) -> Edit:
+    """An edit that moves the clock."""
+
+    def edit(i: int, packet: Any) -> bool:
+        ticks = round(Fraction(seconds) / packet.time_base)
+        packet.pts, packet.dts = packet.pts + ticks, packet.dts + ticks
+        return True
+
+    return edit
+
+
+B_FRAMES = {"bf": "2", "b_strategy": "0", "g": "12", "sc_threshold": "0"}
+
+
+def write_stream(path: Path, *parts: tuple[int, int, float]) -> Path:
+    """A transport stream of numbered pictures, joined of parts (first number, count, begin of its clock)."""
+    data = b""
+    for first, count, begin in parts:
+        whole = write_video(
+            path.with_suffix(".part.mp4"), [numbered(first + i) for i in range(count)], options=B_FRAMES
+        )
+        data += remux(whole, path, shift(begin), mpegts_copyts="1").read_bytes()
+    path.write_bytes(data)
+    return path

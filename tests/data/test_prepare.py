@@ -146,7 +146,9 @@ def test_every_file_is_a_sample_or_in_the_report(expected: dict[str, bytes], mix
         "videos/v3copy.mp4": "duplicate",
     }
     reasons = {d["file"]: d["reason"] for d in report["dropped"]}
-    assert reasons["videos/short.mp4"] == "has 0.188 s, needs 0.25 s (5 frames at 16)"
+    assert reasons["videos/short.mp4"] == (
+        "has 3 frames at 16 fps, 5 are asked for; --mode frames takes single pictures of it"
+    )
     assert reasons["videos/v3copy.mp4"] == "the same file as videos/v3.mp4, with another caption"
     assert report["ignored"] == [".hidden.mp4", "notes.md"]
     assert report["samples"]["total"] == 59 + sum((8 + 7 * (i % 3)) // 5 for i in range(6))
@@ -172,7 +174,7 @@ def test_the_printed_report_names_the_files(expected: dict[str, bytes]) -> None:
     print_report(json.loads(expected["report.json"]), console)
     console.file.close()
     text = console.export_text()
-    for words in ("files in", "samples out", "dropped, broken", "videos/text.mp4", "needs 0.25 s", "notes.md"):
+    for words in ("files in", "samples out", "dropped, broken", "videos/text.mp4", "5 are asked for", "notes.md"):
         assert words in text
 
 

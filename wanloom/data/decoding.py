@@ -27,9 +27,10 @@ LONGEST = 200  # characters of a library's own words
 class MediaError(Exception):
     """A file that gives no (more) samples. `kind` is the heading in the report."""
 
-    def __init__(self, kind: str, reason: str) -> None:
+    def __init__(self, kind: str, reason: str, frames: int | None = None) -> None:
         super().__init__(reason)
         self.kind = kind
+        self.frames = frames  # of a video that is too short: how many it has
 
 
 class Decoding:
@@ -57,10 +58,14 @@ class Decoding:
                 while file.read(PIECE):
                     pass
         except OSError as error:
-            raise UserError(
-                f"'{self.path}' cannot be read any more: {error.strerror}. Nothing is lost: run the same command again "
-                "when it can."
-            ) from error
+            raise unreadable(self.path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to say of a file that could be read for the plan."""
+    return UserError(
+        f"'{path}' cannot be read any more: {error.strerror}. Nothing is lost: run the same command again when it can."
+    )
 
 
 def began_in_decoder(traceback: TracebackType | None) -> bool:

@@ -13,8 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from av.video.reformatter import VideoReformatter
@@ -26,6 +25,8 @@ from wanloom.data.framing import Frame
 SWS_FLAGS = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC, SWS_ACCURATE_RND, SWS_FULL_CHR_H_INT
 HDR_TRANSFERS = {16, 18}  # SMPTE ST 2084 (PQ) and ARIB STD-B67 (HLG)
 EXIF_ORIENTATION = 0x0112
+# what a suffix of an image may stand for; others (PostScript) start programs
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "GIF", "ICO")
 
 # Pillow tells of odd tags on the terminal, without the file's name; what it cannot decode it raises
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -47,12 +48,13 @@ class Clip:
     display_size: tuple[float, float]  # as it is to be seen
     frame: Frame
     notes: list[str] = field(default_factory=list)  # what was done beyond time and size
+    source_seconds: float | None = None  # of the whole video, by its header
 
 
-def read_image(path: Path, choose: ChooseFrame) -> Clip:
+def read_image(file: BinaryIO, choose: ChooseFrame) -> Clip:
     """An image as a clip of one frame, turned as its EXIF orientation says."""
     notes = []
-    with Image.open(path) as image:
+    with Image.open(file, formats=FORMATS) as image:
         stored = image.size
         if getattr(image, "n_frames", 1) > 1:
             notes.append("animated image: first picture only")

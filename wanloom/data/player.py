@@ -1,8 +1,8 @@
 """The picture that a player shows at a given time.
 
 In: an open video. Out: for times that only grow, the decoded picture on the screen then. The one decision: what counts
-is when a picture is due (its timestamp) and when the next one is, not its number. Long gaps between the times asked for
-are jumped over by seeking to the key picture before; where a file cannot do that, everything is decoded instead.
+is when a picture is due and when the next one is, not its number. Long gaps between the times asked for are jumped over
+by seeking to the key picture before, where the file is known to allow it; else everything is decoded.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import av.error
 
+from wanloom.data.clock import Clock, decodable
 from wanloom.data.decoding import MediaError
 
 TICK = Fraction(1, 1000)  # containers with millisecond clocks (Matroska) round by up to half of this
@@ -25,65 +26,81 @@ class Shown(NamedTuple):
     picture: Any
 
 
-def frame_interval(stream: Any) -> Fraction:
-    """Seconds between pictures by the header, for streams without timestamps or durations."""
-    return 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
-
-
 class Player:
-    """Plays one stream forward."""
+    """Plays one track forward."""
 
-    def __init__(self, container: Any, stream: Any) -> None:
+    def __init__(self, container: Any, track: Any, can_seek: bool = False) -> None:
         self.container = container
-        self.stream = stream
-        self.base = Fraction(stream.time_base)
+        self.track = track
+        self.clock = Clock(track)
         self.end = Fraction(0)  # of the last picture met so far
-        self.origin: Fraction | None = None  # timestamp of the first picture
-        self.can_seek = True
+        self.can_seek = can_seek
         self._pictures = self._play()
-        self._now = next(self._pictures, None)
-        if self._now is None:
+        self.now = next(self._pictures, None)
+        if self.now is None:
             raise MediaError("broken", "has no pictures")
+        self.last = self.now  # on the screen; stays at the end
+
+        self.begin = self.clock.origin if self.now.picture.pts is not None else None  # the first stamp of showing
 
     def at(self, time: Fraction) -> Any:
         """The picture shown at `time`, None after the end."""
-        if self.can_seek and self._now is not None and time - self._now.end > FAR:
+        if self.can_seek and self.now is not None and time - self.now.end > FAR:
             self._jump(time)
-        while self._now is not None and time + TICK >= self._now.end:
-            self._now = next(self._pictures, None)
-        return self._now.picture if self._now else None
+        while self.now is not None and time + TICK >= self.now.end:
+            self._step()
+        return self.now.picture if self.now else None
+
+    def play_out(self) -> int:
+        """To the end; the number of pictures on the way."""
+        number = 0
+        while self.now is not None:
+            number += 1
+            self._step()
+        return number
+
+    def _step(self) -> None:
+        self.now = next(self._pictures, None)
+        self.last = self.now or self.last
+
+    def _decode(self) -> Iterator[Any]:
+        for packet in decodable(self.container.demux(self.track)):
+            self.clock.look(packet)
+            yield from self.track.decode(packet)
+        yield from self.track.decode(None)
 
     def _play(self) -> Iterator[Shown]:
-        interval = frame_interval(self.stream)
         previous: Any = None
         begin = Fraction(0)
-        for picture in self.container.decode(self.stream):
-            stamp = picture.pts if picture.pts is not None else picture.dts
-            if self.origin is None:
-                self.origin = stamp * self.base if stamp is not None else Fraction(0)
-                self.can_seek = stamp is not None
-            time = stamp * self.base - self.origin if stamp is not None else begin + interval * (previous is not None)
-            if previous is not None and time > begin:  # a picture with an older stamp replaces the one before it
+        for picture in self._decode():
+            time = self.clock.time(picture)
+            if previous is not None and time > begin:  # of two with one stamp the second is shown
                 self.end = time
                 yield Shown(begin, time, previous)
-            previous, begin = picture, max(time, begin)
+            previous, begin = picture, time
         if previous is not None:
-            length = previous.duration * self.base if previous.duration else interval
+            length = previous.duration * self.clock.base
+            if not length or previous.pts is None:
+                length = max(length, self.clock.interval)
             self.end = begin + length
             yield Shown(begin, self.end, previous)
 
     def _jump(self, time: Fraction) -> None:
         """To a picture at or before `time`, or back to the first one for good."""
-        assert self.origin is not None
+        origin = self.clock.origin
+        assert origin is not None, "a stream without stamps is not known to allow it"
         try:
-            self.container.seek(int((self.origin + time) / self.base), stream=self.stream)
+            self.container.seek(int((origin + time) / self.clock.base), stream=self.track)
         except av.error.FFmpegError:
             self.can_seek = False  # the position did not change
             return
-        self._pictures = self._play()
-        self._now = next(self._pictures, None)
-        if self._now is None or self._now.begin > time:
+        self._restart()
+        if self.now is None or self.now.begin > time:
             self.can_seek = False
-            self.container.seek(int(self.origin / self.base), stream=self.stream)
-            self._pictures = self._play()
-            self._now = next(self._pictures, None)
+            self.container.seek(int(origin / self.clock.base), stream=self.track)
+            self._restart()
+
+    def _restart(self) -> None:
+        self.clock.restart()
+        self._pictures = self._play()
+        self._step()

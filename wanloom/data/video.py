@@ -6,7 +6,7 @@ speed of the action. The file is decoded once, and a picture is converted only w
 decoded on another thread.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from fractions import Fraction
 from itertools import count
@@ -18,9 +18,11 @@ import numpy as np
 from pydantic import model_validator
 
 from wanloom.config import Config
+from wanloom.data.clock import JUMPS, Extent, scan
 from wanloom.data.decoding import Decoding, MediaError
+from wanloom.data.media import MediaFile, choose_track, open_container, picture_rate
 from wanloom.data.picture import ChooseFrame, Clip, Screen, read_image
-from wanloom.data.player import Player, frame_interval
+from wanloom.data.player import FAR, TICK, Player
 from wanloom.data.readers import read_ahead
 
 VIDEO_SUFFIXES = frozenset(
@@ -31,6 +33,7 @@ VIDEO_SUFFIXES = frozenset(
         *("ivf", "obu", "av1", "nut", "dv", "divx", "rm", "rmvb", "mjpeg", "mjpg"),
     )
 )
+HELD = "last picture held for less than a frame"
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga"))
 
 
@@ -75,13 +78,21 @@ def kind_of(name: str) -> str | None:
     return "video" if suffix in VIDEO_SUFFIXES else "image" if suffix in IMAGE_SUFFIXES else None
 
 
-def read_clips(path: Path, kind: str, timing: TimingConfig, choose: ChooseFrame) -> Iterator[Clip]:
-    """The samples of one file, in order of time. Raises MediaError where it can give no more."""
-    with Decoding(path):
-        if kind == "image":
-            yield read_image(path, choose)
-        else:
-            yield from _read_video(path, timing, choose)
+Same = Callable[[MediaFile], None]  # raises MediaError when an open file is not what it was
+
+
+def read_clips(
+    path: Path, kind: str, timing: TimingConfig, choose: ChooseFrame, same: Same = lambda file: None
+) -> Iterator[Clip]:
+    """The samples of one file, in order of time. Raises MediaError where it can give no more.
+
+    `same` is asked before a clip is handed out: every byte of it was read by then.
+    """
+    with Decoding(path), MediaFile(path) as file:
+        clips = _read_video(file, timing, choose) if kind == "video" else iter([read_image(file, choose)])
+        for clip in clips:
+            same(file)
+            yield clip
 
 
 def plan_times(timing: TimingConfig, duration: Fraction, pictures: int) -> Iterator[list[Fraction]]:
@@ -108,23 +119,12 @@ def plan_times(timing: TimingConfig, duration: Fraction, pictures: int) -> Itera
             yield [start + moment for moment in moments]
 
 
-def scan_packets(path: Path) -> tuple[Fraction, int]:
-    """Duration in seconds and number of pictures, from the packets alone: exact, and nothing is decoded."""
-    first, last, number = None, Fraction(0), 0
-    with _open(path) as container:
-        stream = _video_stream(container)
-        for packet in container.demux(stream):
-            stamp = packet.pts if packet.pts is not None else packet.dts
-            if packet.size == 0:
-                continue
-            number += 1
-            begin = last if stamp is None else stamp * Fraction(stream.time_base)  # raw streams have no clock
-            length = packet.duration * Fraction(stream.time_base) if packet.duration else frame_interval(stream)
-            first = begin if first is None else min(first, begin)
-            last = max(last, begin + length)
-    if first is None:
-        raise MediaError("broken", "has no pictures")
-    return last - first, number
+class Track(NamedTuple):
+    """What the header says."""
+
+    pixel_shape: Fraction | None
+    rate: Fraction | None
+    seconds: float | None
 
 
 class Due(NamedTuple):
@@ -134,62 +134,114 @@ class Due(NamedTuple):
     k: int
     number: int
     moments: list[Fraction]  # of the clip
-    pixel_shape: Fraction | None
-    rate: Fraction | None  # of the stream
+    track: Track
+    notes: tuple[str, ...]  # what was done to the clock and the track until now
 
 
-def _read_video(path: Path, timing: TimingConfig, choose: ChooseFrame) -> Iterator[Clip]:
+def _read_video(file: MediaFile, timing: TimingConfig, choose: ChooseFrame) -> Iterator[Clip]:
     screen = pixels = None
-    with closing(read_ahead([path], lambda path: _decode(path, timing), workers=1)) as pictures:
+    with closing(read_ahead([file], lambda file: _decode(file, timing), workers=1)) as pictures:
         for _, due in pictures:
-            screen = screen or Screen(due.pixel_shape, due.rate, choose)
+            screen = screen or Screen(due.track.pixel_shape, due.track.rate, choose)
             shown = screen.convert(due.picture, due.number)
             if pixels is None:
                 pixels = np.empty((len(due.moments), *shown.shape), dtype=np.uint8)
             pixels[due.k] = shown
             if due.k == len(due.moments) - 1:
-                yield screen.clip(due.number, pixels, due.moments)
+                clip = screen.clip(due.number, pixels, due.moments)
+                clip.source_seconds = due.track.seconds
+                clip.notes += due.notes
+                yield clip
                 pixels = None
 
 
-def _decode(path: Path, timing: TimingConfig) -> Iterator[Due]:
+def _decode(file: MediaFile, timing: TimingConfig) -> Iterator[Due]:
     """The pictures of every clip, in order of time."""
     spread = timing.mode == "frames" or timing.clips == "uniform"
-    duration, pictures = scan_packets(path) if spread else (Fraction(0), 0)
-    with _open(path) as container:
-        stream = _video_stream(container)
-        stream.codec_context.thread_count = 1  # files are decoded side by side; what a damaged one gives must not vary
-        player = Player(container, stream)
-        shape, rate = stream.sample_aspect_ratio, stream.average_rate or stream.guessed_rate
+    extent = scan(file) if spread or 1 / timing.fps > FAR else None
+    if extent is not None and not extent.whole:
+        extent = play_through(file)
+    with open_container(file) as container:
+        track, notes = choose_track(container)
+        track.codec_context.thread_count = 1  # files are decoded side by side; what a damaged one gives must not vary
+        player = Player(container, track, can_seek=extent is not None and extent.can_seek)
+        header = Track(track.sample_aspect_ratio, picture_rate(track), _stated(container, track))
+        duration, pictures = _whole(extent, player) if extent else (Fraction(0), 0)
+        held = 0
         for number, moments in enumerate(plan_times(timing, duration, pictures)):
+            if _is_held(player, moments):
+                held += 1
+                continue
             for k, moment in enumerate(moments):
                 picture = player.at(moment)
+                if picture is None and _may_hold(player, number, moments):
+                    player.clock.notes[HELD] = None
+                    picture = player.last.picture
                 if picture is None:
-                    _check_enough(number, timing, moments, player)
+                    _check_held(held, timing)
+                    _check_enough(number, k, timing, moments, player)
                     return
-                yield Due(picture, k, number, moments, shape, rate)
+                yield Due(picture, k, number, moments, header, (*notes, *player.clock.notes))
+        _check_held(held, timing)
 
 
-def _check_enough(number: int, timing: TimingConfig, moments: list[Fraction], player: Player) -> None:
+def play_through(file: MediaFile) -> Extent:
+    """The extent of a track whose clock is broken: only the order of its pictures tells."""
+    with open_container(file) as container:
+        track, _ = choose_track(container)
+        track.codec_context.thread_count = 1
+        player = Player(container, track)
+        begin = player.clock.origin or Fraction(0)
+        pictures = player.play_out()
+        return Extent(begin, player.end, pictures, whole=False, can_seek=False)
+
+
+def _stated(container: Any, track: Any) -> float | None:
+    """Seconds by the header."""
+    if track.duration:
+        return float(track.duration * track.time_base)
+    return container.duration / av.time_base if container.duration else None
+
+
+def _whole(extent: Extent, player: Player) -> tuple[Fraction, int]:
+    """Seconds and pictures that will be shown: the first ones may need others that are not in the file."""
+    late = max(Fraction(0), player.begin - extent.begin) if player.begin is not None else Fraction(0)
+    return extent.seconds - late, extent.pictures
+
+
+def _is_held(player: Player, moments: list[Fraction]) -> bool:
+    """Whether a clip would show one picture all the time. A single frame is meant to."""
+    shown = len(moments) > 1 and player.at(moments[0]) is not None and player.now
+    return bool(shown) and moments[-1] + TICK < shown.end
+
+
+def _may_hold(player: Player, number: int, moments: list[Fraction]) -> bool:
+    """Whether the last picture stays for the last frame: for less than one frame, of a video without another clip."""
+    step = moments[1] - moments[0] if len(moments) > 1 else Fraction(0)
+    return number == 0 and moments[-1] - player.end < min(step, player.clock.interval)
+
+
+def _check_held(held: int, timing: TimingConfig) -> None:
+    """Raise MediaError for clips that were left out because nothing moves in them."""
+    if held:
+        clips = "clip shows" if held == 1 else "clips show"
+        reason = f"{held} {clips} one picture all the time ({timing.frames} frames at {timing.fps:g} fps)"
+        raise MediaError("held picture", reason)
+
+
+def _check_enough(number: int, frames: int, timing: TimingConfig, moments: list[Fraction], player: Player) -> None:
     """The video ended inside clip `number`: fine for the rest that `all` leaves, else a MediaError."""
     has, needs = float(player.end), float(moments[-1] - moments[0])
-    if has <= needs:
-        reason = f"has {has:.3g} s, needs {needs:.3g} s ({timing.frames} frames at {timing.fps:g})"
-        raise MediaError("too short", reason)
+    if number == 0 and has <= needs:
+        raise MediaError("too short", explain_short(frames, timing), frames=frames)
     spread = timing.mode == "frames" or timing.clips == "uniform"
-    stated = float(player.stream.duration * player.base) if player.stream.duration else has
-    if spread or stated > 1.1 * has + 1:
+    stated = float(player.track.duration * player.clock.base) if player.track.duration else has
+    if JUMPS not in player.clock.notes and (spread or stated > 1.1 * has + 1):
         raise MediaError("broken", f"ends at {has:.3g} s" + ("" if spread else f", its header says {stated:.3g} s"))
 
 
-def _open(path: Path) -> Any:
-    return av.open(str(path), metadata_errors="replace")  # tags in odd encodings are none of our business
-
-
-def _video_stream(container: Any) -> Any:
-    if not container.streams.video:
-        raise MediaError("broken", "has no video in it")
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
-        raise MediaError("broken", "has pictures in a format that no decoder is for")
-    return stream
+def explain_short(frames: int, timing: TimingConfig) -> str:
+    """Why a video with so many frames gives no clip, and the option with which it would."""
+    fits = (frames - 1) // 4 * 4 + 1
+    way = f"--frames {fits} takes it" if fits > 1 else "--mode frames takes single pictures of it"
+    return f"has {frames} frame{'s' * (frames > 1)} at {timing.fps:g} fps, {timing.frames} are asked for; {way}"

@@ -1,0 +1,85 @@
+"""A media file and the video track in it that counts.
+
+In: a path. Out: an open file, a container that reads it, one of its tracks, that track's rate. The one decision: the
+decoders are given bytes, never a name. So no name is an address (`12:30.mp4`, a folder `http:`) or a pattern, no file
+can make another one be opened, and what is decoded can be held against what was hashed.
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import av
+from av.stream import Disposition
+
+from wanloom.data.decoding import MediaError, unreadable
+
+READ_BYTES = 1 << 16  # at once
+GENERATE_STAMPS = 1  # AVFMT_FLAG_GENPTS, which PyAV sets: it takes decode stamps for moments of showing
+NO_FILM = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
+NO_OTHER_FILE = {"protocol_whitelist": ""}  # a list of other files (a playlist) must not have them opened
+MOST_RATE = 300  # pictures per second; beyond it a header gives the ticks of its clock
+
+
+class MediaFile(FileIO):
+    """A file to be read, under a name that only says its type."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            super().__init__(path, "rb")
+        except OSError as error:
+            raise unreadable(path, error) from error
+        self.name = f"media{path.suffix}"
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Damaged files ask for places before the start: the decoder takes a negative number for the error to tell."""
+        try:
+            return super().seek(offset, whence)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+
+
+@contextmanager
+def open_container(file: MediaFile) -> Iterator[Any]:
+    """The container in an open file, which stays open."""
+    file.seek(0)
+    # tags in odd encodings are none of our business
+    with av.open(file, metadata_errors="replace", buffer_size=READ_BYTES, options=NO_OTHER_FILE) as container:
+        container.flags &= ~GENERATE_STAMPS
+        yield container
+
+
+def choose_track(container: Any) -> tuple[Any, list[str]]:
+    """The video track that a player shows, and notes: the one marked as default, else the largest, else the first."""
+    tracks = [track for track in container.streams.video if not track.disposition & NO_FILM]
+    if not tracks:
+        covers = len(container.streams.video)
+        raise MediaError("broken", "has a cover picture, but no video in it" if covers else "has no video in it")
+    default = [track for track in tracks if track.disposition & Disposition.default]
+    chosen = max(default or tracks, key=_area)  # the first of equal ones
+    if chosen.codec_context is None:
+        raise MediaError("broken", "has pictures in a format that no decoder is for")
+    if len(tracks) == 1:
+        return chosen, []
+    sizes = {_area(track) for track in default or tracks}
+    which = "default one" if len(default) == 1 else "largest" if len(sizes) > 1 else "first"
+    return chosen, [f"{len(tracks)} video tracks, the {which} taken"]
+
+
+def _area(track: Any) -> int:
+    return track.width * track.height if track.codec_context else -1
+
+
+def picture_rate(track: Any) -> Fraction | None:
+    """Pictures per second by the header, None when it says nothing. Absurd averages give way to the guessed rate."""
+    rates = [Fraction(rate) for rate in (track.average_rate, track.guessed_rate) if rate and rate > 0]
+    return next((rate for rate in rates if rate <= MOST_RATE), min(rates, default=None))
+
+
+def frame_interval(track: Any) -> Fraction:
+    """Seconds between pictures by the header, for streams without timestamps or durations."""
+    return 1 / (picture_rate(track) or Fraction(25))
