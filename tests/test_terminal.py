@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import sys
 
 import pytest
 from rich.logging import RichHandler
@@ -52,3 +54,13 @@ def test_a_word_that_is_no_utf_8_is_one_sentence(capsys):
     assert capsys.readouterr().err == (
         "wanloom: 'caf\\xe9' is no text in UTF-8: give the file another name, or write the text in UTF-8.\n"
     )
+
+
+def test_a_reader_that_has_read_enough_is_no_mistake(monkeypatch, capsys):
+    """`wanloom show tiny | head -1`: the exit code is that of a program that SIGPIPE ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["show", "tiny"]) == 141
+    assert capsys.readouterr().err == ""

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from wanloom.config import UserError, sentence_of
 from wanloom.signals import LAUNCHER
@@ -125,16 +126,14 @@ def stay_inside() -> None:
         os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": f"={loopback}"}
 
 
-def serve_store(port: int = 0) -> dist.TCPStore:
+def serve_store(port: int = 0) -> TCPStore:
     """A store of this process that nobody on another machine can reach; torch's own one listens on all interfaces."""
     listening = socket.create_server((LOOPBACK, port), backlog=1024)
     port = listening.getsockname()[1]
-    return dist.TCPStore(
-        LOOPBACK, port, None, True, TIMEOUT, wait_for_workers=False, master_listen_fd=listening.detach()
-    )
+    return TCPStore(LOOPBACK, port, None, True, TIMEOUT, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
-def _open_store() -> dist.Store:
+def _open_store() -> Store:
     """The store in which the processes find one another. Raises UserError when the environment does not say where."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not is_on_one_machine():
         store = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))[0]  # pyright: ignore
@@ -142,7 +141,7 @@ def _open_store() -> dist.Store:
             return store
         # torchrun keeps the store when it starts all again, with the addresses of processes that are gone
         # (pytorch issue 135712); the count is that of a machine, so it helps on one alone
-        return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        return PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     port = os.environ.get("MASTER_PORT", "")
     if not port.isdecimal():
         raise UserError(
@@ -153,7 +152,7 @@ def _open_store() -> dist.Store:
             return serve_store(int(port))
         except OSError as error:
             raise UserError(f"The port {port} (MASTER_PORT) cannot be had: {error.strerror}.") from error
-    return dist.TCPStore(LOOPBACK, int(port), None, False, TIMEOUT, wait_for_workers=False)
+    return TCPStore(LOOPBACK, int(port), None, False, TIMEOUT, wait_for_workers=False)
 
 
 def outlives_ranks() -> bool:

@@ -5,9 +5,11 @@ every control character as a visible escape (`\\x1b`), on stdout or stderr. The 
 `say` or a `Terminal`, which a house test checks, so that nobody has to think of where a name came from.
 """
 
+import io
+import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -54,3 +56,49 @@ class Terminal(Console):
         """Segments of text are made printable; rich's own codes are segments of another kind and pass."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+def let_go(stream: TextIO) -> None:
+    """Let a stream that takes nothing more, such as a closed pipe, swallow the rest: Python tries again at its end."""
+    try:
+        handle = stream.fileno()
+    except io.UnsupportedOperation:
+        return
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, handle)
+    os.close(nothing)
+
+
+class Outlet(io.TextIOBase):
+    """Standard output that ends no run: when it takes nothing more, `error` says why and the rest is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self.error: OSError | None = None
+
+    @property
+    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride] - rich asks for it
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def isatty(self) -> bool:
+        return self.error is None and self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self.error is not None:
+            return
+        try:
+            action()
+        except OSError as error:
+            self.error = error
+            let_go(self._stream)

@@ -26,6 +26,7 @@ from wanloom.model.flops import forward_flops
 from wanloom.model.weights import state_dict_as
 from wanloom.objective.noise import draw_noise, draw_uniform
 from wanloom.train.checkpoint import load_weights
+from wanloom.train.loop import Trainer
 from wanloom.train.metrics import read_metrics
 from wanloom.train.peaks import find_peak
 from wanloom.train.saved import find_checkpoint, list_checkpoints, read_state
@@ -254,6 +255,72 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys
     assert "The last whole checkpoint is" in error and "step_0000002" in error
     assert main(words(tmp_path, "train.steps=3")) == 0
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_0000002", "step_0000003"]
+
+
+def at_step(monkeypatch, step: int, action) -> None:
+    """Do something between two steps of a run."""
+    report = Trainer._report
+
+    def report_and_act(self, record) -> None:
+        report(self, record)
+        if self.state.step == step:
+            action()
+
+    monkeypatch.setattr(Trainer, "_report", report_and_act)
+
+
+def write_data(folder: Path, split: str = "train") -> None:
+    """Four samples for the tiny model."""
+    (folder / split).mkdir(parents=True)
+    g = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(4, 16, 1, 4, 4, generator=g).bfloat16(), torch.randn(3, 64, generator=g)
+    pairs = [tar_pair(f"{split}-{number}", latents[number], text, {"caption": "x"}) for number in range(4)]
+    (folder / split / "shard-000000.tar").write_bytes(b"".join(pairs) + END)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_data_that_vanishes_costs_no_step(tmp_path, monkeypatch, capsys, split):
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    write_data(data)
+    write_data(data, "val")
+    settings = [f"data.path={data}", "checkpoint.every=100", "caption_dropout=0", "log.validate_every=2"]
+    command = ["train", *SMALL[:1], *SMALL[2:], *settings, "train.steps=12"]
+    at_step(monkeypatch, 3, lambda: (data / split).rename(tmp_path / "away"))
+    assert main([*command, f"run_dir={run_dir}"]) == 2
+    error = capsys.readouterr().err
+    step = find_checkpoint(run_dir)
+    assert f"in {data}/{split}/shard-000000.tar cannot be read" in error
+    assert f"was saved before the run ended: {step}." in error and error.count("\n") == 1
+    assert int(step.name.removeprefix("step_")) >= 3
+    (tmp_path / "away").rename(data / split)
+    monkeypatch.undo()
+    for folder in (run_dir, tmp_path / "whole"):
+        assert main([*command, f"run_dir={folder}"]) == 0
+    assert_same_bits(run_dir, tmp_path / "whole")
+
+
+def test_a_run_folder_that_vanishes_costs_no_step(tmp_path, monkeypatch, capsys):
+    run_dir, settings = tmp_path / "run", ["train.steps=8", "checkpoint.every=100"]
+    at_step(monkeypatch, 3, lambda: run_dir.rename(tmp_path / "moved"))
+    assert main(words(run_dir, *settings)) == 2
+    error = capsys.readouterr().err
+    assert f"{run_dir}/metrics.jsonl is no longer there: it was moved or deleted while the run went on." in error
+    assert f"Step 4 was saved before the run ended: {run_dir}/checkpoints/step_0000004." in error
+    monkeypatch.undo()
+    assert main(words(run_dir, *settings)) == 0
+    assert main(words(tmp_path / "whole", *settings)) == 0
+    assert_same_bits(run_dir, tmp_path / "whole")
+
+
+def test_a_log_that_nobody_reads_any_more_costs_no_step(tmp_path, monkeypatch, capsys):
+    """As below `| head -1`."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as context:
+        context.setattr(sys, "stdout", stream)
+        at_step(context, 3, lambda: os.close(reader))
+        assert main(words(tmp_path, "train.steps=8", "checkpoint.every=100")) == 2
+    assert "no longer be printed (Broken pipe), so it saved step 5 and ended." in capsys.readouterr().err
+    assert find_checkpoint(tmp_path).name == "step_0000005"
 
 
 def test_a_run_that_diverges_stops_before_the_weights_are_harmed(tmp_path, capsys):

@@ -37,7 +37,9 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     assert shown == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 0.05), (6, 0.06), (7, 0.07)]
 
 
-@pytest.mark.parametrize("line", ["garbage{", "[1]", '{"loss": 1}', "\0\0\0\0", "\xff"])
+@pytest.mark.parametrize(
+    "line", ["garbage{", "[1]", '{"step": "2"}', '{"step": 2, "loss": null}', '{"loss": 1}', "\0\0\0\0", "\xff"]
+)
 def test_a_damaged_record_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line.encode("latin-1") + b'\n{"step": 3}\n')

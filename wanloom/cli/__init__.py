@@ -8,9 +8,11 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import ModuleType
 from typing import NoReturn
@@ -19,7 +21,7 @@ import wanloom
 from wanloom.cli.words import Parser
 from wanloom.config import UserError, nearest, sentence_of
 from wanloom.signals import follow_launcher
-from wanloom.terminal import is_text, say
+from wanloom.terminal import is_text, let_go, say
 
 COMMANDS = {
     "prepare": "turn a folder of videos and images into a training set",
@@ -89,6 +91,9 @@ def _choose(command: ModuleType, arguments: argparse.Namespace, words: list[str]
 def _run_one(run: Callable[[], int]) -> int:
     try:
         return run()
+    except BrokenPipeError:  # `| head -1` has read enough: no mistake of anyone
+        let_go(sys.stdout)
+        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:  # commands that know more of an OSError say it themselves
         return _fail(sentence_of(error))
     except KeyboardInterrupt:
@@ -138,11 +143,13 @@ def _leave(code: int) -> NoReturn:
     torch keeps process groups, in meshes and as default arguments, so gloo's threads are still there; one that lets go
     of a tensor while Python ends aborts the process.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # the terminal is closed
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
 def _fail(message: str, code: int = 2) -> int:
-    say(f"wanloom: {message}", file=sys.stderr)
+    with suppress(OSError):  # the terminal is closed
+        say(f"wanloom: {message}", file=sys.stderr)
     return code

@@ -80,10 +80,11 @@ def check(arguments: argparse.Namespace, restarts: int | None) -> None:
 
 def run_processes(count: int, words: Sequence[str], restarts: int = 0) -> int:
     """Run `python words` as `count` processes that know of one another; returns the exit code when all have ended."""
+    code = 0
     with Inbox() as inbox:
         for left in range(restarts, -1, -1):
             code = run_once(count, words, inbox)
-            if code in NEEDS_NO_RESTART or not left:
+            if code in NEEDS_NO_RESTART or inbox.received or not left:
                 break
             say(f"wanloom: starting all processes again, {left - 1} restarts left.", file=sys.stderr)
     return code
@@ -137,12 +138,13 @@ def watch(ranks: Sequence[subprocess.Popen[bytes]], inbox: Inbox) -> int:
     while None in (codes := [process.poll() for process in ranks]):
         now = time.monotonic()
         for number in inbox.received[passed:]:
-            plan = plan if passed else [(now + SAVING, signal.SIGKILL)]
-            plan.insert(0, (now, signal.SIGTERM if passed else number))
+            if not passed:
+                plan = [(now + SAVING, int(signal.SIGKILL))]
+            plan.insert(0, (now, int(signal.SIGTERM if passed else number)))
             passed += 1
         if any(codes) and not plan:
             first = find_first(codes)
-            plan = [(now + NOTICE, signal.SIGTERM), (now + NOTICE + ENDING, signal.SIGKILL)]
+            plan = [(now + NOTICE, int(signal.SIGTERM)), (now + NOTICE + ENDING, int(signal.SIGKILL))]
         while plan and plan[0][0] <= now:
             send(ranks, plan.pop(0)[1])
         time.sleep(LOOK)

@@ -13,6 +13,7 @@ from torch import Tensor
 from wanloom.data.loader import Source
 from wanloom.data.packing import pack_samples
 from wanloom.data.shards import Row
+from wanloom.dist import together
 from wanloom.model.dit import WanDiT
 from wanloom.model.sequence import build_pack, empty_pack, grid_of, patchify
 from wanloom.objective.flow import noisy_and_velocity
@@ -61,7 +62,8 @@ def build_validation(
 def _squared_error(model: WanDiT, mesh: Mesh, cases: Sequence[Case], bf16: bool) -> Tensor:
     """Sum of squares and count of elements `(2,)` fp64 of this rank's tokens of a pack, which may have no sample."""
     noisy, target = [], []
-    samples = [source.read(row) for source, row, _ in cases]
+    with together():  # every rank has as many packs
+        samples = [source.read(row) for source, row, _ in cases]
     for sample, (_, _, sigma) in zip(samples, cases, strict=True):
         clean = sample.latents.float()
         noise = draw_noise(tuple(clean.shape), SEED, f"validation/{sample.key}/{sigma}", 0)

@@ -32,7 +32,7 @@ from wanloom.model.dit import DiTConfig
 from wanloom.parallel.params import local
 from wanloom.threads import one_thread
 from wanloom.train.pieces import Box, Stored, share, write_pieces
-from wanloom.train.saved import FOLDER, damaged, find_damage, list_checkpoints, read_state
+from wanloom.train.saved import FOLDER, damaged, find_damage, list_checkpoints, read_state, step_of
 
 PARTIAL = ".partial"
 FILE_BYTES = 2**30  # of a file, and of its block of memory for the copies
@@ -146,6 +146,11 @@ class Checkpointer:
         """The newest checkpoint; it was whole when it got its name, `load_tensors` checks whether it still is."""
         return self._last
 
+    @property
+    def last_step(self) -> int | None:
+        """The step of the newest checkpoint."""
+        return None if self._last is None else step_of(self._last)
+
     def prepare(self, tensors: Mapping[str, Tensor]) -> None:
         """Agree on who writes which piece and take the memory for the copies; all ranks together, once, at the start.
 
@@ -209,7 +214,7 @@ class Checkpointer:
         try:
             with together(self._group):
                 if rank() == 0:
-                    partial.mkdir()
+                    partial.mkdir(parents=True)  # the run folder may have been deleted
             with together(self._group):
                 own = write_pieces(partial, self._staged or {}, self._boxes, self._files)
                 sync_folder(partial)

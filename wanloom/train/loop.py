@@ -8,14 +8,15 @@ finish, save and leave.
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from wanloom.config import Config, UserError
+from wanloom.config import Config, UserError, sentence_of
 from wanloom.dist import gather, highest, is_lost, rank, together, world_size
 from wanloom.model.dit import WanDiT
 from wanloom.model.kernels import Kernel
@@ -28,7 +29,7 @@ from wanloom.train.metrics import LogConfig, Metrics, ProgressLine, peak_memory_
 from wanloom.train.optim import AdamW, ScheduleConfig, learning_rate
 from wanloom.train.step import Batch, NonFiniteError, StepResult, train_step
 
-SAVE_FAILED = 2**16  # among numbers of signals
+OUTPUT_CLOSED, SAVE_FAILED = 2**8, 2**16  # among numbers of signals
 NAMED_KEYS = 16  # samples named in the error; the file beside it has them all
 
 
@@ -98,32 +99,16 @@ class Trainer:
     def run(self) -> signal.Signals | None:
         """Take the steps that are left. Returns the signal that stopped the run, or None at its end.
 
-        Raises UserError, the same on every rank, when a loss or gradient is not finite, when the disk is full, and
-        whatever `batches` raises; in each case the save in the background is finished first. Not when a rank is lost.
+        Raises UserError, the same on every rank, when a loss or gradient is not finite, when the disk is full, when
+        what it says can no longer be printed, and whatever `batches` raises; in each case the save in the background is
+        finished first, and all but the first two save the last step before. Not when a rank is lost.
         """
-        batches, lost = iter(self.batches), False
+        lost = False
         try:
             with self.progress, StopSignal("this step and saving") as stop:
                 self.checkpointer.prepare(self.parts.tensors())
                 self._tick = time.monotonic()
-                while self.state.step < self.settings.train.steps:
-                    with together():
-                        batch = next(batches)
-                    self._count(batch, self._update(batch))
-                    # the ranks hear of either at different times
-                    received = highest(SAVE_FAILED if self.checkpointer.failed else stop.received or 0)
-                    record = self._record()
-                    with together():
-                        self._report(record)
-                    if received == SAVE_FAILED:
-                        self.checkpointer.wait()
-                    ends = self.state.step == self.settings.train.steps or received
-                    if ends or self.state.step % self.checkpointer.config.every == 0:
-                        self._save()
-                    if ends:
-                        self.checkpointer.wait()
-                        return signal.Signals(received) if received else None
-            return None
+                return self._steps(iter(self.batches), stop)
         except RuntimeError as error:
             lost = is_lost(error)
             raise
@@ -131,6 +116,62 @@ class Trainer:
             self.checkpointer.close(wait=not lost)
             if self.metrics is not None:
                 self.metrics.close()
+
+    def _steps(self, batches: Iterator[Batch], stop: StopSignal) -> signal.Signals | None:
+        while self.state.step < self.settings.train.steps:
+            with self._saved_before_the_end(), together():
+                batch = next(batches)
+            self._count(batch, self._update(batch))
+            # the ranks hear of these at different times
+            wish = stop.received or (OUTPUT_CLOSED if self.progress.closed else 0)
+            wish = highest(SAVE_FAILED if self.checkpointer.failed else wish)
+            with self._saved_before_the_end():
+                record = self._record()
+                with together():
+                    self._report(record)
+            if wish == SAVE_FAILED:
+                self.checkpointer.wait()
+            ends = self.state.step == self.settings.train.steps or wish
+            if ends or self.state.step % self.checkpointer.config.every == 0:
+                with self._saved_before_the_end(), together():
+                    if self.metrics is not None:
+                        self.metrics.sync()
+                self._save()
+            if ends:
+                self.checkpointer.wait()
+                return self._leave(wish)
+        return None
+
+    def _leave(self, wish: int) -> signal.Signals | None:
+        """How the run ends, now that all is saved."""
+        if wish != OUTPUT_CLOSED:
+            return signal.Signals(wish) if wish else None
+        reason = gather(self.progress.closed and self.progress.closed.strerror)
+        raise UserError(
+            f"What the run says could no longer be printed ({next(filter(None, reason))}), so it saved step "
+            f"{self.state.step} and ended. The same command goes on; to need no reader, send it to a file: > train.log"
+        )
+
+    @contextmanager
+    def _saved_before_the_end(self) -> Iterator[None]:
+        """A mistake in the block, the same on all ranks, ends the run; what was learned is saved before."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            raise UserError(f"{sentence_of(error)} {self._keep()}") from error
+
+    def _keep(self) -> str:
+        """Save the last step, if that can be done; returns what to tell of it."""
+        with suppress(UserError):  # of a save that failed in the background; this one may go well
+            self.checkpointer.wait()
+        if self.state.step in (0, self.checkpointer.last_step):
+            return self.checkpointer.describe_last()
+        try:
+            self._save()
+            self.checkpointer.wait()
+        except UserError as error:
+            return str(error)
+        return f"Step {self.state.step} was saved before the run ended: {self.checkpointer.last()}."
 
     def _update(self, batch: Batch) -> StepResult:
         parts, settings, done = self.parts, self.settings, self.state.step
@@ -177,6 +218,8 @@ class Trainer:
         # not at a stop: its records would differ from those of a run that was not stopped
         if not (last or validates or state.step % log.every == 0):
             return None
+        # a sample that cannot be read ends the run here, and the window is saved with it
+        held_out = self.parts.validate() if validates and self.parts.validate is not None else None
         sums, state.window = state.window, {}
         record: dict[str, float] = {"step": state.step}
         means = ("loss", "weighted_loss", "grad_norm", "packing_efficiency", "balance")
@@ -192,8 +235,8 @@ class Trainer:
         }
         if self.settings.peak_tflops:
             record["mfu"] = record["model_tflops_per_gpu"] / self.settings.peak_tflops
-        if validates and self.parts.validate is not None:
-            record["val_loss"] = self.parts.validate()
+        if held_out is not None:
+            record["val_loss"] = held_out
             self._tick = time.monotonic()  # not part of the speed
         return record
 
@@ -204,9 +247,6 @@ class Trainer:
             self.progress.show(record)
 
     def _save(self) -> None:
-        with together():
-            if self.metrics is not None:
-                self.metrics.sync()
         state = {**asdict(self.state), **self.parts.facts}
         self.checkpointer.save(self.state.step, self.parts.tensors(), state, self.parts.recipe)
 

@@ -11,10 +11,12 @@ import json
 import os
 import resource
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -26,7 +28,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from wanloom.config import Config, UserError
 from wanloom.files import parse_json, write_atomic
-from wanloom.terminal import Terminal
+from wanloom.terminal import Outlet, Terminal
 
 FILE = "metrics.jsonl"
 Record = Mapping[str, float]
@@ -50,11 +52,19 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, float]:
         record = parse_json(line)
     except ValueError:  # of json, or no text
         record = None
-    if not isinstance(record, dict) or "step" not in record:
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("step"), int)
+        or not all(map(_is_number, record.values()))
+    ):
         raise UserError(
             f"Line {number} of {path} is damaged: delete the line, or move the file away. No checkpoint depends on it."
         )
     return record
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Metrics:
@@ -69,7 +79,8 @@ class Metrics:
         self._events = EventFile(run_dir / "tensorboard", start_step)
 
     def write(self, record: Record) -> None:
-        """Append a record. Raises UserError when the disk does not take it."""
+        """Append a record. Raises UserError when the disk does not take it, or the run folder is no longer there."""
+        self._check()
         line = (json.dumps(dict(record)) + "\n").encode()
         try:
             if self._jsonl.write(line) != len(line):
@@ -83,7 +94,13 @@ class Metrics:
 
     def sync(self) -> None:
         """Wait until the records are on the disk: before a checkpoint that would skip them on resume."""
+        self._check()
         os.fsync(self._jsonl.fileno())
+
+    def _check(self) -> None:
+        """What is written to a file without a name is lost."""
+        if os.fstat(self._jsonl.fileno()).st_nlink == 0 or not self._path.exists():
+            raise UserError(f"{self._path} is no longer there: it was moved or deleted while the run went on.")
 
     def close(self) -> None:
         """Close both files."""
@@ -120,7 +137,8 @@ class ProgressLine:
     def __init__(
         self, start_step: int, num_steps: int, console: Console | None = None, ranks: int = 1, quiet: bool = False
     ) -> None:
-        self.console = console or Terminal(soft_wrap=True, quiet=quiet)
+        self._outlet = Outlet(sys.stdout)
+        self.console = console or Terminal(soft_wrap=True, quiet=quiet, file=self._outlet)
         self._num_steps, self._ranks = num_steps, ranks
         self._seen = start_step, time.monotonic()  # the last record's step, and when
         self._live: Progress | None = None
@@ -145,6 +163,11 @@ class ProgressLine:
     ) -> None:
         if self._live:
             self._live.stop()
+
+    @property
+    def closed(self) -> OSError | None:
+        """Why nothing can be shown any more, such as a pipe whose reader has gone; None while all is well."""
+        return self._outlet.error
 
     def advance(self, step: int) -> None:
         """One more step is done."""

@@ -49,7 +49,12 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     folder = run_dir / FOLDER
     found = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that the name of a checkpoint tells."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def find_checkpoint(path: Path) -> Path:
