@@ -111,8 +111,11 @@ def test_keep_aspect_uses_the_area_of_height_and_width() -> None:
         ({"height": 481, "width": 832}, "--height 481 is not a multiple of 16: the nearest are 480 and 496"),
         ({"height": 480, "width": 8}, "--width 8 is not a multiple of 16: the nearest are 16 and 32"),
         ({"height": 480}, "belong together"),
-        ({"keep_aspect": True}, "--keep-aspect has no effect without --height and --width"),
-        ({"keep_aspect": True, "max_area": 1000}, "--keep-aspect has no effect without --height and --width"),
+        ({"keep_aspect": True}, "without --height and --width every file keeps its aspect: leave --keep-aspect out"),
+        (
+            {"keep_aspect": True, "max_area": 1000},
+            "without --height and --width every file keeps its aspect: leave --keep-aspect out",
+        ),
         ({"height": 480, "width": 832, "max_area": 1000}, "no effect"),
         ({"height": 480, "width": 832, "max_area": 1000, "keep_aspect": True}, "not both"),
         ({"max_area": 100}, "less than one token"),

@@ -48,9 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model",
-        default="tiny",
-        help="pipeline whose VAE and text encoder are used: tiny, a folder in diffusers layout, or a name on the hub "
-        f"such as {EXAMPLE} (tiny)",
+        help="pipeline whose VAE and text encoder are used, that of the model to train: a folder in diffusers layout, "
+        f"a name on the hub such as {EXAMPLE}, or tiny, the small one that is shipped to try things out (tiny)",
     )
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
@@ -193,7 +192,6 @@ def check_alike(identity: dict[str, str]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prepare, with a progress bar and the report on rank 0; 128 and the number of the signal when it was stopped."""
     config = read_config(arguments)
-
     from wanloom.assets import find_pipeline
     from wanloom.data.prepare import check_folders, prepare
     from wanloom.dist import pick_device, rank, together
@@ -202,10 +200,17 @@ def run(arguments: argparse.Namespace) -> int:
     with together():
         check_folders(arguments.input, arguments.out)  # before a large model is fetched
         device = pick_device(arguments.device).type
-        pipeline = find_pipeline(arguments.model, PARTS)
+        model = arguments.model or "tiny"
+        pipeline = find_pipeline(model, PARTS)
         identity = identify(pipeline, device)
     check_alike(identity)
     console = Terminal(quiet=rank() != 0)
+    if arguments.model is None:
+        console.print(
+            "Without --model the samples are for `tiny`, the small model that is shipped to try things out: no other "
+            f"can be trained on them. For a published one give --model, such as --model {EXAMPLE}.",
+            soft_wrap=True,
+        )
     started = time.monotonic()
     stop = StopSignal("the samples under way")
     threads = one_thread() if device == "cpu" else nullcontext()  # the bytes of any number of processes are equal
@@ -224,24 +229,27 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(message, soft_wrap=True)
         return 128 + (stop.received or signal.SIGINT)
     if rank() == 0:
-        tell(done, arguments, console, time.monotonic() - started)
+        tell(done, arguments.out, model, console, time.monotonic() - started)
     return 0
 
 
-def tell(done: "Finished", arguments: argparse.Namespace, console: Any, seconds: float) -> None:
+def tell(done: "Finished", out: Path, model: str, console: Any, seconds: float) -> None:
     """Print the report, and how to go on."""
+    from wanloom.cli.hints import train_command
     from wanloom.data.prepare import REPORT
-    from wanloom.data.report import print_report
+    from wanloom.data.report import print_report, summarise
 
     print_report(done.report, console)
-    if done.was_complete:
-        console.print(f"{arguments.out} was complete already, nothing was done.", soft_wrap=True)
-    else:
-        console.print(
-            f"{arguments.out} is ready after {seconds:.0f} s; all file names are in "
-            f"{arguments.out / REPORT}. Train on it with: wanloom train {arguments.model} data.path={arguments.out}",
-            soft_wrap=True,
-        )
+    what = f"is ready after {seconds:.0f} s" if not done.was_complete else "was complete already, nothing was done"
+    lines = [f"{out} {what}: {summarise(done.report)}. All file names are in {out / REPORT}."]
+    command = train_command(out, model)
+    lines.append(
+        f"Train on it with: {command}"
+        if command
+        else f"Train on it with a recipe whose `model` has the VAE and the text encoder of {model}."
+    )
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 class Bar:

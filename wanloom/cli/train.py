@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import wanloom
 from wanloom.cli import launch
+from wanloom.cli.hints import generate_command
 from wanloom.terminal import say
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
@@ -141,10 +142,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
         trainer = Trainer(parts, settings, state, batches, checkpointer, metrics, progress)
         stopped = trainer.run()
     if stopped is None:
-        progress.say(
-            f"Done: {checkpointer.last()}. To make a video: "
-            f"wanloom generate --model {run.model} --checkpoint {run_dir} --prompt ..."
-        )
+        progress.say(f"Done: {checkpointer.last()}. To make a video: {generate_command(run_dir, plan.indices[0][0])}")
     return stopped
 
 

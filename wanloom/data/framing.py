@@ -45,7 +45,7 @@ class FramingConfig(Config):
         if not 1 <= self.max_aspect <= 1000:
             raise ValueError(f"--max-aspect {self.max_aspect:g} is not between 1 and 1000: a longer by a shorter side")
         if self.keep_aspect and self.height is None:
-            raise ValueError("--keep-aspect has no effect without --height and --width, it is so then: leave it out")
+            raise ValueError("without --height and --width every file keeps its aspect: leave --keep-aspect out")
         if self.keep_aspect and self.max_area is not None:
             raise ValueError("with --keep-aspect give --max-area or --height and --width (their area counts), not both")
         return self

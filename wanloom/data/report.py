@@ -99,6 +99,14 @@ FACTS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def summarise(report: dict[str, Any]) -> str:
+    """What became of the files, in a few words."""
+    samples, files = report["samples"]["total"], report["files"]["found"]
+    lost = sum(not drop["samples"] for drop in report["dropped"])
+    text = f"{samples:,} {'sample' if samples == 1 else 'samples'} from {files - lost:,} of {files:,} files"
+    return f"{text}, {lost:,} dropped" if lost else text
+
+
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The report as a table; long lists of names are cut, report.json has them whole."""
     files, samples = report["files"], report["samples"]

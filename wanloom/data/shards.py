@@ -14,6 +14,7 @@ import io
 import logging
 import math
 import os
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import cached_property
@@ -261,9 +262,15 @@ def scan_folder(fs: fsspec.AbstractFileSystem, root: str, path: str) -> pa.Table
     root = root.rstrip("/")
     if not fs.isdir(root):
         raise UserError(f"There is no folder '{path}'.")
-    tars = sorted(name for name in fs.find(root) if name.endswith(".tar"))
+    names = fs.find(root)
+    tars = sorted(name for name in names if name.endswith(".tar"))
     if not tars:
-        raise UserError(f"'{path}' holds no prepared data: make it with `wanloom prepare INPUT {path}`.")
+        from wanloom.data.video import kind_of  # with its decoders, which nothing else here needs
+
+        here = shlex.quote(path)
+        if any(kind_of(name) for name in names):
+            raise UserError(f"'{path}' holds videos or images: make data of them with `wanloom prepare {here} OUT`.")
+        raise UserError(f"'{path}' holds no prepared data: make it with `wanloom prepare INPUT {here}`.")
     log.info("%s has no index: reading the headers of %d shards", path, len(tars))
     tables = []
     for tar in tars:

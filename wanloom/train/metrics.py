@@ -194,7 +194,7 @@ class ProgressLine:
 
     def say(self, text: str) -> None:
         """Print a line above the progress."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)  # a command in it is pasted into a shell
 
 
 def format_seconds(seconds: float) -> str:
