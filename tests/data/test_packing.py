@@ -7,7 +7,7 @@ import time
 import pytest
 
 from wanloom.config import UserError
-from wanloom.data.packing import max_over_mean, pack_samples
+from wanloom.data.packing import _best_fit, max_over_mean, pack_samples
 
 IMAGE, CLIP_240P, CLIP_480P = 390, 8190, 32760  # tokens; the clips have 81 frames
 MIXES = {
@@ -131,6 +131,27 @@ def test_packs_are_empty_only_where_samples_are_too_few():
     assert [len(pack) for pack in packs] == [1] * 10 + [0, 0]
     assert [len(pack) for pack in pack_samples([1] * 10, 10, [1.0] * 10, 4)] == [3, 3, 2, 2]
     assert [len(pack) for pack in pack_samples([1, 1, 1], 10, [1.0] * 3, 8)] == [1] * 3 + [0] * 5
+
+
+def test_a_sample_goes_to_the_fullest_pack_that_has_room():
+    # 3 finds room for 3 and for 4: in the larger one it would leave no place for both of the last two
+    assert _best_fit([7, 6, 3, 2, 2], 10) == [[0, 2], [1, 3, 4]]
+    assert len(pack_samples([7, 6, 3, 2, 2], 10, [1.0] * 5)) == 2
+    several = 0
+    for seed in range(300):
+        r = random.Random(seed)
+        tokens = [r.randint(1, 40) for _ in range(r.randint(1, 40))]
+        packs: list[list[int]] = []
+        for i in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):  # the definition, as it reads
+            left = [40 - sum(tokens[j] for j in pack) for pack in packs]
+            fits = [(room, p) for p, room in enumerate(left) if room >= tokens[i]]
+            several += len(fits) > 1
+            if fits:
+                packs[min(fits)[1]].append(i)
+            else:
+                packs.append([i])
+        assert _best_fit(tokens, 40) == packs
+    assert several > 300
 
 
 def test_one_round_more_is_taken_where_full_packs_cannot_be_balanced():

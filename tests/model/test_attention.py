@@ -1,4 +1,5 @@
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -205,3 +206,35 @@ def test_cuda_kernels_fit_their_operators(kernel, lse_dims, monkeypatch):
         assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
         grads = kernels.CUDA[kernel].backward(out, q, k, k, bias, out, lse)
         assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
+
+
+@pytest.mark.parametrize("queries", [1, 31, 32, 33, 64])
+def test_the_efficient_kernel_gets_its_log_sum_exp_in_whole_blocks_of_infinity(queries, monkeypatch):
+    """The backward reads blocks of 32: past the queries exp(logit - lse) must be 0, which +inf alone makes it."""
+    given: dict[str, torch.Tensor] = {}
+
+    def backward(grad_out, q, k, v, mask, out, lse, *rest):
+        given.update(lse=lse, mask=mask)
+        return q, k, v, None
+
+    monkeypatch.setattr(kernels, "aten", SimpleNamespace(_scaled_dot_product_efficient_attention_backward=backward))
+    q, k, bias = torch.randn(2, 3, queries, 8), torch.randn(2, 3, 21, 8), torch.randn(2, 21)
+    lse = torch.randn(2, 3, queries)
+    kernels.efficient_backward(q, q, k, k, bias, q, lse)
+    blocks = -(-queries // 32) * 32
+    assert given["lse"].shape == (2, 3, blocks) and given["lse"].is_contiguous()
+    assert torch.equal(given["lse"][:, :, :queries], lse)
+    assert (given["lse"][:, :, queries:] == float("inf")).all()
+    # the bias reaches every head and query as it is, in rows that start at multiples of 16 values
+    assert torch.equal(given["mask"], bias[:, None, None].expand(2, 3, queries, 21))
+    assert given["mask"].stride()[0] % 16 == 0
+
+
+def test_the_efficient_kernel_gives_back_no_more_rows_than_queries(monkeypatch):
+    def forward(q, k, v, mask, with_lse):
+        assert with_lse and mask is None
+        return q, torch.arange(64.0).expand(2, 3, 64), None, None
+
+    monkeypatch.setattr(kernels, "aten", SimpleNamespace(_scaled_dot_product_efficient_attention=forward))
+    q = torch.randn(2, 3, 33, 8)
+    assert torch.equal(kernels.efficient_forward(q, q, q, None)[1], torch.arange(33.0).expand(2, 3, 33))

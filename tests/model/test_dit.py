@@ -17,7 +17,7 @@ from dit_reference import (
 from wanloom.config import UserError, build_config
 from wanloom.model.attention import PackedAttention
 from wanloom.model.dit import CONFIGS, DiTConfig, WanDiT, cast_weights, init_weights, keeps_fp32, time_features
-from wanloom.model.sequence import build_pack, grid_of, patchify
+from wanloom.model.sequence import apply_rope, build_pack, grid_of, grid_positions, patchify, rope_table
 
 # unlike frames and sizes, images beside videos, neighbours of equal size, captions from empty to full, one at the limit
 MIXED = ([(1, 4, 6), (3, 4, 4), (3, 4, 4), (2, 6, 2), (5, 2, 8), (1, 2, 2)], [5, 0, 512, 7, 511, 5])
@@ -84,6 +84,52 @@ def test_gradients_of_latents_and_text_equal_diffusers():
     tokens = torch.cat([patchify(x.grad) for x in samples.latents])
     assert relative_error(pack.tokens.grad, tokens) < 1e-4
     assert relative_error(pack.text.grad, torch.cat([x.grad for x in samples.texts])) < 1e-4
+
+
+@pytest.mark.parametrize("eps", [1e-2, 1e-10])
+def test_every_norm_has_the_eps_of_the_config(eps):
+    """Where all that is normed is about as small as the eps: another one in any norm would show."""
+    config = SMALL.model_copy(update={"eps": eps})
+    model, samples = build_model(config), draw_samples(config, *MIXED, seed=11)
+    small = ("patch_embedding", "self_attn.q", "self_attn.k", "self_attn.o", "cross_attn.q", "cross_attn.k")
+    small += ("cross_attn.o", "ffn.2")
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if any(part in name for part in small):
+                param *= 0.3 * eps**0.5
+    expected = run_reference(build_reference(model), samples, config.text_slots)
+    out = model(samples.pack, samples.sigma)
+    assert relative_error(out, torch.cat(expected)) < 5e-5
+    norms = [module for module in model.modules() if hasattr(module, "eps")]
+    assert len(norms) == 6 * config.num_layers + 1
+    for module in norms:  # each of them is seen: with the default in its place the result is another one
+        module.eps = 1e-6
+        assert relative_error(model(samples.pack, samples.sigma), out) > 2e-4
+        module.eps = eps
+
+
+@pytest.mark.parametrize("where", ["all", "fp32 parts alone"])
+def test_queries_and_keys_are_rounded_once_and_after_the_rotation(where, monkeypatch):
+    attention = build_model(SMALL).blocks["0"].self_attn.requires_grad_(False)
+    for name, param in attention.named_parameters():
+        if where == "all" or "norm" not in name:
+            param.data = param.data.bfloat16()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, SMALL.dim, generator=generator).bfloat16()
+    rotation = rope_table(grid_positions((2, 4, 5)), attention.head_dim)
+    seen = []
+    core = attention.attend
+    monkeypatch.setattr(
+        core, "forward", lambda q, k, v, *rest: seen.extend((q, k)) or PackedAttention()(q, k, v, *rest)
+    )
+    attention(x, x, torch.tensor([40]), torch.tensor([40]), rotation=rotation)
+    for found, linear, norm in zip(seen, ("q", "k"), ("norm_q", "norm_k"), strict=True):
+        normed = getattr(attention, norm)(getattr(attention, linear)(x)).unflatten(-1, (-1, attention.head_dim))
+        assert normed.dtype == torch.float32
+        exact = apply_rope(normed, rotation)
+        assert torch.equal(found, exact.bfloat16())
+        twice = apply_rope(normed.bfloat16(), rotation)  # what it must not be
+        assert not torch.equal(found, twice)
 
 
 def test_other_samples_of_the_pack_do_not_matter():
@@ -289,6 +335,18 @@ def test_init_depends_on_the_seed_and_the_names_alone():
         assert torch.equal(value, states[3][name]), name
     assert not any(torch.equal(states[0][name], states[2][name]) for name in drawn)
     assert not torch.equal(states[0]["blocks.0.self_attn.q.weight"], states[0]["blocks.1.self_attn.q.weight"])
+
+
+def test_every_seed_draws_other_weights():
+    """Also those that only their lowest bit, a high one or the sign tells apart."""
+    seeds = (0, 1, 2, 3, 4, 2**31, 2**32, 2**33, 2**63, -1)
+    model, found = WanDiT(SMALL), {}
+    for seed in seeds:
+        init_weights(model, seed)
+        for name in ("blocks.1.ffn.0.weight", "text_embedding.0.weight", "blocks.0.modulation.weight"):
+            found.setdefault(name, []).append(model.get_parameter(name).detach().flatten()[:4].clone())
+    for name, values in found.items():
+        assert len({tuple(value.tolist()) for value in values}) == len(seeds), name
 
 
 def test_a_model_built_on_meta_can_be_filled():

@@ -391,6 +391,19 @@ def test_published_configs_are_read():
     assert parse_config(original, Path("config.json")) == CONFIGS["wan2.1-t2v-14b"]
 
 
+@pytest.mark.parametrize("eps", [3e-2, 1e-9])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_eps_of_a_file_reaches_every_norm(layout, eps, tmp_path):
+    saved = build_model(SMALL.model_copy(update={"eps": eps}))
+    save_dit(saved, tmp_path / "model", layout)
+    loaded = load_dit(tmp_path / "model")
+    found = [module.eps for module in loaded.modules() if hasattr(module, "eps")]
+    assert found == [eps] * (6 * SMALL.num_layers + 1)
+    without = json.loads((tmp_path / "model" / "config.json").read_text())
+    del without["eps"]
+    assert parse_config(without, tmp_path).eps == 1e-6  # what the published models have
+
+
 def test_settings_that_are_not_read_are_named(caplog):
     values = config_json(SMALL, "diffusers") | {"new_thing": 3, "_name_or_path": "x"}
     assert parse_config(values, Path("config.json")) == SMALL

@@ -7,8 +7,8 @@ from wanloom.model.dit import DiTConfig, WanDiT
 from wanloom.model.sequence import Grid, Pack, build_pack
 
 SMALL = DiTConfig(
-    dim=48, ffn_dim=80, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=64
-)
+    dim=48, ffn_dim=80, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=64, eps=1e-2
+)  # an eps that shows: a norm that takes another one would be seen
 
 
 def build_model(config: DiTConfig = SMALL) -> WanDiT:

@@ -22,6 +22,7 @@ from wanloom.sample.generate import (
     latents_shape,
     plan_packs,
 )
+from wanloom.sample.prompts import PromptLine, build_jobs
 from wanloom.sample.solvers import build_scheduler
 
 PROMPT = "A red circle moves to the left across a dark background."
@@ -158,6 +159,19 @@ def test_noise_depends_on_the_seed_alone():
     first = draw_request_noise(shape, 3)
     assert torch.equal(first, draw_request_noise(shape, 3)) and not torch.equal(first, draw_request_noise(shape, 4))
     assert abs(first.mean()) < 0.05 and abs(first.std() - 1) < 0.05
+    seeds = (0, 1, 2, 3, 4, 5, 2**31, 2**32, 2**33, 2**63, -1)
+    drawn = {seed: draw_request_noise(shape, seed).flatten() for seed in seeds}
+    for one in seeds:
+        for other in seeds:
+            assert one == other or abs((drawn[one] * drawn[other]).mean()) < 0.1, (one, other)  # 4 sigma are 0.1
+
+
+def test_each_job_has_the_next_seed_unless_its_line_has_one():
+    """Neighbours and those two places apart alike: no two videos of a file have one noise."""
+    lines = [PromptLine(prompt=f"p{i}", seed=99 if i == 3 else None) for i in range(6)]
+    jobs = build_jobs(lines, "", 40, 64, 64, 17)
+    assert [job.seed for job in jobs] == [40, 41, 42, 99, 44, 45]
+    assert [job.seed for job in build_jobs(lines[:2], "", 2**40, 64, 64, 17)] == [2**40, 2**40 + 1]
 
 
 def test_the_same_call_gives_the_same_bits(parts):

@@ -60,6 +60,22 @@ def test_one_pack_equals_separate_calls(model, guidance):
     assert got.dtype == torch.float32
 
 
+def test_kept_text_is_that_of_each_branch(model):
+    """The prompts' keys and values first, then the negatives', each as a branch alone has them; no level of noise."""
+    text, negative = states(TEXT_LENS, 1), states(NEGATIVE_LENS, 2)
+    both = build_text_kv(model, build_branches(GRIDS, text, negative, CONFIG.in_channels), ALONE)
+    first = build_text_kv(model, build_branches(GRIDS, text, [], CONFIG.in_channels), ALONE)
+    second = build_text_kv(model, build_branches(GRIDS, negative, [], CONFIG.in_channels), ALONE)
+    slots = CONFIG.text_slots
+    keys = [sum(n + (n < slots) for n in lens) for lens in (TEXT_LENS, NEGATIVE_LENS)]
+    assert both.keys() == {str(i) for i in range(CONFIG.num_layers)}
+    for name, kept in both.items():
+        for found, prompts, negatives in zip(kept, first[name], second[name], strict=True):
+            assert (len(prompts), len(negatives)) == (keys[0], keys[1])
+            torch.testing.assert_close(found, torch.cat([prompts, negatives]), rtol=1e-5, atol=1e-6)
+            assert (prompts[:1] - negatives[:1]).norm() > 0.1 * prompts[:1].norm()
+
+
 def test_the_branches_differ_enough_to_notice_a_swap(model):
     text, negative = states((4,), 1), states((2,), 2)
     tokens = tokens_of((2, 2, 2), 0)

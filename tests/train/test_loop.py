@@ -3,14 +3,17 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from wanloom.data.loader import Totals
 from wanloom.objective.flow import FlowConfig
 from wanloom.train import loop
 from wanloom.train.loop import RunState, Settings, TrainConfig, Trainer
 from wanloom.train.metrics import LogConfig
 from wanloom.train.optim import ScheduleConfig
+from wanloom.train.step import StepResult
 
 
 @pytest.mark.parametrize("ranks", [1, 8])
@@ -26,3 +29,36 @@ def test_mfu_is_of_one_gpu_and_tokens_are_of_all(monkeypatch, ranks):
     assert record is not None and record["loss"] == 1.5 and record["tokens_per_second"] == 50
     assert record["model_tflops_per_gpu"] == pytest.approx(1600 / ranks)
     assert record["mfu"] == pytest.approx(1.6 / ranks)
+
+
+def test_a_record_is_of_all_steps_since_the_one_before(monkeypatch):
+    """Records every three steps, nine steps of unlike losses, tokens and seconds: means, sums, and nothing twice."""
+    losses = [1.0, 2.0, 6.0, 5.0, 5.0, 8.0, 7.0, 7.0, 1.0]
+    tokens = [10, 20, 30, 40, 50, 60, 70, 80, 90]
+    seconds = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    clock = iter(np.cumsum(seconds, dtype=float))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    settings = Settings(TrainConfig(steps=9), 1e-3, ScheduleConfig(), FlowConfig(), None, LogConfig(every=3), None)
+    parts: Any = SimpleNamespace(validate=None, mesh=SimpleNamespace(device=torch.device("cpu")))
+    none: Any = None
+    trainer = Trainer(parts, settings, RunState(), [], none, None, none)
+    trainer._tick = 0.0
+    records = []
+    for loss, count in zip(losses, tokens, strict=True):
+        batch: Any = SimpleNamespace(totals=Totals(2, count, count * 1e12, loss / 10, loss + 1))
+        trainer._count(batch, StepResult(2 * loss, loss, 3 * loss))
+        records.append(trainer._record())
+    assert [record is not None for record in records] == [False, False, True] * 3
+    for window, record in enumerate(records[2::3]):
+        part = slice(3 * window, 3 * window + 3)
+        mean = sum(losses[part]) / 3
+        assert record is not None and record["step"] == 3 * window + 3
+        assert record["loss"] == pytest.approx(mean) and record["weighted_loss"] == pytest.approx(2 * mean)
+        assert record["grad_norm"] == pytest.approx(3 * mean)
+        assert record["packing_efficiency"] == pytest.approx(mean / 10) and record["balance"] == pytest.approx(mean + 1)
+        speed = sum(tokens[part]) / sum(seconds[part])
+        assert record["tokens_per_second"] == pytest.approx(speed)
+        assert record["model_tflops_per_gpu"] == pytest.approx(speed)
+        assert record["samples"] == 6 * (window + 1) and record["tokens"] == sum(tokens[: part.stop])
+        assert record["seconds"] == pytest.approx(sum(seconds[: part.stop]))
+    assert trainer.state.window == {}

@@ -6,20 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from wanloom.data.loader import Loader, Plan
+from wanloom.data.loader import Item, Loader, Plan
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import SourceConfig
 from wanloom.data.packing import BatchConfig
+from wanloom.data.shards import Sample
 from wanloom.model.sequence import patchify
 from wanloom.model.weights import load_dit, state_dict_as
 from wanloom.objective.flow import FlowConfig
 from wanloom.objective.noise import draw_noise, draw_uniform
-from wanloom.parallel.mesh import ONE_PROCESS, Mesh
+from wanloom.parallel.mesh import ONE_PROCESS, Layout, Mesh
 from wanloom.train.step import (
     NonFiniteError,
     Objective,
     build_batch,
     build_input,
+    choose_text,
     clip_gradients,
     forward_backward,
     train_step,
@@ -150,6 +152,40 @@ def test_an_empty_pack_has_no_tokens_and_no_samples():
     for a, b in ((made.pack.tokens, full.pack.tokens), (made.pack.positions, full.pack.positions)):
         assert a.dtype == b.dtype and a.shape[1:] == b.shape[1:]
     assert made.pack.text.shape[1:] == full.pack.text.shape[1:] and made.pack.text.dtype == full.pack.text.dtype
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 512])
+def test_captions_of_every_length_are_dropped_as_often(length):
+    sample = Sample("clip", torch.zeros(16, 1, 2, 2), torch.full((length, TEXT_DIM), 2.0), "")
+    items = [Item(sample, draw, 0, "0/clip") for draw in range(400)]
+    for dropout, low, high in ((1.0, 400, 400), (0.3, 90, 150), (0.0, 0, 0)):
+        texts = [choose_text(item, objective(caption_dropout=dropout)) for item in items]
+        dropped = [text is EMPTY for text in texts]
+        assert low <= sum(dropped) <= high
+        assert all(torch.equal(text, EMPTY if out else sample.text) for text, out in zip(texts, dropped, strict=True))
+
+
+def test_the_loss_of_a_step_weighs_ranks_by_their_tokens(tiny_pipeline, monkeypatch):
+    """Two data ranks whose packs hold unequal tokens, one after the other: both have the loss of one process."""
+    batches = [build_batch(read_step(130, 3, 3, rank, ranks=2), objective()) for rank in range(2)]
+    tokens = [sum(len(made.pack.tokens) for made in batch.inputs) for batch in batches]
+    assert sorted(tokens) == [32, 80]
+    whole = build_batch(read_step(130, 3, 3), objective())
+    expected = train_step(load_dit(tiny_pipeline), ALONE, whole, FLOW, False, None)
+    mesh = Mesh(ONE_PROCESS, torch.device("cpu"))
+    mesh.layout = Layout(dp_replicate=2)
+    monkeypatch.setattr("wanloom.train.step.sum_copies", lambda params, mesh: None)
+    monkeypatch.setattr("wanloom.train.step.clip_gradients", lambda params, mesh, max_norm: torch.zeros(()))
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: sent.append(values.clone()))
+    for batch in batches:
+        train_step(load_dit(tiny_pipeline), mesh, batch, FLOW, False, None)
+    assert len(sent) == 2
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.copy_(sent[0] + sent[1]))
+    for batch in batches:
+        found = train_step(load_dit(tiny_pipeline), mesh, batch, FLOW, False, None)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.weighted_loss == pytest.approx(expected.weighted_loss, rel=1e-5)
 
 
 def test_stratified_levels_use_the_place_in_the_step():
