@@ -5,7 +5,9 @@ are nowhere zero or one, so that a gradient that is wrong anywhere shows.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanloom.data.loader import Loader, Plan
 from wanloom.data.mock import MockDataset
@@ -31,7 +34,8 @@ from wanloom.train.loop import Parts
 from wanloom.train.optim import AdamW, OptimizerConfig
 from wanloom.train.step import Batch, Objective, StepResult, build_batch, train_step
 
-MODEL = DiTConfig(dim=48, ffn_dim=80, num_heads=4, num_layers=3, text_dim=24)
+# an eps that shows: a split norm that takes another one would be seen
+MODEL = DiTConfig(dim=48, ffn_dim=80, num_heads=4, num_layers=3, text_dim=24, eps=1e-2)
 SHAPES = "5x32x48,1x32x32*2,9x16x32,1x48x32"
 SAMPLES, BUDGET, STEPS, LR = 10, 30, 3, 3e-4  # 4 packs a step, of unequal length
 FLOW = FlowConfig()
@@ -133,13 +137,30 @@ def result_of(parts: Parts, gradients: dict[str, Tensor], facts: dict[str, Any])
     return Result(gradients, weights, averages, facts)
 
 
+class Exchanges(TorchDispatchMode):
+    """Counts what is sent while it is on, by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional", "fsdp"):
+            self.counts[func.__name__.split(".")[0].strip("_")] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def run(case: Case, first: Callable[[WanDiT], None] = lambda model: None) -> Result:
     """Three steps of the case on this rank; `first` sees the model before them."""
     parts = build_parts(case)
     first(parts.model)
-    facts: dict[str, Any] = {"steps": [], "keys": [], "packs": []}
+    facts: dict[str, Any] = {"steps": [], "keys": [], "packs": [], "exchanges": []}
     gradients: dict[str, Tensor] = {}
-    for batch, result in take_steps(parts, case, 0, STEPS):
+    steps = take_steps(parts, case, 0, STEPS)
+    for _ in range(STEPS):
+        with nullcontext(Exchanges()) if case.options else Exchanges() as exchanges:  # nothing is compiled under it
+            batch, result = next(steps)
+        facts["exchanges"].append(exchanges.counts)
         if not gradients:
             named = parts.model.named_parameters()
             gradients = {n: params.local(p.grad).clone() for n, p in named if p.grad is not None}

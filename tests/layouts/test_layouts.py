@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from layouts.cases import ANOTHER, CASES, FAULTS, RESUMED, SAVED
 from layouts.resume import LAST, SAVED_AT, run_whole
-from layouts.runs import STEPS, Case, Result, initial, run
+from layouts.runs import SAMPLES, STEPS, Case, Result, initial, run
 from safetensors.torch import load_file
 
 from wanloom.model.dit import keeps_fp32
+from wanloom.parallel.mesh import ParallelConfig, resolve_layout
+from wanloom.parallel.pipeline import stage_blocks
 
 TESTS = Path(__file__).parents[1]
-WORLD = 8
 BOUND = 1e-5  # relative, in fp32
 # Adam's first steps turn the smallest gradients into full ones, so a change of the weights is known less well
 CHANGE_BOUND = 5e-3
@@ -28,9 +29,23 @@ CHANGE_BOUND = 5e-3
 BF16_BOUNDS, BF16_TP_BOUNDS = (1.2e-2, 8e-3, 0.4), (6e-2, 6e-2, 0.6)
 
 
+def asked(items: list[pytest.Item]) -> list[Case]:
+    """The cases of the tests that were chosen: one alone needs few processes and no other case."""
+    names = {
+        value.name
+        for item in items
+        if "written" in getattr(item, "fixturenames", ())
+        for value in item.callspec.params.values()  # pyright: ignore[reportAttributeAccessIssue]
+    }
+    return [case for case in (*CASES, *FAULTS, *SAVED, *RESUMED, ANOTHER) if case.name in names]
+
+
 @pytest.fixture(scope="session")
-def written(tmp_path_factory):
+def written(tmp_path_factory, request):
     """Folder with a folder for each case."""
+    cases = asked(request.session.items)
+    if any(case in SAVED for case in cases):
+        cases += [*RESUMED, ANOTHER]
     out = tmp_path_factory.mktemp("layouts")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
@@ -38,7 +53,7 @@ def written(tmp_path_factory):
         environment.pop(name, None)
     worker = Path(__file__).with_name("worker.py")
     processes = []
-    for rank in range(WORLD):
+    for rank in range(max(case.world for case in cases)):
         command = [
             sys.executable,
             "-Werror::FutureWarning",
@@ -48,6 +63,7 @@ def written(tmp_path_factory):
             str(rank),
             f"127.0.0.1:{store.port}",
             str(out),
+            *{case.name for case in cases},
         ]
         with (out / f"error-{rank}.txt").open("wb") as errors:
             processes.append(subprocess.Popen(command, env=environment, stderr=errors))
@@ -162,6 +178,34 @@ def test_the_samples_of_a_step_are_the_same_on_any_layout(case, written, alone):
     for number in range(STEPS):
         got = sorted(key for keys in by_data_rank.values() for key in keys[number])
         assert got == sorted(reference.facts["keys"][number])
+
+
+PLAIN = [case for case in CASES if not case.options]
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
+def test_what_is_exchanged_grows_with_the_packs_only_where_it_must(case, written):
+    """Weights are gathered twice a pack, gradients scattered once; copies are summed once a step, however many packs.
+
+    Counted by operator, a stage at a time: a sum for every pack in place of every step would cost time and no number.
+    """
+    layout = resolve_layout(ParallelConfig(**case.parallel), case.world, case.model, case.samples)
+    others = (layout.dp_replicate > 1) + (layout.fsdp > 1)
+    # of the axes of a parameter each that FSDP does not manage: whole fp32 parts, those that tp splits, what tp copies
+    copies = others if layout.tp == 1 else 2 * others + 2 if others else 1
+    for rank in range(case.world):
+        facts = read(written / case.name, rank).facts
+        stage = layout.coordinates(rank)["pp"]
+        groups = len(stage_blocks(case.model.num_layers, layout.pp, stage)) + 1  # and what is outside of the blocks
+        for packs, found in zip(facts["packs"], facts["exchanges"], strict=True):
+            sharded = groups * packs * (layout.fsdp > 1)
+            assert found.get("allgather_base", 0) == 2 * sharded
+            assert found.get("reduce_scatter_base", 0) == sharded
+            # of the gradients that FSDP manages, of the other copies, of the norm and of the losses
+            assert found["allreduce"] == groups * (layout.dp_replicate > 1) + copies + 2
+            neighbours = (stage > 0) + (stage < layout.pp - 1)
+            assert found.get("send", 0) == found.get("recv", 0) == 4 * packs * neighbours
+    assert any(packs > 1 for packs in facts["packs"]) or case.samples < SAMPLES or layout.data_ranks > 2
 
 
 @pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.name)

@@ -1,4 +1,4 @@
-"""One of the processes that run all layouts: `worker.py RANK STORE OUT`. It takes part in the cases that need it."""
+"""One of the processes that run the layouts: `worker.py RANK STORE OUT CASE ...`. It is in the cases that need it."""
 
 import json
 import os
@@ -70,15 +70,19 @@ def ranks_of(case: Case, name: str, number: int, store: dist.Store) -> Iterator[
 
 
 def main() -> None:
-    number, address, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    number, address, out, names = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:]
     torch.set_num_threads(1)
     host, port = address.split(":")
     store = dist.TCPStore(host, int(port), is_master=False, timeout=PATIENCE)
     for case in (*CASES, *FAULTS):
+        if case.name not in names:
+            continue
         with ranks_of(case, case.name, number, store) as joined:
             if joined:
                 write(run_with_fault(case) if case.fault else run(case), out / case.name, number)
     for saved in SAVED:
+        if saved.name not in names:
+            continue
         folder = out / saved.name
         with ranks_of(saved, saved.name, number, store) as joined:
             if joined:

@@ -62,3 +62,22 @@ def test_a_record_is_of_all_steps_since_the_one_before(monkeypatch):
         assert record["samples"] == 6 * (window + 1) and record["tokens"] == sum(tokens[: part.stop])
         assert record["seconds"] == pytest.approx(sum(seconds[: part.stop]))
     assert trainer.state.window == {}
+
+
+def test_the_average_follows_every_update(monkeypatch):
+    """First the weights move, at the rate of their step; then the average hears how many updates came before."""
+    done: list[tuple[str, float]] = []
+    monkeypatch.setattr(loop, "train_step", lambda *_: StepResult(1.0, 1.0, 1.0))
+    schedule = ScheduleConfig(kind="linear", warmup_steps=2)
+    settings = Settings(TrainConfig(steps=6), 1.0, schedule, FlowConfig(), None, LogConfig())
+    optimizer = SimpleNamespace(step=lambda lr: done.append(("weights", lr)))
+    average = SimpleNamespace(update=lambda count: done.append(("average", count)))
+    parts: Any = SimpleNamespace(model=None, mesh=None, optimizer=optimizer, ema=average)
+    none: Any = None
+    trainer = Trainer(parts, settings, RunState(), [], none, None, none)
+    for step in range(4):
+        trainer.state.step = step
+        trainer._update(none)
+    assert [count for what, count in done if what == "average"] == [0, 1, 2, 3]
+    assert [what for what, _ in done] == ["weights", "average"] * 4
+    assert [rate for what, rate in done if what == "weights"] == [0.5, 1.0, 1.0, 0.75]

@@ -1,0 +1,437 @@
+"""Deliberate breaks of the numeric paths, and whether the tests that must notice them do.
+
+In: the list `MUTANTS`: a file, a text in it, what is put in its place, and the tests that must fail then. Out: a line a
+break, and exit code 0 when each was noticed. The one decision: a break is made in a copy of the tree, so that nothing
+is left behind; before any, the named tests must pass in the copy as it is. One that no test can notice says why it is
+the same program. A break that makes its tests hang is noticed too.
+
+    python tools/mutants.py            all of them, half an hour on two cores
+    python tools/mutants.py packing    those whose file or text has this word
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("wanloom", "tests", "benchmarks", "tools", "pyproject.toml")
+PATIENCE = 300.0  # seconds for the tests of one break
+
+DIT = "tests/model/test_dit.py"
+PACK = f"{DIT}::test_a_pack_equals_diffusers_on_each_sample_alone"
+EPS = f"{DIT}::test_every_norm_has_the_eps_of_the_config"
+ROUNDED = f"{DIT}::test_queries_and_keys_are_rounded_once_and_after_the_rotation"
+SEEDS = f"{DIT}::test_every_seed_draws_other_weights"
+COMPILED = "tests/parallel/test_compile.py"
+STEP = "tests/train/test_step.py"
+LOOP = "tests/train/test_loop.py"
+LOSS = f"{STEP}::test_loss_and_every_gradient_equal_a_loop_over_diffusers"
+RECORD = f"{LOOP}::test_a_record_is_of_all_steps_since_the_one_before"
+GUIDED = "tests/sample/test_guidance.py::test_one_pack_equals_separate_calls"
+PIPELINE = "tests/sample/test_generate.py::test_latents_and_frames_are_those_of_wan_pipeline"
+EFFICIENT = "tests/model/test_attention.py::test_the_efficient_kernel"
+ATTENDS = "tests/model/test_attention.py::test_equals_a_plain_loop_with_its_gradients"
+SEQUENCE = "tests/model/test_sequence.py"
+FLOW = "tests/objective/test_flow.py"
+OPTIM = "tests/train/test_optim.py"
+LAYOUT = "tests/layouts/test_layouts.py::test_a_layout_equals_one_process"
+EXCHANGED = "tests/layouts/test_layouts.py::test_what_is_exchanged_grows_with_the_packs_only_where_it_must"
+
+
+class Mutant(NamedTuple):
+    """One break; `text` is in the file exactly once."""
+
+    file: str
+    text: str
+    replacement: str
+    tests: tuple[str, ...]
+    same: str = ""  # why nothing can notice it
+
+
+MUTANTS = (
+    # ---- the model
+    Mutant(
+        "wanloom/model/dit.py",
+        "y = modulate_norm(x, shift_attn, scale_attn, layout, self.eps)",
+        "y = modulate_norm(x, shift_attn, scale_attn, layout, 1e-6)",
+        (EPS,),
+    ),
+    Mutant(
+        "wanloom/model/dit.py",
+        "y = modulate_norm(x, shift_ffn, scale_ffn, layout, self.eps)",
+        "y = modulate_norm(x, shift_ffn, scale_ffn, layout, 1e-6)",
+        (EPS,),
+    ),
+    Mutant(
+        "wanloom/model/dit.py",
+        "y = modulate_norm(x, shift_ffn, scale_ffn, layout, self.eps)",
+        "y = modulate_norm(x, shift_attn, scale_attn, layout, self.eps)",
+        (PACK,),
+    ),
+    Mutant("wanloom/model/dit.py", "LayerNorm(config.dim, config.eps)", "LayerNorm(config.dim, 1e-6)", (EPS,)),
+    Mutant(
+        "wanloom/model/dit.py", "self.norm_q = RMSNorm(dim, config.eps)", "self.norm_q = RMSNorm(dim, 1e-6)", (EPS,)
+    ),
+    Mutant(
+        "wanloom/model/dit.py", "self.norm_k = RMSNorm(dim, config.eps)", "self.norm_k = RMSNorm(dim, 1e-6)", (EPS,)
+    ),
+    Mutant(
+        "wanloom/model/dit.py",
+        "self.head(modulate_norm(x, shift, scale, layout, self.eps))",
+        "self.head(modulate_norm(x, shift, scale, layout, 1e-6))",
+        (EPS,),
+    ),
+    Mutant(
+        "wanloom/model/dit.py",
+        "q = self.norm_q(self.q(x)).unflatten",
+        "q = self.norm_q(self.q(x)).to(x.dtype).unflatten",
+        (ROUNDED,),
+    ),
+    Mutant(
+        "wanloom/model/dit.py",
+        "k = self.norm_k(self.k(context)).unflatten",
+        "k = self.norm_k(self.k(context)).to(context.dtype).unflatten",
+        (ROUNDED,),
+    ),
+    Mutant(
+        "wanloom/model/dit.py",
+        "add_gated(x, self.ffn(y), gate_ffn, layout)",
+        "add_gated(x, -self.ffn(y), gate_ffn, layout)",
+        (PACK,),
+    ),
+    Mutant(
+        "wanloom/model/dit.py",
+        "torch.cat([angles.cos(), angles.sin()], dim=1)",
+        "torch.cat([angles.sin(), angles.cos()], dim=1)",
+        (PACK,),
+    ),
+    Mutant("wanloom/model/dit.py", "angles = 1000.0 * sigma", "angles = 999.0 * sigma", (PACK,)),
+    Mutant("wanloom/model/dit.py", "bias.append(math.log(slots - length))", "bias.append(math.log(slots))", (PACK,)),
+    Mutant("wanloom/model/dit.py", "{seed}/init/{name}", "{seed % 2}/init/{name}", (SEEDS,)),
+    Mutant(
+        "wanloom/model/published.py",
+        '    ("eps", "eps", "eps"),\n',
+        "",
+        ("tests/model/test_weights.py::test_the_eps_of_a_file_reaches_every_norm",),
+    ),
+    Mutant(
+        "wanloom/model/modulation.py",
+        "scale, shape = scale + 1, x.shape[-1:]",
+        "scale, shape = scale, x.shape[-1:]",
+        (PACK,),
+    ),
+    Mutant(
+        "wanloom/model/modulation.py",
+        "F.layer_norm(x, shape, eps=eps) * spread(scale, layout)",
+        "F.layer_norm(x, shape, eps=1e-6) * spread(scale, layout)",
+        (f"{COMPILED}::test_a_compiled_pack_of_one_sample_equals_the_eager_one",),
+    ),
+    Mutant(
+        "wanloom/model/modulation.py",
+        "normed = F.layer_norm(part, shape, eps=eps)",
+        "normed = F.layer_norm(part, shape, eps=1e-6)",
+        (EPS,),
+    ),
+    Mutant(
+        "wanloom/model/modulation.py",
+        "F.layer_norm(part, shape, factor[0], offset[0], eps)",
+        "F.layer_norm(part, shape, factor[0], offset[0], 1e-6)",
+        (EPS,),
+    ),
+    Mutant(
+        "wanloom/model/modulation.py",
+        "part.unflatten(0, (count, size // count)).sum(1)",
+        "part.unflatten(0, (count, size // count)).mean(1)",
+        (f"{COMPILED}::test_gradients_of_rows_are_summed_by_sample",),
+    ),
+    Mutant(
+        "wanloom/model/sequence.py",
+        "torch.cat([grid_positions(grid) for grid in grids])",
+        "torch.cat([grid_positions(grid) + (i > 0) for i, grid in enumerate(grids)])",
+        (f"{SEQUENCE}::test_build_pack_starts_the_positions_of_each_sample_at_zero",),
+    ),
+    Mutant("wanloom/model/sequence.py", "x.permute(1, 2, 4, 0, 3, 5)", "x.permute(1, 2, 4, 0, 5, 3)", (PACK,)),
+    Mutant(
+        "wanloom/model/sequence.py", "device=positions.device) / dims", "device=positions.device) / head_dim", (PACK,)
+    ),
+    Mutant(
+        "wanloom/model/sequence.py",
+        "sign = 2 * torch.arange(2, device=x.device) - 1",
+        "sign = 1 - 2 * torch.arange(2, device=x.device)",
+        (f"{SEQUENCE}::test_rope_compiled_is_real_and_the_same",),
+    ),
+    # ---- attention
+    Mutant(
+        "wanloom/model/attention.py",
+        'masked_fill(columns >= lens, float("-inf"))',
+        "masked_fill(columns >= lens, -1.0)",
+        (ATTENDS,),
+    ),
+    Mutant(
+        "wanloom/model/kernels.py",
+        'lse = F.pad(lse, (0, -q.shape[2] % LSE_BLOCK), value=float("inf"))',
+        "lse = F.pad(lse, (0, -q.shape[2] % LSE_BLOCK), value=0.0)",
+        (f"{EFFICIENT}_gets_its_log_sum_exp_in_whole_blocks_of_infinity",),
+    ),
+    Mutant(
+        "wanloom/model/kernels.py",
+        "return out, lse[:, :, : q.shape[2]]",
+        "return out, lse",
+        (f"{EFFICIENT}_gives_back_no_more_rows_than_queries",),
+    ),
+    Mutant(
+        "wanloom/model/kernels.py",
+        "(0, -keys % BIAS_BLOCK)",
+        "(0, 0)",
+        (f"{EFFICIENT}_gets_its_log_sum_exp_in_whole_blocks_of_infinity",),
+    ),
+    Mutant(
+        "wanloom/model/kernels.py",
+        "bias.to(q.dtype)[:, None, None].expand",
+        "-bias.to(q.dtype)[:, None, None].expand",
+        (ATTENDS,),
+    ),
+    # ---- sampling
+    Mutant(
+        "wanloom/sample/guidance.py",
+        "return negative + guidance * (prompt - negative)",
+        "return prompt + guidance * (prompt - negative)",
+        (GUIDED,),
+    ),
+    Mutant(
+        "wanloom/sample/guidance.py",
+        "build_pack(tokens, grids, [*text, *negative])",
+        "build_pack(tokens, grids, [*negative, *text])",
+        ("tests/sample/test_guidance.py::test_kept_text_is_that_of_each_branch", GUIDED),
+    ),
+    Mutant(
+        "wanloom/sample/guidance.py",
+        "model.text_kv(share_at(branches, 1.0, mesh).pack)",
+        "model.text_kv(share_at(branches, 0.0, mesh).pack)",
+        (),
+        same="the keys and values of the text are made of the text alone: the share's noise level is not read",
+    ),
+    Mutant(
+        "wanloom/sample/generate.py",
+        "negatives if mesh.data_rank else text, []",
+        "text if mesh.data_rank else negatives, []",
+        ("tests/layouts/test_generate_layouts.py",),
+    ),
+    Mutant(
+        "wanloom/sample/generate.py",
+        'draw_noise(shape, seed, "generate", 0)',
+        'draw_noise(shape, seed % 2, "generate", 0)',
+        ("tests/sample/test_generate.py::test_noise_depends_on_the_seed_alone",),
+    ),
+    Mutant(
+        "wanloom/sample/prompts.py",
+        "seed=pick(line.seed, seed + i)",
+        "seed=pick(line.seed, seed + i % 2)",
+        ("tests/sample/test_generate.py::test_each_job_has_the_next_seed_unless_its_line_has_one",),
+    ),
+    Mutant("wanloom/sample/solvers.py", "np.floor(levels * NUM_TIMESTEPS) / NUM_TIMESTEPS", "levels", (PIPELINE,)),
+    Mutant(
+        "wanloom/sample/solvers.py",
+        "return self.shift * u / (1 + (self.shift - 1) * u)",
+        "return self.shift * u / (1 + self.shift * u)",
+        ("tests/sample/test_solvers.py",),
+    ),
+    Mutant(
+        "wanloom/codecs/vae.py",
+        "* self.std + self.mean",
+        "* self.std - self.mean",
+        ("tests/codecs/test_vae.py::test_decode_undoes_the_normalisation_and_clamps",),
+    ),
+    Mutant(
+        "wanloom/codecs/vae.py",
+        "/ 127.5 - 1",
+        "/ 255",
+        ("tests/codecs/test_vae.py::test_encode_is_the_normalised_posterior_mean",),
+    ),
+    # ---- the objective
+    Mutant(
+        "wanloom/objective/flow.py",
+        "return (1 - sigma) * clean + sigma * noise, noise - clean",
+        "return (1 - sigma) * clean + sigma * noise, clean - noise",
+        (LOSS,),
+    ),
+    Mutant("wanloom/objective/flow.py", "return 1 + config.shift * sigma if", "return 1 + sigma if", (LOSS,)),
+    Mutant(
+        "wanloom/objective/flow.py",
+        "return shift * u / (1 + (shift - 1) * u)",
+        "return shift * u / (1 + shift * u)",
+        (LOSS,),
+    ),
+    Mutant(
+        "wanloom/objective/flow.py",
+        "return (place + level) / num_samples",
+        "return level",
+        (f"{STEP}::test_stratified_levels_use_the_place_in_the_step",),
+    ),
+    Mutant(
+        "wanloom/objective/flow.py",
+        "shift *= math.sqrt(num_tokens / config.shift_tokens)",
+        "shift *= num_tokens / config.shift_tokens",
+        (f"{FLOW}::test_shift_grows_with_the_square_root_of_the_tokens",),
+    ),
+    # ---- a step
+    Mutant(
+        "wanloom/train/step.py",
+        "if u < objective.caption_dropout:",
+        "if u < objective.caption_dropout and len(item.sample.text) > 2:",
+        (f"{STEP}::test_captions_of_every_length_are_dropped_as_often",),
+    ),
+    Mutant(
+        "wanloom/train/step.py",
+        "torch.distributed.all_reduce(totals)",
+        "torch.distributed.all_reduce(totals[:1])",
+        (f"{STEP}::test_the_loss_of_a_step_weighs_ranks_by_their_tokens",),
+    ),
+    Mutant(
+        "wanloom/train/step.py",
+        "num_elements=step.totals.num_tokens * objective.channels",
+        "num_elements=sum(len(made.target) for made in inputs) * objective.channels",
+        (f"{STEP}::test_the_loss_of_a_step_weighs_ranks_by_their_tokens",),
+    ),
+    Mutant("wanloom/train/step.py", ".clamp(max=1.0)", "", (f"{STEP}::test_clipping_scales_all_gradients_alike",)),
+    Mutant("wanloom/train/step.py", "    sum_copies(model.parameters(), mesh)\n", "", (f"{LAYOUT}[dp 2]",)),
+    Mutant("wanloom/train/loop.py", "state.window.get(key, 0) + value", "value", (RECORD,)),
+    Mutant("wanloom/train/loop.py", "sums, state.window = state.window, {}", "sums = state.window", (RECORD,)),
+    Mutant(
+        "wanloom/train/loop.py",
+        "parts.ema.update(done)",
+        "parts.ema.update(0)",
+        (f"{LOOP}::test_the_average_follows_every_update",),
+    ),
+    Mutant(
+        "wanloom/train/loop.py",
+        "        if parts.ema is not None:\n            parts.ema.update(done)\n",
+        "",
+        (f"{LOOP}::test_the_average_follows_every_update",),
+    ),
+    Mutant(
+        "wanloom/train/loop.py",
+        "parts.optimizer.step(self._learning_rate(done))",
+        "parts.optimizer.step(self._learning_rate(done + 1))",
+        (f"{LOOP}::test_the_average_follows_every_update",),
+    ),
+    Mutant("wanloom/train/ema.py", "(1 + count) / (10 + count)", "(2 + count) / (10 + count)", (OPTIM,)),
+    Mutant("wanloom/train/optim.py", "if p.dim() == 2]", "if p.dim() >= 1]", (OPTIM,)),
+    # ---- the data
+    Mutant(
+        "wanloom/data/packing.py",
+        "left, best = room.pop(at)",
+        "left, best = room.pop()",
+        ("tests/data/test_packing.py::test_a_sample_goes_to_the_fullest_pack_that_has_room",),
+    ),
+    Mutant(
+        "wanloom/data/order.py",
+        r"\x1forder\x1f{source}\x1f{draw}",
+        r"\x1forder\x1f{source}",
+        ("tests/data/test_order.py",),
+    ),
+    Mutant(
+        "wanloom/data/order.py",
+        "below = n * self._sums[i - 1] // self._sums[i]",
+        "below = (n + 1) * self._sums[i - 1] // self._sums[i]",
+        ("tests/data/test_order.py",),
+    ),
+    Mutant(
+        "wanloom/data/loader.py",
+        "self._assemble(Step(step, own, self._plan.totals(packs)))",
+        "self._assemble(Step(step, own, self._plan.totals(packs[self._rank :: self._plan.ranks])))",
+        ("tests/data/test_loader.py::test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks",),
+    ),
+    # ---- many ranks
+    Mutant(
+        "wanloom/parallel/pipeline.py",
+        "model.set_requires_all_reduce(is_last)",
+        "model.set_requires_all_reduce(True)",
+        (f"{EXCHANGED}[dp 2]",),
+    ),
+    Mutant("wanloom/parallel/params.py", "    dist.all_reduce(squares)\n", "", (f"{LAYOUT}[fsdp 2]",)),
+    Mutant(
+        "wanloom/parallel/fsdp.py",
+        "module.set_gradient_divide_factor(1.0)",
+        "module.set_gradient_divide_factor(2.0)",
+        (f"{LAYOUT}[fsdp 2]",),
+    ),
+    Mutant("wanloom/parallel/tensor.py", "self.eps = norm.eps", "self.eps = 1e-6", (f"{LAYOUT}[tp 2]",)),
+    Mutant(
+        "wanloom/parallel/context.py",
+        "out.mul_((lse - total).exp()",
+        "out.mul_((total - lse).exp()",
+        (f"{LAYOUT}[ring 2]",),
+    ),
+    Mutant(
+        "wanloom/parallel/parts.py", "return (*lens, last - filler)", "return (*lens, last)", (f"{LAYOUT}[ring 2]",)
+    ),
+    Mutant(
+        "wanloom/evaluate/validation.py", "torch.distributed.all_reduce(sums)", "sums.mul_(1)", (f"{LAYOUT}[dp 2]",)
+    ),
+)
+
+
+def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether the tests pass in a tree, and the last line that they print."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--durations=0"]
+    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            [*command, *tests], cwd=tree, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"no end after {PATIENCE:.0f} s"
+    if done.returncode not in (0, 1):  # of pytest itself: a test that is not there proves nothing
+        raise SystemExit(f"The tests {', '.join(tests)} cannot be run:\n{done.stdout}{done.stderr}")
+    lines = done.stdout.strip().splitlines()
+    return done.returncode == 0, next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1])
+
+
+def apply(tree: Path, mutant: Mutant) -> str:
+    """Break a file of the tree; returns its text of before."""
+    path = tree / mutant.file
+    before = path.read_text(encoding="utf-8")
+    if before.count(mutant.text) != 1:
+        raise SystemExit(f"'{mutant.text}' is {before.count(mutant.text)} times in {mutant.file}: mend the list.")
+    path.write_text(before.replace(mutant.text, mutant.replacement), encoding="utf-8")
+    return before
+
+
+def main() -> int:
+    """How many breaks no test noticed."""
+    parser = argparse.ArgumentParser(description="Break the code on purpose and see that its tests notice.")
+    parser.add_argument("words", nargs="*", help="only breaks whose file or text has one of these words")
+    words = parser.parse_args().words
+    chosen = [m for m in MUTANTS if not words or any(word in f"{m.file} {m.text}" for word in words)]
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for part in PARTS:
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            copy(ROOT / part, tree / part)
+        tests = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+        passed, last = run_tests(tree, tests) if tests else (True, "")
+        if not passed:
+            raise SystemExit(f"The tests do not pass before anything is broken: {last}")
+        for number, mutant in enumerate(chosen, 1):
+            began, before = time.monotonic(), apply(tree, mutant)
+            passed, last = run_tests(tree, mutant.tests) if mutant.tests else (True, mutant.same)
+            (tree / mutant.file).write_text(before, encoding="utf-8")
+            missed += passed and not mutant.same
+            verdict = "noticed" if not passed else "the same" if mutant.same else "NOT NOTICED"
+            seconds = time.monotonic() - began
+            change = f"{mutant.text.strip()} -> {mutant.replacement.strip() or 'nothing'}"
+            print(f"{number}/{len(chosen)} {verdict}, {seconds:.0f} s: {mutant.file}: {change}\n    {last}", flush=True)
+    print(f"{len(chosen)} breaks, {missed} not noticed")
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""The index as columns: what planning and reading need to know of every sample, in memory or mapped from a disk.
+
+In: tables in the schema of index.parquet. Out: an `Index` for each split. The one decision: columns are plain arrays,
+numbers by row and strings as their bytes and where each ends. So those of a large index can be files that all processes
+of a machine map and share (`index_cache.py`), of which only what is looked at is ever read, and a row is a few values
+in place of objects. Whatever comes from an index is checked once, while the columns are made.
+"""
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from wanloom.config import UserError
+
+INDEX = "index.parquet"
+SPLITS = ("train", "val")
+MOST = 2**62  # a place in a file; two of them can be added up
+
+
+class Row(NamedTuple):
+    """One sample in the index. frames, height and width are those of the latents."""
+
+    key: str
+    split: str  # "train" or "val"
+    shard: str  # path inside the folder
+    offset: int  # of the safetensors data in the shard, bytes
+    size: int
+    frames: int
+    height: int
+    width: int
+    channels: int
+    tokens: int
+    text_len: int
+    caption: str
+    source: str
+    sha256: str  # of the safetensors member; empty in a folder that others made
+
+
+SCHEMA = pa.schema([(name, pa.string() if kind is str else pa.int64()) for name, kind in Row.__annotations__.items()])
+TEXTS = ("key", "caption", "source", "sha256")
+NUMBERS = ("offset", "size", "frames", "height", "width", "channels", "tokens", "text_len")
+CONTENT = ("key", "sha256", "frames", "height", "width", "channels", "tokens", "text_len")  # what a run depends on
+
+
+class Strings(Sequence[str]):
+    """Strings as one array of their bytes, and where each of them ends."""
+
+    def __init__(self, ends: np.ndarray, data: np.ndarray) -> None:
+        self._ends, self._data = ends, data
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        i = range(len(self))[i]
+        start = self._ends[i - 1] if i else 0
+        return self._data[start : self._ends[i]].tobytes().decode()
+
+
+@dataclass(frozen=True)
+class Index:
+    """Rows of one split, in the order of the shards. `index[i]` is a `Row`; columns are read-only arrays."""
+
+    split: str
+    shards: Sequence[str]
+    columns: dict[str, np.ndarray]  # (N,) each; `shard` holds places in `shards`
+    texts: dict[str, Strings]
+    digest: str  # of what a run depends on
+
+    def __len__(self) -> int:
+        return len(self.columns["tokens"])
+
+    def __getitem__(self, i: int) -> Row:
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        numbers = {name: int(self.columns[name][i]) for name in NUMBERS}
+        texts = {name: self.texts[name][i] for name in TEXTS}
+        return Row(split=self.split, shard=self.shards[self.columns["shard"][i]], **numbers, **texts)
+
+    @property
+    def keys(self) -> Strings:
+        return self.texts["key"]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """`(N,)` int64: tokens of each sample."""
+        return self.columns["tokens"]
+
+    @property
+    def text_lens(self) -> np.ndarray:
+        """`(N,)` int64: text states of each sample."""
+        return self.columns["text_len"]
+
+    @property
+    def channels(self) -> np.ndarray:
+        """`(N,)` int64: channels of the latents of each sample."""
+        return self.columns["channels"]
+
+    def count_shapes(self) -> dict[tuple[int, int, int], int]:
+        """How many samples have latents of so many frames, rows and columns, the most frequent first."""
+        names = ["frames", "height", "width"]
+        counted = pa.table({name: self.columns[name] for name in names}).group_by(names).aggregate([([], "count_all")])
+        rows = zip(*(counted[name].to_pylist() for name in (*names, "count_all")), strict=True)
+        return {shape: count for *shape, count in sorted(rows, key=lambda row: (-row[3], row)) for shape in [tuple(shape)]}
+
+
+class Columns(NamedTuple):
+    """A whole index."""
+
+    splits: dict[str, Index]
+    shards: list[str]
+    ends: list[int]  # how long each shard must be, bytes
+
+
+class Sink:
+    """One column while it grows, in memory or in a file."""
+
+    def __init__(self, path: Path | None, dtype: type[np.generic]) -> None:
+        self.dtype, self._parts = dtype, list[np.ndarray]()
+        self._file = path.open("wb") if path else None
+
+    def add(self, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values, self.dtype)
+        if self._file:
+            self._file.write(values.data)
+        else:
+            self._parts.append(values)
+
+    def close(self) -> np.ndarray:
+        """What there is; empty for a file, which is to be mapped."""
+        if self._file:
+            self._file.close()
+        return np.concatenate([np.empty(0, self.dtype), *self._parts])
+
+
+class Builder:
+    """Columns from tables, batch by batch. With a `folder` they are files of it, else in memory.
+
+    Raises UserError unless the tables are what this version writes: they decide what is read, and from where.
+    """
+
+    def __init__(self, path: str, folder: Path | None = None) -> None:
+        self._path, self._folder = path, folder
+        self._sinks = {(split, name): self._sink(split, name) for split in SPLITS for name in file_names()}
+        self._digests = {(split, name): hashlib.blake2b(digest_size=16) for split in SPLITS for name in CONTENT}
+        self._hashes: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        self._shards: dict[str, int] = {}
+        self._ends = np.zeros(0, np.int64)
+        self._bytes = {(split, name): 0 for split in SPLITS for name in TEXTS}
+
+    def _sink(self, split: str, name: str) -> Sink:
+        return Sink(self._folder / f"{split}.{name}" if self._folder else None, file_names()[name])
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """More rows."""
+        if not batch.schema.equals(SCHEMA) or any(column.null_count for column in batch.columns):
+            raise UserError(f"The index of '{self._path}' is of another version: delete {INDEX} to have it built again.")
+        batch.validate(full=True)  # strings are text
+        self._check_places(batch)
+        found = pc.unique(batch["split"]).to_pylist()
+        if other := sorted(set(found) - set(SPLITS)):
+            raise UserError(f"The index of '{self._path}' has a split '{other[0]}': known are train and val.")
+        for split in found:
+            self._add_split(split, batch if len(found) == 1 else batch.filter(pc.equal(batch["split"], split)))
+
+    def _check_places(self, batch: pa.RecordBatch) -> None:
+        for shard in pc.unique(batch["shard"]).to_pylist():
+            if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
+                raise UserError(
+                    f"The index of '{self._path}' names '{shard}', which is outside of the folder: do not use it."
+                )
+        for name in NUMBERS:
+            values, least = batch[name].to_numpy(), 0 if name in ("offset", "size", "text_len") else 1
+            if len(values) and not least <= values.min() <= values.max() < MOST:
+                wrong = int(values.min()) if values.min() < least else int(values.max())
+                raise UserError(f"The index of '{self._path}' says {name} {wrong}: delete {INDEX} to have it built again.")
+
+    def _add_split(self, split: str, batch: pa.RecordBatch) -> None:
+        keys = batch["key"].to_pylist()
+        self._hashes[split].append(np.fromiter(map(hash, keys), np.int64, len(keys)))
+        self._put(split, "shard", self._places_of(batch))
+        for name in NUMBERS:
+            self._put(split, name, batch[name].to_numpy())
+        for name in TEXTS:
+            ends, data = bytes_of(batch[name])
+            self._put(split, f"{name}.ends", ends + self._bytes[split, name])
+            self._put(split, name, data)
+            self._bytes[split, name] += len(data)
+            if name in CONTENT:  # the lengths too: two keys cannot be joined to another two
+                self._digests[split, name].update(np.ascontiguousarray(ends, "<i8").data)
+
+    def _put(self, split: str, name: str, values: np.ndarray) -> None:
+        self._sinks[split, name].add(values)
+        if name in CONTENT:
+            kind = "u1" if name in TEXTS else "<i8"
+            self._digests[split, name].update(np.ascontiguousarray(values, kind).data)
+
+    def _places_of(self, batch: pa.RecordBatch) -> np.ndarray:
+        """The shard of each row as a number; its end is noted."""
+        encoded = batch["shard"].dictionary_encode()
+        places = [self._shards.setdefault(name, len(self._shards)) for name in encoded.dictionary.to_pylist()]
+        self._ends = np.concatenate([self._ends, np.zeros(len(self._shards) - len(self._ends), np.int64)])
+        found = np.array(places, np.int64)[encoded.indices.to_numpy()]
+        np.maximum.at(self._ends, found, batch["offset"].to_numpy() + batch["size"].to_numpy())
+        return found
+
+    def close(self) -> Columns:
+        """All of it. In a folder, the columns are those of its files."""
+        arrays = {place: sink.close() for place, sink in self._sinks.items()}
+        if self._folder:
+            arrays = map_files(self._folder)
+        digests = {
+            split: hashlib.blake2b(b"".join(self._digests[split, name].digest() for name in CONTENT), digest_size=16)
+            for split in SPLITS
+        }
+        shards = list(self._shards)
+        splits = {split: index_of(split, shards, arrays, digests[split].hexdigest()) for split in SPLITS}
+        self._check_keys(splits)
+        return Columns(splits, shards, self._ends.tolist())
+
+    def _check_keys(self, splits: dict[str, Index]) -> None:
+        """Raises UserError when two samples have one key. Equal hashes are looked at: they may be of unlike keys."""
+        hashes = np.concatenate([part for split in SPLITS for part in (np.empty(0, np.int64), *self._hashes[split])])
+        ordered = np.sort(hashes)
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if not len(twice):
+            return
+        first = len(splits["train"])
+        rows = np.flatnonzero(np.isin(hashes, twice)).tolist()
+        keys = Counter(splits["train"].keys[i] if i < first else splits["val"].keys[i - first] for i in rows)
+        key, number = keys.most_common(1)[0]
+        if number > 1:
+            raise UserError(f"The key '{key}' is in '{self._path}' {number} times: every sample needs its own.")
+
+
+def file_names() -> dict[str, type[np.generic]]:
+    """The columns of a split as they are stored, and the type of their values."""
+    texts = {name: np.uint8 for name in TEXTS} | {f"{name}.ends": np.int64 for name in TEXTS}
+    return {"shard": np.int64} | dict.fromkeys(NUMBERS, np.int64) | texts
+
+
+def map_files(folder: Path) -> dict[tuple[str, str], np.ndarray]:
+    """Every column of a folder, mapped: pages that no process has looked at are in no memory."""
+    found = {}
+    for split in SPLITS:
+        for name, dtype in file_names().items():
+            path = folder / f"{split}.{name}"
+            is_empty = not path.stat().st_size  # which cannot be mapped
+            found[split, name] = np.empty(0, dtype) if is_empty else np.asarray(np.memmap(path, dtype, "r"))
+    return found
+
+
+def index_of(split: str, shards: Sequence[str], arrays: dict[tuple[str, str], np.ndarray], digest: str) -> Index:
+    """The columns of a split."""
+    columns = {name: arrays[split, name] for name in ("shard", *NUMBERS)}
+    texts = {name: Strings(arrays[split, f"{name}.ends"], arrays[split, name]) for name in TEXTS}
+    return Index(split, shards, columns, texts, digest)
+
+
+def bytes_of(column: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each string ends, and the bytes of all, from the first on."""
+    _, offsets, data = column.buffers()
+    bounds = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1].astype(np.int64)
+    if not len(column) or data is None:
+        return np.zeros(len(column), np.int64), np.empty(0, np.uint8)
+    return bounds[1:] - bounds[0], np.frombuffer(data, np.uint8)[bounds[0] : bounds[-1]]
+
+
+def read_table(table: pa.Table, path: str) -> Columns:
+    """The columns of a table, in memory. Raises UserError as `Builder` does."""
+    builder = Builder(path)
+    for batch in table.to_batches():
+        builder.add(batch)
+    return builder.close()
+
+
+def build_table(rows: Sequence[Row]) -> pa.Table:
+    """Rows as an arrow table."""
+    return pa.table([list(column) for column in zip(*rows, strict=True)] or [[] for _ in SCHEMA], schema=SCHEMA)
+
+
+def encode_index(table: pa.Table) -> bytes:
+    """The bytes of the index file."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
