@@ -21,10 +21,11 @@ import webdataset
 from torch import Tensor
 
 from benchmarks.measure import Row, main, take_turns
+from wanloom.data.index import INDEX, build_table, encode_index
 from wanloom.data.loader import Loader, Plan, Step
 from wanloom.data.order import SourceConfig
 from wanloom.data.packing import BatchConfig
-from wanloom.data.shards import INDEX, Dataset, Sample, build_table, encode_index, index_rows
+from wanloom.data.shards import Dataset, Sample, index_rows
 from wanloom.data.tar import END, scan_tar, tar_pair
 from wanloom.files import write_atomic
 

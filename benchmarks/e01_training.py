@@ -48,8 +48,9 @@ from benchmarks.tiny_task import (
     learning_rate,
     write_data,
 )
-from wanloom.data.shards import Dataset, Index, Sample
-from wanloom.data.shards import Row as Sampled
+from wanloom.data.index import Index, build_table, read_table
+from wanloom.data.index import Row as Sampled
+from wanloom.data.shards import Dataset, Sample
 from wanloom.evaluate.validation import build_validation
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
@@ -166,7 +167,8 @@ class OneSize:
 
     def rows(self, split: str) -> Index:
         index = self._data.rows(split)
-        return Index(index.table.filter(index.tokens == self.tokens))
+        rows = [index[int(i)] for i in (index.tokens == self.tokens).nonzero()[0]]
+        return read_table(build_table(rows), self.path).splits[split]
 
     def read(self, row: Sampled) -> Sample:
         return self._data.read(row)

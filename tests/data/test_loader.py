@@ -2,11 +2,11 @@
 
 import threading
 
-import pyarrow as pa
 import pytest
 import torch
 
 from wanloom.config import UserError
+from wanloom.data.index import Row, build_table, read_table
 from wanloom.data.loader import DataConfig, Loader, Plan, open_sources
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import SourceConfig
@@ -20,6 +20,13 @@ def build_plan(sources=None, mix=None, samples=6, budget=200, seed=1, ranks=1) -
     mix = mix or [SourceConfig(path=s.path) for s in sources]
     batch = BatchConfig(samples=samples, tokens_per_pack=budget)
     return Plan(sources, mix, batch, seed, lambda n: float(n * n), ranks)
+
+
+def with_rows(rows: list[Row]) -> MockDataset:
+    """Made-up data with these rows to train on."""
+    data = MockDataset(MIX, 8, size=20)
+    data._indices = read_table(build_table(rows), data.path).splits
+    return data
 
 
 def names(step) -> list[list[tuple[str, int]]]:
@@ -158,12 +165,26 @@ def test_the_fingerprint_knows_samples_lengths_contents_and_weights():
     assert fingerprint(budget=999, samples=3, seed=4) == base
     assert fingerprint([MockDataset(MIX, 8, size=21)]) != base
     assert fingerprint([MockDataset("9x64x64", 8, size=20)]) != base
-    changed = MockDataset(MIX, 8, size=20)
-    table = changed.rows("train").table
-    column = table.schema.names.index("sha256")
-    contents = pa.array(["0" * 64] * 20)
-    changed.rows("train").table = table.set_column(column, "sha256", contents)
-    assert fingerprint([changed]) != base
+    rows = [*MockDataset(MIX, 8, size=20).rows("train")]
+    assert fingerprint([with_rows(rows)]) == base
+    longer = [row.text_len + (i == 7) for i, row in enumerate(rows)]  # of one caption, by one token
+    for name, values in (
+        ("sha256", ["0" * 64] * 20),
+        ("text_len", longer),
+        ("tokens", [row.tokens + (i == 7) for i, row in enumerate(rows)]),
+        ("height", [row.height + 2 * (i == 7) for i, row in enumerate(rows)]),
+        (
+            "key",
+            [f"{row.key[:-2]}{row.key[-1]}{row.key[-2]}" if row.key[-2] != row.key[-1] else row.key for row in rows],
+        ),
+    ):
+        changed = [row._replace(**{name: value}) for row, value in zip(rows, values, strict=True)]
+        assert changed != rows or name == "height"
+        assert (fingerprint([with_rows(changed)]) != base) == (changed != rows), name
+    assert fingerprint([with_rows([*reversed(rows)])]) != base
+    joined = [rows[0]._replace(key="ab"), rows[1]._replace(key="c"), *rows[2:]]
+    other = [rows[0]._replace(key="a"), rows[1]._replace(key="bc"), *rows[2:]]
+    assert fingerprint([with_rows(joined)]) != fingerprint([with_rows(other)])
     two = [MockDataset(MIX, 8), MockDataset(MIX, 8)]
     weights = [[SourceConfig(path="a", weight=1), SourceConfig(path="b", weight=w)] for w in (1, 2, 1.0)]
     found = [fingerprint(two, mix) for mix in weights]

@@ -20,7 +20,7 @@ def test_shapes_that_cannot_be_are_named(wrong):
 def test_every_shape_comes_as_often_as_asked_for():
     # a mix longer than the set, and one that does not divide it
     for mix, size, rows in (("1x64x64*30,9x32x64", 20, 31), ("17x64x64,1x64x64*2", 20, 21)):
-        shapes = MockDataset(mix, text_dim=8, size=size).rows("train").shapes[:, 1].tolist()
+        shapes = MockDataset(mix, text_dim=8, size=size).rows("train").columns["frames"].tolist()
         assert len(shapes) == rows
         one = len(parse_shapes(mix))
         assert sorted(shapes) == sorted([s[0] for s in parse_shapes(mix)] * (rows // one))
@@ -33,7 +33,9 @@ def test_samples_are_repeatable_and_different():
     assert set(train.keys).isdisjoint(val.keys)
     for i in range(6):
         sample = data.read(train[i])
-        assert tuple(sample.latents.shape) == tuple(train.shapes[i]) == ((4, 5, 8, 8), (4, 1, 4, 8))[i % 2]
+        row = train[i]
+        planned = (row.channels, row.frames, row.height, row.width)
+        assert tuple(sample.latents.shape) == planned == ((4, 5, 8, 8), (4, 1, 4, 8))[i % 2]
         assert sample.text.shape == (train.text_lens[i], 8)
         assert sample.latents[0].numel() // 4 == train.tokens[i]
         assert torch.equal(sample.latents, MockDataset("17x64x64,1x32x64", 8, 4).read(train[i]).latents)

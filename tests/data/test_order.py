@@ -78,6 +78,17 @@ def test_the_order_is_that_of_the_published_generator():
         assert Order([100, 100], [Fraction(2), Fraction(1)], seed=7)._permutation(source, draw).tolist() == expected
 
 
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 65_536, 65_537, 100_003])
+def test_a_large_permutation_is_the_stable_sort_of_its_values_in_few_bytes(size):
+    order = Order([size], [Fraction(1)], seed=11)
+    found = order._permutation(0, 3)
+    assert found.itemsize == (1 if size <= 256 else 2 if size <= 65_536 else 4)
+    state = int.from_bytes(hashlib.blake2b(b"11\x1forder\x1f0\x1f3", digest_size=8).digest(), "little")
+    values = np.array(splitmix64(state, size), np.uint64)
+    assert np.array_equal(found, np.argsort(values, kind="stable"))
+    assert order.at(3 * size + size // 2).index == int(found[size // 2])
+
+
 def test_repeats_and_weights():
     repeats = [SourceConfig(path="a", repeats=2), SourceConfig(path="b")]
     assert source_weights(repeats, [10, 30]) == [20, 30]

@@ -17,7 +17,8 @@ from safetensors.torch import save
 
 from wanloom.config import UserError
 from wanloom.data import shards
-from wanloom.data.shards import INDEX, SCHEMA, Dataset, build_table, encode_index, index_rows
+from wanloom.data.index import INDEX, SCHEMA, build_table, encode_index
+from wanloom.data.shards import Dataset, index_rows
 from wanloom.data.tar import END, MOST_JSON, scan_tar, tar_member, tar_pair, view_tensors
 from wanloom.files import write_atomic
 from wanloom.tensors import header_length
@@ -47,7 +48,7 @@ def write_folder(folder: Path, with_index: bool = True) -> Path:
 def test_every_sample_reads_back(tmp_path: Path) -> None:
     dataset = Dataset.open(write_folder(tmp_path))
     train, val = dataset.rows("train"), dataset.rows("val")
-    assert (train.keys, val.keys) == ([f"clip{i}" for i in range(5)], ["clip5"])
+    assert ([*train.keys], [*val.keys]) == ([f"clip{i}" for i in range(5)], ["clip5"])
     assert train[3].caption == "caption 3"
     for i, row in enumerate([*(train[i] for i in range(5)), val[0]]):
         sample = dataset.read(row)
@@ -60,7 +61,8 @@ def test_every_sample_reads_back(tmp_path: Path) -> None:
         assert row.tokens == frames * height * width // 4
         assert row.text_len == len(text)
     assert train.tokens.tolist() == [18, 16, 4, 20, 18]
-    assert train.shapes.tolist() == [list(SHAPES[i % 4]) for i in range(5)]
+    assert train.channels.tolist() == [16] * 5
+    assert train.count_shapes() == {SHAPES[0][1:]: 2, SHAPES[1][1:]: 1, SHAPES[2][1:]: 1, SHAPES[3][1:]: 1}
     assert train.text_lens.tolist() == [3, 5, 7, 9, 11]
 
 
@@ -86,7 +88,10 @@ def test_a_folder_without_index_is_scanned_once(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", with_index=False)
     scanned = Dataset.open(folder)
     assert (folder / INDEX).is_file()
-    assert scanned.table.equals(Dataset.open(write_folder(tmp_path / "b")).table)
+    indexed = Dataset.open(write_folder(tmp_path / "b"))
+    for split in ("train", "val"):
+        assert [*scanned.rows(split)] == [*indexed.rows(split)]
+        assert scanned.rows(split).digest == indexed.rows(split).digest
     assert torch.equal(scanned.read(scanned.rows("val")[0]).latents, draw(5)[0])
 
 
@@ -96,7 +101,7 @@ def test_a_remote_folder() -> None:
         memory.pipe(f"/set/train/{i}.tar", tar_pair(f"k{i}", *draw(i), {"caption": "c"}) + END)
     dataset = Dataset.open("memory://set")
     rows = dataset.rows("train")
-    assert rows.keys == ["k0", "k1"]
+    assert [*rows.keys] == ["k0", "k1"]
     assert torch.equal(dataset.read(rows[1]).text, draw(1)[1])
     memory.rm("/set", recursive=True)
 
@@ -392,6 +397,12 @@ def rewrite_index(folder: Path, column: str, values: list, kind: pa.DataType | N
         ("shard", ["../elsewhere/shard.tar"] * 6, None, "outside of the folder"),
         ("shard", ["/etc/shard.tar"] * 6, None, "outside of the folder"),
         ("key", ["clip0"] * 6, None, "'clip0' is in '.*' 6 times"),
+        ("key", [*"abcd", "clip5", "clip5"], None, "'clip5' is in '.*' 2 times"),  # in train and in val
+        ("split", ["train"] * 5 + ["test"], None, "has a split 'test': known are train and val"),
+        ("offset", [512, 0, -1, 0, 0, 0], None, "says offset -1"),
+        ("size", [2**63 - 1] * 6, None, "says size 9223372036854775807"),  # added to the offset it would be negative
+        ("tokens", [0] * 6, None, "says tokens 0"),
+        ("text_len", [-3] * 6, None, "says text_len -3"),
     ],
 )
 def test_an_index_that_is_not_ours_is_refused(tmp_path, column, values, kind, message):

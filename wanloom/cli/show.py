@@ -194,10 +194,7 @@ def show_data(path: Path) -> None:
     source = Dataset.open(path)
     say(describe(source))
     index = source.rows("train")
-    shapes: dict[tuple[int, ...], int] = {}
-    for shape in index.shapes.tolist():
-        shapes[tuple(shape[1:])] = shapes.get(tuple(shape[1:]), 0) + 1
-    for (frames, height, width), count in sorted(shapes.items(), key=lambda item: -item[1]):
+    for (frames, height, width), count in index.count_shapes().items():
         pixels = f"{4 * (frames - 1) + 1} frames of {height * 8} x {width * 8}"
         say(f"  {count:,} x {pixels} ({frames * height * width // 4:,} tokens)")
     for i in range(min(NUM_CAPTIONS, len(index))):

@@ -9,10 +9,10 @@ in place of objects. Whatever comes from an index is checked once, while the col
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from wanloom.config import UserError
 
 INDEX = "index.parquet"
 SPLITS = ("train", "val")
+AGAIN = f"delete {INDEX} to have it built again."
 MOST = 2**62  # a place in a file; two of them can be added up
 
 
@@ -48,7 +49,8 @@ class Row(NamedTuple):
 SCHEMA = pa.schema([(name, pa.string() if kind is str else pa.int64()) for name, kind in Row.__annotations__.items()])
 TEXTS = ("key", "caption", "source", "sha256")
 NUMBERS = ("offset", "size", "frames", "height", "width", "channels", "tokens", "text_len")
-CONTENT = ("key", "sha256", "frames", "height", "width", "channels", "tokens", "text_len")  # what a run depends on
+# what a run depends on; where strings end as well, so that two keys cannot be joined to another two
+CONTENT = ("key", "key.ends", "sha256", "sha256.ends", "frames", "height", "width", "channels", "tokens", "text_len")
 
 
 class Strings(Sequence[str]):
@@ -82,9 +84,9 @@ class Index:
     def __getitem__(self, i: int) -> Row:
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
-        numbers = {name: int(self.columns[name][i]) for name in NUMBERS}
-        texts = {name: self.texts[name][i] for name in TEXTS}
-        return Row(split=self.split, shard=self.shards[self.columns["shard"][i]], **numbers, **texts)
+        values: dict[str, Any] = {name: int(self.columns[name][i]) for name in NUMBERS}
+        values |= {name: self.texts[name][i] for name in TEXTS}
+        return Row(split=self.split, shard=self.shards[int(self.columns["shard"][i])], **values)
 
     @property
     def keys(self) -> Strings:
@@ -109,8 +111,9 @@ class Index:
         """How many samples have latents of so many frames, rows and columns, the most frequent first."""
         names = ["frames", "height", "width"]
         counted = pa.table({name: self.columns[name] for name in names}).group_by(names).aggregate([([], "count_all")])
-        rows = zip(*(counted[name].to_pylist() for name in (*names, "count_all")), strict=True)
-        return {shape: count for *shape, count in sorted(rows, key=lambda row: (-row[3], row)) for shape in [tuple(shape)]}
+        shapes = zip(*(counted[name].to_pylist() for name in names), strict=True)
+        found = dict(zip(shapes, counted["count_all"].to_pylist(), strict=True))
+        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 class Columns(NamedTuple):
@@ -124,12 +127,11 @@ class Columns(NamedTuple):
 class Sink:
     """One column while it grows, in memory or in a file."""
 
-    def __init__(self, path: Path | None, dtype: type[np.generic]) -> None:
+    def __init__(self, path: Path | None, dtype: np.dtype) -> None:
         self.dtype, self._parts = dtype, list[np.ndarray]()
         self._file = path.open("wb") if path else None
 
     def add(self, values: np.ndarray) -> None:
-        values = np.ascontiguousarray(values, self.dtype)
         if self._file:
             self._file.write(values.data)
         else:
@@ -143,7 +145,7 @@ class Sink:
 
 
 class Builder:
-    """Columns from tables, batch by batch. With a `folder` they are files of it, else in memory.
+    """Columns from tables, batch by batch; a context manager. With a `folder` they are files of it, else in memory.
 
     Raises UserError unless the tables are what this version writes: they decide what is read, and from where.
     """
@@ -157,23 +159,32 @@ class Builder:
         self._ends = np.zeros(0, np.int64)
         self._bytes = {(split, name): 0 for split in SPLITS for name in TEXTS}
 
+    def __enter__(self) -> "Builder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sink in self._sinks.values():
+            sink.close()
+
     def _sink(self, split: str, name: str) -> Sink:
         return Sink(self._folder / f"{split}.{name}" if self._folder else None, file_names()[name])
 
     def add(self, batch: pa.RecordBatch) -> None:
         """More rows."""
         if not batch.schema.equals(SCHEMA) or any(column.null_count for column in batch.columns):
-            raise UserError(f"The index of '{self._path}' is of another version: delete {INDEX} to have it built again.")
+            raise UserError(
+                f"The index of '{self._path}' is of another version: delete {INDEX} to have it built again."
+            )
         batch.validate(full=True)  # strings are text
         self._check_places(batch)
-        found = pc.unique(batch["split"]).to_pylist()
+        found = batch["split"].unique().to_pylist()
         if other := sorted(set(found) - set(SPLITS)):
             raise UserError(f"The index of '{self._path}' has a split '{other[0]}': known are train and val.")
         for split in found:
-            self._add_split(split, batch if len(found) == 1 else batch.filter(pc.equal(batch["split"], split)))
+            self._add_split(split, batch if len(found) == 1 else batch.filter(pc.field("split") == split))
 
     def _check_places(self, batch: pa.RecordBatch) -> None:
-        for shard in pc.unique(batch["shard"]).to_pylist():
+        for shard in batch["shard"].unique().to_pylist():
             if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
                 raise UserError(
                     f"The index of '{self._path}' names '{shard}', which is outside of the folder: do not use it."
@@ -182,7 +193,9 @@ class Builder:
             values, least = batch[name].to_numpy(), 0 if name in ("offset", "size", "text_len") else 1
             if len(values) and not least <= values.min() <= values.max() < MOST:
                 wrong = int(values.min()) if values.min() < least else int(values.max())
-                raise UserError(f"The index of '{self._path}' says {name} {wrong}: delete {INDEX} to have it built again.")
+                raise UserError(
+                    f"The index of '{self._path}' says {name} {wrong}: delete {INDEX} to have it built again."
+                )
 
     def _add_split(self, split: str, batch: pa.RecordBatch) -> None:
         keys = batch["key"].to_pylist()
@@ -195,14 +208,12 @@ class Builder:
             self._put(split, f"{name}.ends", ends + self._bytes[split, name])
             self._put(split, name, data)
             self._bytes[split, name] += len(data)
-            if name in CONTENT:  # the lengths too: two keys cannot be joined to another two
-                self._digests[split, name].update(np.ascontiguousarray(ends, "<i8").data)
 
     def _put(self, split: str, name: str, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values, file_names()[name])
         self._sinks[split, name].add(values)
         if name in CONTENT:
-            kind = "u1" if name in TEXTS else "<i8"
-            self._digests[split, name].update(np.ascontiguousarray(values, kind).data)
+            self._digests[split, name].update(values.data)
 
     def _places_of(self, batch: pa.RecordBatch) -> np.ndarray:
         """The shard of each row as a number; its end is noted."""
@@ -213,7 +224,7 @@ class Builder:
         np.maximum.at(self._ends, found, batch["offset"].to_numpy() + batch["size"].to_numpy())
         return found
 
-    def close(self) -> Columns:
+    def finish(self) -> Columns:
         """All of it. In a folder, the columns are those of its files."""
         arrays = {place: sink.close() for place, sink in self._sinks.items()}
         if self._folder:
@@ -242,10 +253,10 @@ class Builder:
             raise UserError(f"The key '{key}' is in '{self._path}' {number} times: every sample needs its own.")
 
 
-def file_names() -> dict[str, type[np.generic]]:
+def file_names() -> dict[str, np.dtype]:
     """The columns of a split as they are stored, and the type of their values."""
-    texts = {name: np.uint8 for name in TEXTS} | {f"{name}.ends": np.int64 for name in TEXTS}
-    return {"shard": np.int64} | dict.fromkeys(NUMBERS, np.int64) | texts
+    numbers = ("shard", *NUMBERS, *(f"{name}.ends" for name in TEXTS))
+    return dict.fromkeys(numbers, np.dtype("<i8")) | dict.fromkeys(TEXTS, np.dtype("u1"))
 
 
 def map_files(folder: Path) -> dict[tuple[str, str], np.ndarray]:
@@ -277,10 +288,10 @@ def bytes_of(column: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
 
 def read_table(table: pa.Table, path: str) -> Columns:
     """The columns of a table, in memory. Raises UserError as `Builder` does."""
-    builder = Builder(path)
-    for batch in table.to_batches():
-        builder.add(batch)
-    return builder.close()
+    with Builder(path) as builder:
+        for batch in table.to_batches():
+            builder.add(batch)
+        return builder.finish()
 
 
 def build_table(rows: Sequence[Row]) -> pa.Table:

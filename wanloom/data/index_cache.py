@@ -27,10 +27,13 @@ BATCH = 65_536  # rows that are read at a time
 
 
 def open_index(file: Path, path: str) -> Columns:
-    """The columns of the index `file` of the data at `path`. Raises UserError as `Builder` does, OSError, ArrowError."""
+    """The columns of the index `file` of the data at `path`.
+
+    Raises UserError as `Builder` does and when a cache cannot be written, OSError and ArrowException for the file.
+    """
     with pq.ParquetFile(file) as parquet:
         if parquet.metadata.num_rows < LARGE:
-            return _read(parquet, Builder(path))
+            return _read(parquet, path)
     with file.open("rb") as data:
         name = hashlib.file_digest(data, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     folder = cache_root() / f"{name}-{FORMAT}"
@@ -56,21 +59,20 @@ def cache_root() -> Path:
 
 def is_whole(folder: Path) -> bool:
     """Whether all columns are there, each as long as it was written."""
-    facts = _facts(folder)
-    try:
-        return bool(facts) and all((folder / name).stat().st_size == size for name, size in facts["bytes"].items())
-    except FileNotFoundError:
-        return False
+    sizes = _facts(folder).get("bytes", {})
+    found = {name: (folder / name).stat().st_size for name in sizes if (folder / name).exists()}
+    return bool(sizes) and found == sizes
 
 
 def _facts(folder: Path) -> dict:
     return parse_json((folder / FACTS).read_bytes()) if (folder / FACTS).exists() else {}
 
 
-def _read(parquet: pq.ParquetFile, builder: Builder) -> Columns:
-    for batch in parquet.iter_batches(BATCH):
-        builder.add(batch)
-    return builder.close()
+def _read(parquet: pq.ParquetFile, path: str, folder: Path | None = None) -> Columns:
+    with Builder(path, folder) as builder:
+        for batch in parquet.iter_batches(BATCH):
+            builder.add(batch)
+        return builder.finish()
 
 
 def _make(file: Path, path: str, folder: Path) -> None:
@@ -80,9 +82,11 @@ def _make(file: Path, path: str, folder: Path) -> None:
         if other != folder and _facts(other).get("source") == source:
             shutil.rmtree(other, ignore_errors=True)  # processes that still map them keep them
     names = [f"{split}.{name}" for split in SPLITS for name in file_names()]
+    write_atomic(folder / FACTS, json.dumps({"source": source}).encode())
+    whole = False
     try:
         with pq.ParquetFile(file) as parquet:
-            found = _read(parquet, Builder(path, folder))
+            found = _read(parquet, path, folder)
         for name in names:
             with (folder / name).open("rb") as written:
                 os.fsync(written.fileno())
@@ -94,9 +98,10 @@ def _make(file: Path, path: str, folder: Path) -> None:
             "digests": {split: found.splits[split].digest for split in SPLITS},
         }
         write_atomic(folder / FACTS, json.dumps(facts).encode())
+        whole = True
     finally:
-        if not (folder / FACTS).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        for name in () if whole else names:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _map(folder: Path) -> Columns:

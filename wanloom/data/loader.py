@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 from pydantic import Field
 
 from wanloom.config import Config, UserError
+from wanloom.data.index import Index, Row
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order, SourceConfig, source_weights
 from wanloom.data.packing import BatchConfig, max_over_mean, pack_samples
-from wanloom.data.shards import Dataset, Index, Row, Sample
+from wanloom.data.shards import Dataset, Sample
 
 T = TypeVar("T")
 
@@ -67,7 +69,7 @@ def open_sources(config: DataConfig, channels: int, text_dim: int, text_slots: i
         index = source.rows("train")
         if len(index) == 0:
             raise UserError(f"{source.path} has no training samples.")
-        if (found := {int(n) for n in index.shapes[:, 0]}) != {channels}:
+        if (found := set(np.unique(index.channels).tolist())) != {channels}:
             raise UserError(f"{source.path} has latents of {sorted(found)} channels, the model takes {channels}.")
         found = source.read(index[0]).text.shape[1]
         if found != text_dim:
@@ -173,13 +175,11 @@ class Plan:
         return [float(weight / sum(self._weights)) for weight in self._weights]
 
     def fingerprint(self) -> str:
-        """A hash of every key, length and content and of the weights: a run is not resumed on data that changed."""
+        """A hash of every key, size and content and of the weights: a run is not resumed on data that changed."""
         digest = hashlib.blake2b(digest_size=16)
         for weight, index in zip(self._weights, self.indices, strict=True):
             digest.update(f"{weight / sum(self._weights)}".encode())
-            digest.update("\x1e".join(index.keys).encode())
-            digest.update(index.tokens.astype("<i8").tobytes())
-            digest.update("".join(index.table["sha256"].to_pylist()).encode())
+            digest.update(index.digest.encode())
         return digest.hexdigest()
 
 

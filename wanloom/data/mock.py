@@ -9,7 +9,8 @@ import re
 from itertools import cycle, islice
 
 from wanloom.config import UserError
-from wanloom.data.shards import Index, Row, Sample, build_table
+from wanloom.data.index import Index, Row, build_table, read_table
+from wanloom.data.shards import Sample
 from wanloom.keys import keyed_fractions, keyed_normal
 from wanloom.model.sequence import grid_of
 
@@ -48,7 +49,7 @@ class MockDataset:
             self._row(i, split, (channels, *shape))
             for i, (split, shape) in enumerate(zip(splits, islice(cycle(mix), len(splits)), strict=True))
         ]
-        self._indices = {split: Index(build_table([r for r in rows if r.split == split])) for split in ("train", "val")}
+        self._indices = read_table(build_table(rows), self.path).splits
 
     def rows(self, split: str) -> Index:
         """The samples of "train" or "val"."""

@@ -87,4 +87,5 @@ class Order:
         x = state + np.arange(1, self.sizes[source] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
+        found = np.argsort(x ^ (x >> np.uint64(31)))  # no two values are equal, so any sort gives one order
+        return found.astype(np.min_scalar_type(max(len(x) - 1, 0)))

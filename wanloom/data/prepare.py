@@ -23,10 +23,11 @@ from wanloom.config import UserError
 from wanloom.data.crew import Crew
 from wanloom.data.encode import Block, Encoders, PrepareConfig, Progress, Writer, encode_blocks, plan_blocks
 from wanloom.data.energon import write_energon
+from wanloom.data.index import INDEX, build_table, encode_index
 from wanloom.data.ledger import Ledger
 from wanloom.data.plan import Plan, build_plan, read_entries
 from wanloom.data.report import Report
-from wanloom.data.shards import DONE, INDEX, WORK, build_table, encode_index, index_rows
+from wanloom.data.shards import DONE, WORK, index_rows
 from wanloom.data.spool import SPLITS, Spool
 from wanloom.data.tar import scan_tar
 from wanloom.dist import rank, together, world_size

@@ -10,59 +10,34 @@ without an index is scanned once.
 """
 
 import hashlib
-import io
 import logging
 import math
 import os
 import shlex
-from collections import Counter, defaultdict
+import tempfile
+from collections import defaultdict
 from collections.abc import Iterable
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import fsspec
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from fsspec.core import url_to_fs
 from torch import Tensor
 
 from wanloom.config import UserError
+from wanloom.data.index import INDEX, Columns, Index, Row, build_table, encode_index, read_table
+from wanloom.data.index_cache import open_index
 from wanloom.data.tar import TENSORS, Pair, scan_tar, view_tensors
 from wanloom.files import write_atomic
 from wanloom.model.sequence import grid_of
 
 log = logging.getLogger(__name__)
 
-INDEX = "index.parquet"
 DONE = "prepare.json"  # written last: the folder is complete
 WORK = ".work"  # what prepare keeps while it runs
 Version = tuple[int, int, int]  # of a file: inode, size, time of the last change in ns
-
-
-class Row(NamedTuple):
-    """One sample in the index. frames, height and width are those of the latents."""
-
-    key: str
-    split: str  # "train" or "val"
-    shard: str  # path inside the folder
-    offset: int  # of the safetensors data in the shard, bytes
-    size: int
-    frames: int
-    height: int
-    width: int
-    channels: int
-    tokens: int
-    text_len: int
-    caption: str
-    source: str
-    sha256: str  # of the safetensors member; empty in a folder that others made
-
-
-SCHEMA = pa.schema([(name, pa.string() if kind is str else pa.int64()) for name, kind in Row.__annotations__.items()])
 
 
 class Sample(NamedTuple):
@@ -74,47 +49,13 @@ class Sample(NamedTuple):
     caption: str
 
 
-class Index:
-    """Rows of one split, in the order of the shards. `index[i]` is a `Row`; columns are read whole."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self.table = table
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    def __getitem__(self, i: int) -> Row:
-        if not 0 <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
-        return Row(*(column[i].as_py() for column in self.table.columns))
-
-    @cached_property
-    def keys(self) -> list[str]:
-        return self.table["key"].to_pylist()
-
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        """`(N,)` int64: tokens of each sample."""
-        return self.table["tokens"].to_numpy()
-
-    @cached_property
-    def text_lens(self) -> np.ndarray:
-        """`(N,)` int64: text states of each sample."""
-        return self.table["text_len"].to_numpy()
-
-    @cached_property
-    def shapes(self) -> np.ndarray:
-        """`(N, 4)` int64: channels, frames, height and width of the latents of each sample."""
-        return np.stack([self.table[name].to_numpy() for name in ("channels", "frames", "height", "width")], axis=1)
-
-
 class Dataset:
     """An open folder. Safe to read from several threads."""
 
-    def __init__(self, path: str, table: pa.Table) -> None:
+    def __init__(self, path: str, columns: Columns) -> None:
         self.path = path
         self.fs, self.root = url_to_fs(path)
-        self.table = table.combine_chunks()
+        self._columns = columns
         self.is_local = "file" in _protocols(self.fs)
         self._checked: defaultdict[tuple[str, Version], set[int]] = defaultdict(set)  # offsets in each shard
 
@@ -131,23 +72,18 @@ class Dataset:
                 raise UserError(
                     f"'{path}' is not finished: run the same `wanloom prepare` command again to complete it."
                 )
-            if fs.exists(f"{root}/{INDEX}"):
-                table = pq.read_table(io.BytesIO(fs.cat_file(f"{root}/{INDEX}")))
-            else:
-                table = scan_folder(fs, root, path)
-                _keep_index(fs, root, table)
+            columns = _read_columns(fs, root, path)
         except (pa.ArrowInvalid, pa.ArrowException) as error:
             raise UserError(f"The index of '{path}' is damaged: delete {INDEX} to have it built again.") from error
         except OSError as error:
             raise UserError(f"'{path}' cannot be read: {error}") from error
-        _check_index(table, path)
-        dataset = cls(path, table)
+        dataset = cls(path, columns)
         dataset._check_shards()
         return dataset
 
     def rows(self, split: str) -> Index:
         """The samples of "train" or "val"."""
-        return Index(self.table.filter(pc.field("split") == split).combine_chunks())
+        return self._columns.splits[split]
 
     def read(self, row: Row) -> Sample:
         """One sample. Raises UserError that names the shard and the key when its bytes are not what was written."""
@@ -194,14 +130,14 @@ class Dataset:
 
     def _check_shards(self) -> None:
         """Every shard is there and long enough: a lost or cut file is named now and not after hours."""
-        end = pa.array(self.table["offset"].to_numpy() + self.table["size"].to_numpy())
-        ends = self.table.append_column("end", end)
-        needed = ends.group_by("shard").aggregate([("end", "max")]).to_pydict()
-        for shard, end in zip(needed["shard"], needed["end_max"], strict=True):
-            try:
-                size = self.fs.size(f"{self.root}/{shard}")
-            except FileNotFoundError as error:
-                raise UserError(f"The shard {self.path}/{shard} is missing: restore it or prepare again.") from error
+        sizes: dict[str, int] = {}
+        for folder in sorted({f"{self.root}/{shard}".rpartition("/")[0] for shard in self._columns.shards}):
+            if self.fs.isdir(folder):  # one question for all shards of a folder: over a network each takes its time
+                sizes |= {found["name"]: found["size"] for found in self.fs.ls(folder, detail=True)}
+        for shard, end in zip(self._columns.shards, self._columns.ends, strict=True):
+            size = sizes.get(self.fs._strip_protocol(f"{self.root}/{shard}"))
+            if size is None:
+                raise UserError(f"The shard {self.path}/{shard} is missing: restore it or prepare again.")
             if size < end:
                 raise UserError(f"The shard {self.path}/{shard} is cut off: it has {size} of at least {end} bytes.")
 
@@ -244,19 +180,6 @@ def _text(record: dict[str, Any], key: str) -> str:
     return value if isinstance(value := record.get(key), str) else ""  # others may keep anything under these names
 
 
-def build_table(rows: list[Row]) -> pa.Table:
-    """Rows as an arrow table."""
-    table = pa.table([list(column) for column in zip(*rows, strict=True)] or [[] for _ in SCHEMA], schema=SCHEMA)
-    return table
-
-
-def encode_index(table: pa.Table) -> bytes:
-    """The bytes of the index file."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
-
-
 def scan_folder(fs: fsspec.AbstractFileSystem, root: str, path: str) -> pa.Table:
     """The index of a folder of tars that has none. Tars under a folder `val` are the val split, all others train."""
     root = root.rstrip("/")
@@ -281,16 +204,17 @@ def scan_folder(fs: fsspec.AbstractFileSystem, root: str, path: str) -> pa.Table
     return pa.concat_tables(tables)
 
 
-def _check_index(table: pa.Table, path: str) -> None:
-    """Raises UserError unless the index is what this version writes: it decides what is read, and from where."""
-    if not table.schema.equals(SCHEMA) or any(column.null_count for column in table.columns):
-        raise UserError(f"The index of '{path}' is of another version: delete {INDEX} to have it built again.")
-    for shard in table["shard"].unique().to_pylist():
-        if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
-            raise UserError(f"The index of '{path}' names '{shard}', which is outside of the folder: do not use it.")
-    key, number = Counter(table["key"].to_pylist()).most_common(1)[0] if len(table) else ("", 0)
-    if number > 1:
-        raise UserError(f"The key '{key}' is in '{path}' {number} times: every sample needs its own.")
+def _read_columns(fs: fsspec.AbstractFileSystem, root: str, path: str) -> Columns:
+    """The index of a folder, which is built where there is none."""
+    if "file" in _protocols(fs) and fs.exists(f"{root}/{INDEX}"):
+        return open_index(Path(root) / INDEX, path)
+    if not fs.exists(f"{root}/{INDEX}"):
+        table = scan_folder(fs, root, path)
+        _keep_index(fs, root, table)
+        return read_table(table, path)
+    with tempfile.TemporaryDirectory() as folder:
+        fs.get_file(f"{root}/{INDEX}", f"{folder}/{INDEX}")
+        return open_index(Path(folder) / INDEX, path)
 
 
 def _is_as_planned(row: Row, tensors: dict[str, Tensor]) -> bool:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from wanloom.data.index import Row
 from wanloom.data.loader import Source
 from wanloom.data.packing import pack_samples
-from wanloom.data.shards import Row
 from wanloom.dist import together
 from wanloom.model.dit import WanDiT
 from wanloom.model.sequence import build_pack, empty_pack, grid_of, patchify
