@@ -157,5 +157,5 @@ def test_a_stop_says_how_to_go_on(
         Dataset.open(out)
     assert len(log.read_text()) < 12
     assert main(command) == 0
-    assert len(Dataset.open(out).table) == 12
+    assert sum(len(Dataset.open(out).rows(split)) for split in ("train", "val")) == 12
     assert len(log.read_text()) <= 13

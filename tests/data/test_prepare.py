@@ -160,7 +160,7 @@ def test_split_keeps_a_file_on_one_side(expected: dict[str, bytes], tmp_path: Pa
     for name, data in expected.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    table = Dataset.open(tmp_path).table.to_pylist()
+    table = [row._asdict() for split in ("train", "val") for row in Dataset.open(tmp_path).rows(split)]
     sides: dict[str, set[str]] = {}
     for row in table:
         sides.setdefault(row["source"], set()).add(row["split"])
@@ -411,7 +411,8 @@ def test_random_crops_and_mixed_sizes(tmp_path: Path) -> None:
         put_image(source, f"{i}.png", "x", 10 * i, size)
     area = {"height": None, "width": None, "max_area": 1600}
     run(source, tmp_path / "a", framing=area)
-    assert Dataset.open(tmp_path / "a").rows("train").shapes[:, 2:].tolist() == [[2, 8], [4, 4], [6, 4]]
+    rows = Dataset.open(tmp_path / "a").rows("train")
+    assert [(row.height, row.width) for row in rows] == [(2, 8), (4, 4), (6, 4)]
     run(source, tmp_path / "b", framing={"crop": "random"}, seed=1)
     run(source, tmp_path / "c", framing={"crop": "random"}, seed=2)
     assert contents(tmp_path / "b/train") != contents(tmp_path / "c/train")
