@@ -207,7 +207,12 @@ def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
             f"another run_dir to start anew. (What may change: {', '.join(MAY_CHANGE)}, as long as the samples are the "
             "same.)"
         )
-    if stored["data"] != plan.fingerprint():
+    if (now := plan.fingerprint()).partition(":")[0] != stored["data"].rpartition(":")[0]:
+        raise UserError(
+            f"{run.run_dir} was started by another version of wanloom, which recorded its data in another way: go on with "
+            "that version, or give another run_dir to start anew."
+        )
+    if stored["data"] != now:
         raise UserError(
             f"The training data is not what {run.run_dir} was started with: other samples, lengths or weights. "
             "Restore it to go on, or give another run_dir to start anew."

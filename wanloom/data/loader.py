@@ -24,6 +24,7 @@ from wanloom.data.packing import BatchConfig, max_over_mean, pack_samples
 from wanloom.data.shards import Dataset, Sample
 
 T = TypeVar("T")
+FINGERPRINT = 2  # the way in which data is recorded; others cannot be compared
 
 
 class DataConfig(Config):
@@ -180,7 +181,7 @@ class Plan:
         for weight, index in zip(self._weights, self.indices, strict=True):
             digest.update(f"{weight / sum(self._weights)}".encode())
             digest.update(index.digest.encode())
-        return digest.hexdigest()
+        return f"{FINGERPRINT}:{digest.hexdigest()}"
 
 
 def check_budget(path: str, index: Index, budget: int) -> None:
