@@ -209,7 +209,7 @@ def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
         )
     if (now := plan.fingerprint()).partition(":")[0] != stored["data"].rpartition(":")[0]:
         raise UserError(
-            f"{run.run_dir} was started by another version of wanloom, which recorded its data in another way: go on with "
+            f"{run.run_dir} was started by another version of wanloom, which recorded its data otherwise: go on with "
             "that version, or give another run_dir to start anew."
         )
     if stored["data"] != now:
