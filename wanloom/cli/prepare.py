@@ -35,7 +35,8 @@ sizes      without --height and --width each file keeps its aspect in at most --
            --crop none fits the whole picture inside it. Sizes are multiples of 16; nothing is squashed but by the
            rounding of --crop none, which the report lists.
 time       frame k of a clip is what a player shows at k / fps seconds, whatever the rate of the file. A video that is
-           shorter than a clip is dropped."""
+           shorter than a clip is dropped, and the report says which --frames takes it; less than one frame's time
+           is made up by holding the last picture."""
 
 EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 

@@ -166,7 +166,7 @@ def encode_blocks(
             else:
                 if config.strict:
                     raise UserError(f"--strict: {entry.source} would be dropped: {result.kind}, {result}.")
-                ledger.drop(entry.source, result.kind, str(result))
+                ledger.drop(entry.source, result.kind, str(result), result.frames)
             on_step(block)
     finally:
         clips.close()
@@ -254,6 +254,7 @@ def build_record(entry: Entry, clip: Clip, config: PrepareConfig, num_tokens: in
         "clip": clip.number,
         "start_s": clip.start,
         "end_s": clip.stop,
+        "source_s": None if clip.source_seconds is None else round(clip.source_seconds, 3),
         "source_fps": clip.source_fps,
         "fps": config.timing.fps if is_video else None,
         "frames": clip.pixels.shape[0],

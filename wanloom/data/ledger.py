@@ -26,7 +26,7 @@ class Ledger:
     def __init__(self, work: Path) -> None:
         self.work = work
         self.finished: dict[int, int] = {}  # block -> its number of batches
-        self.drops: dict[str, dict[str, str]] = {}  # source -> what is in the report
+        self.drops: dict[str, dict[str, Any]] = {}  # source -> what is in the report
         self.files = 0  # read to the end, in finished blocks
         self.samples = 0  # in finished blocks
         self._read: dict[Path, int] = {}  # log -> bytes taken in
@@ -68,9 +68,10 @@ class Ledger:
         """Write an encoded batch."""
         write_atomic(self.path(block, number), pairs)
 
-    def drop(self, file: str, kind: str, reason: str) -> None:
-        """Remember why a file gave no, or no more, samples."""
-        self._write({"file": file, "kind": kind, "reason": reason})
+    def drop(self, file: str, kind: str, reason: str, frames: int | None = None) -> None:
+        """Remember why a file gave no, or no more, samples; `frames` is what a video that is too short has."""
+        found = {} if frames is None else {"frames": frames}
+        self._write({"file": file, "kind": kind, "reason": reason, **found})
 
     def finish(self, block: int, batches: int, files: int, samples: int) -> None:
         """Remember that nothing more comes of a block."""

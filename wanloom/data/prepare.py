@@ -268,7 +268,7 @@ def refuse_drops(plan: Plan) -> None:
 
 def _complete(spool: Spool, plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
     """Index, report and metadata from the finished shards; the work folder goes last."""
-    out, report = spool.out, Report(plan, list(spool.ledger.drops.values()))
+    out, report = spool.out, Report(plan, list(spool.ledger.drops.values()), settings)
     tables: list[pa.Table] = [build_table([])]
     starts: dict[str, list[int]] = {}
     for split in SPLITS:

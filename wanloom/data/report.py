@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from wanloom.data.advice import advise
 from wanloom.data.plan import Plan
 from wanloom.terminal import printable
 
@@ -22,10 +23,12 @@ NAMES = 5  # file names shown for one line of the table; report.json has all
 class Report:
     """Collects the report of a prepared folder, one sample's record after the other."""
 
-    def __init__(self, plan: Plan, late: list[dict[str, str]]) -> None:
+    def __init__(self, plan: Plan, late: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         self.plan = plan
+        self.settings = settings
         self.late = late  # the drops found while decoding
         self.samples: Counter[str] = Counter()  # by file
+        self.taken: dict[str, tuple[float, float]] = {}  # by video: seconds up to its last clip, and of all of it
         self.splits: Counter[str] = Counter()
         self.sizes: Counter[str] = Counter()
         self.facts: dict[str, dict[str, str]] = {name: {} for name in FACTS}  # what -> file -> how
@@ -35,6 +38,8 @@ class Report:
         """Count one sample."""
         file = record["source"]
         self.samples[file] += 1
+        if record["fps"] and record.get("source_s"):
+            self.taken[file] = (record["end_s"] + 1 / record["fps"], record["source_s"])  # clips come in order of time
         self.splits[record["split"]] += 1
         self.sizes[f"{record['frames']} frames {record['size'][0]}x{record['size'][1]}"] += 1
         for name, tell in FACTS.items():
@@ -61,6 +66,7 @@ class Report:
             **self.facts,
             "notes": {note: sorted(files) for note, files in self.notes.items()},
             "ignored": self.plan.ignored,
+            "advice": advise(dropped, self.taken, self.settings),
         }
 
 
@@ -140,10 +146,12 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for note, names in sorted(report["notes"].items()):
         table.add_row(note, str(len(names)), _shorten(names))
     console.print(table)
+    for line in report.get("advice", []):  # folders of before have none
+        console.print(line, soft_wrap=True)
 
 
 def _partly(drop: dict[str, Any]) -> str:
-    return f" ({drop['samples']} samples before that are kept)" if drop["samples"] else ""
+    return f" ({drop['samples']} samples of it are kept)" if drop["samples"] else ""
 
 
 def _shorten(lines: list[str]) -> Text:
