@@ -264,5 +264,7 @@ def build_record(entry: Entry, clip: Clip, config: PrepareConfig, num_tokens: in
         "crop": [*clip.frame.corner, *clip.frame.size],
         "size": clip.frame.size,
         "aspect_change": round(aspect_change(*clip.display_size, clip.frame), 6),
+        "colour": clip.colour.said,
+        "colour_guessed": clip.colour.guessed,
         "notes": clip.notes,
     }

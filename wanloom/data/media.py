@@ -22,6 +22,7 @@ READ_BYTES = 1 << 16  # at once
 GENERATE_STAMPS = 1  # AVFMT_FLAG_GENPTS, which PyAV sets: it takes decode stamps for moments of showing
 NO_FILM = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
 NO_OTHER_FILE = {"protocol_whitelist": ""}  # a list of other files (a playlist) must not have them opened
+BESIDE = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 MOST_RATE = 300  # pictures per second; beyond it a header gives the ticks of its clock
 
 
@@ -68,6 +69,18 @@ def choose_track(container: Any) -> tuple[Any, list[str]]:
     sizes = {_area(track) for track in default or tracks}
     which = "default one" if len(default) == 1 else "largest" if len(sizes) > 1 else "first"
     return chosen, [f"{len(tracks)} video tracks, the {which} taken"]
+
+
+def choose_decoder(track: Any) -> Any:
+    """What decodes a track: its own decoder, or one that also takes the transparency which WebM has beside pictures."""
+    if track.metadata.get("alpha_mode", "0") == "0":
+        return track
+    name = BESIDE.get(track.codec.name)
+    if name not in av.codecs_available:
+        raise MediaError("colour", "has transparency beside its pictures, which is not decoded: lay it on black first")
+    decoder = av.CodecContext.create(name, "r")
+    decoder.thread_count = 1  # as for any track
+    return decoder
 
 
 def _area(track: Any) -> int:

@@ -19,12 +19,14 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
+from wanloom.data.colour import UNKNOWN, UNTAGGED, Colour, on_black, video_colour
 from wanloom.data.decoding import MediaError
 from wanloom.data.framing import Frame
+from wanloom.data.image_colour import image_to_rgb
 
 SWS_FLAGS = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC, SWS_ACCURATE_RND, SWS_FULL_CHR_H_INT
-HDR_TRANSFERS = {16, 18}  # SMPTE ST 2084 (PQ) and ARIB STD-B67 (HLG)
-EXIF_ORIENTATION = 0x0112
+EXIF_ORIENTATION, TURNS = 0x0112, range(2, 9)
+HEAD = 1 << 16  # bytes of an image's file in which its colours are told
 # what a suffix of an image may stand for; others (PostScript) start programs
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "GIF", "ICO")
 
@@ -49,40 +51,26 @@ class Clip:
     frame: Frame
     notes: list[str] = field(default_factory=list)  # what was done beyond time and size
     source_seconds: float | None = None  # of the whole video, by its header
+    colour: Colour = UNKNOWN
 
 
 def read_image(file: BinaryIO, choose: ChooseFrame) -> Clip:
     """An image as a clip of one frame, turned as its EXIF orientation says."""
-    notes = []
+    notes, head = [], file.read(HEAD)
+    file.seek(0)
     with Image.open(file, formats=FORMATS) as image:
         stored = image.size
         if getattr(image, "n_frames", 1) > 1:
             notes.append("animated image: first picture only")
-        turned = ImageOps.exif_transpose(image)
-        if turned.size != stored or image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        is_turned = image.getexif().get(EXIF_ORIENTATION) in TURNS
+        if is_turned:
             notes.append("rotated")
-        pixels, has_alpha = _image_to_rgb(turned)
-    if has_alpha:
-        notes.append("alpha on black")
+        turned = ImageOps.exif_transpose(image) if is_turned else image
+        pixels, colour = image_to_rgb(turned, image.format, head)
     height, width = pixels.shape[:2]
     frame = _choose(choose, width, height, 0)
     cut = _cut(_resize_rgb(pixels, frame.resized), frame)
-    return Clip(0, cut[None], 0.0, 0.0, None, stored, (width, height), frame, notes)
-
-
-def _image_to_rgb(image: Image.Image) -> tuple[np.ndarray, bool]:
-    if image.mode.startswith("I"):  # 16 bits; Pillow would clip at 255
-        deep = np.asarray(image).astype(np.float64)
-        gray = np.clip(np.round(deep / 257), 0, 255).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=2), False
-    if image.has_transparency_data:
-        rgba = np.asarray(image.convert("RGBA"))
-        return _on_black(rgba), bool((rgba[..., 3] < 255).any())
-    return np.asarray(image.convert("RGB")), False
-
-
-def _on_black(rgba: np.ndarray) -> np.ndarray:
-    return np.round(rgba[..., :3] * (rgba[..., 3:] / 255.0)).astype(np.uint8)
+    return Clip(0, cut[None], 0.0, 0.0, None, stored, (width, height), frame, [*notes, *colour.notes], colour=colour)
 
 
 class Screen:
@@ -102,6 +90,7 @@ class Screen:
         self.frames: dict[int, Frame] = {}
         self.notes: dict[str, None] = {}
         self.latest: tuple[Any, int, np.ndarray] | None = None
+        self.colour = UNKNOWN
 
     def convert(self, picture: Any, number: int) -> np.ndarray:
         """`(H, W, 3)` of a decoded picture for clip `number`."""
@@ -133,10 +122,11 @@ class Screen:
             display_size=self.display,
             frame=self.frames[number],
             notes=list(self.notes),
+            colour=self.colour,
         )
 
     def _look(self, picture: Any) -> None:
-        """Size, pixel shape, rotation and colour format of the first picture."""
+        """Size, pixel shape, rotation and colours of the first picture."""
         self.stored = (picture.width, picture.height)
         shape = self.pixel_shape or Fraction(1)
         shape = shape if Fraction(1, 10) < shape < 10 else Fraction(1)
@@ -151,15 +141,22 @@ class Screen:
             self.notes["alpha on black"] = None
         if picture.format.components[0].bits > 8:
             self.notes[f"{picture.format.components[0].bits} bits to 8"] = None
-        if picture.color_trc in HDR_TRANSFERS:
-            self.notes["HDR taken without tone mapping"] = None
+        self.colour = video_colour(picture)
+        self.notes.update(dict.fromkeys(self.colour.notes))
         if picture.interlaced_frame:
             self.notes["interlaced, taken as it is"] = None
 
     def _to_rgb(self, picture: Any, size: tuple[int, int]) -> np.ndarray:
+        if self.colour.matrix is not None and picture.colorspace in UNTAGGED:
+            picture.colorspace = self.colour.matrix
+        pixels = self._resized_rgb(picture, size)
+        return self.colour.gamut.convert(pixels) if self.colour.gamut else pixels
+
+    def _resized_rgb(self, picture: Any, size: tuple[int, int]) -> np.ndarray:
         layout = picture.format
         if layout.has_palette or any(component.is_alpha for component in layout.components):
-            return _resize_rgb(_on_black(picture.to_ndarray(format="rgba")), size)
+            rgba = picture.to_ndarray(format="rgba")
+            return _resize_rgb(on_black(rgba[..., :3], rgba[..., 3]), size)
         if layout.is_rgb:
             return _resize_rgb(picture.to_ndarray(format="rgb24"), size)
         planes = self.scale.reformat(picture, *size, format="gbrp", interpolation=SWS_FLAGS, threads=1)

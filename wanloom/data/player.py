@@ -13,6 +13,7 @@ import av.error
 
 from wanloom.data.clock import Clock, decodable
 from wanloom.data.decoding import MediaError
+from wanloom.data.media import choose_decoder
 
 TICK = Fraction(1, 1000)  # containers with millisecond clocks (Matroska) round by up to half of this
 FAR = 10  # seconds that are worth a jump
@@ -32,6 +33,7 @@ class Player:
     def __init__(self, container: Any, track: Any, can_seek: bool = False) -> None:
         self.container = container
         self.track = track
+        self.decoder = choose_decoder(track)
         self.clock = Clock(track)
         self.end = Fraction(0)  # of the last picture met so far
         self.can_seek = can_seek
@@ -66,8 +68,8 @@ class Player:
     def _decode(self) -> Iterator[Any]:
         for packet in decodable(self.container.demux(self.track)):
             self.clock.look(packet)
-            yield from self.track.decode(packet)
-        yield from self.track.decode(None)
+            yield from self.decoder.decode(packet)
+        yield from self.decoder.decode(None)
 
     def _play(self) -> Iterator[Shown]:
         previous: Any = None
@@ -101,6 +103,8 @@ class Player:
             self._restart()
 
     def _restart(self) -> None:
+        if self.decoder is not self.track:  # that one is emptied by the jump
+            self.decoder.flush_buffers()
         self.clock.restart()
         self._pictures = self._play()
         self._step()

@@ -96,12 +96,18 @@ def _bend(record: dict[str, Any]) -> str:
     return f"{record['aspect_change']:+.1%}" if abs(record["aspect_change"]) > 1 / min(record["resized"]) else ""
 
 
+def _guess(record: dict[str, Any]) -> str:
+    return record["colour"] if record["colour_guessed"] else ""
+
+
 FACTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "captions_truncated": _truncation,
     "resampled_in_time": _rate,
     "cropped": _cut,
     "enlarged": _growth,
     "bent_by_rounding": _bend,
+    "colours": lambda record: record["colour"],
+    "colours_guessed": _guess,
 }
 
 
@@ -136,6 +142,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         ("resampled_in_time", "resampled in time"),
         ("cropped", "cropped"),
         ("enlarged", "enlarged"),
+        ("colours_guessed", "colours guessed"),
     ):
         if report[name]:
             lines = [f"{file}: {what}" for file, what in sorted(report[name].items())]
