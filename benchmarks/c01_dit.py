@@ -23,8 +23,9 @@ from benchmarks.pair import (
     share_weights,
     without_blocks,
 )
-from wanloom.model.dit import DiTConfig, WanDiT
+from wanloom.model.dit import WanDiT
 from wanloom.model.kernels import dtypes
+from wanloom.model.settings import DiTConfig
 from wanloom.parallel.compile import apply_compile
 
 DEPTH = 30

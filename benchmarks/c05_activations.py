@@ -29,11 +29,13 @@ from benchmarks.measure import Row, main
 from benchmarks.pair import WIDTHS
 from benchmarks.peer import build_diffusers, cast_as_loaded
 from wanloom.model import attention, kernels
-from wanloom.model.dit import Conditions, DiTConfig, WanDiT, cast_weights
+from wanloom.model.dit import Conditions, WanDiT, cast_weights
 from wanloom.model.modulation import build_layout
 from wanloom.model.sequence import Pack, rope_table
+from wanloom.model.settings import DiTConfig
 from wanloom.parallel.compile import apply_compile
-from wanloom.parallel.recompute import Recompute, apply_recompute
+from wanloom.parallel.recompute import apply_recompute
+from wanloom.parallel.settings import Recompute
 
 TOY = {"dim": 96, "ffn_dim": 256, "num_heads": 4, "text_dim": 64, "freq_dim": 32}
 GRIDS = ((5, 64, 64), (10, 64, 64))  # of the counted tokens

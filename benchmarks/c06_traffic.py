@@ -39,7 +39,7 @@ from benchmarks.c05_activations import (
 )
 from benchmarks.measure import Row, main
 from benchmarks.pair import WIDTHS
-from wanloom.model.dit import DiTConfig
+from wanloom.model.settings import DiTConfig
 
 TOKENS = (128, 256)
 HEAVY = ("mm", "scaled_dot_product", "empty")  # parts of the names of what is no elementwise kernel

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from benchmarks.measure import Row, main, take_turns
 from benchmarks.mixes import CLIP_240P, CLIP_480P, IMAGE, MIXES
 from benchmarks.pair import relative
-from wanloom.model.dit import CONFIGS, Block, DiTConfig, WanDiT
+from wanloom.model.dit import Block, WanDiT
 from wanloom.model.flops import train_flops
 from wanloom.model.sequence import Pack, build_pack
+from wanloom.model.settings import CONFIGS, DiTConfig
 
 BATCH, CAPTION = 4, 80
 FLOPS_TARGETS = {"A": 1.7, "B": 2.5}  # the other mixes were promised no number

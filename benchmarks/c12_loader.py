@@ -23,8 +23,7 @@ from torch import Tensor
 from benchmarks.measure import Row, main, take_turns
 from wanloom.data.index import INDEX, build_table, encode_index
 from wanloom.data.loader import Loader, Plan, Step
-from wanloom.data.order import SourceConfig
-from wanloom.data.packing import BatchConfig
+from wanloom.data.settings import BatchConfig, SourceConfig
 from wanloom.data.shards import Dataset, Sample, index_rows
 from wanloom.data.tar import END, scan_tar, tar_pair
 from wanloom.files import write_atomic

@@ -20,7 +20,8 @@ from benchmarks.c05_activations import TOY, draw_conditions
 from benchmarks.c06_traffic import count_kernels
 from benchmarks.measure import Row, main, take_turns
 from benchmarks.pair import WIDTHS, relative
-from wanloom.model.dit import Block, Conditions, DiTConfig, WanDiT, cast_weights
+from wanloom.model.dit import Block, Conditions, WanDiT, cast_weights
+from wanloom.model.settings import DiTConfig
 from wanloom.parallel.compile import apply_compile
 
 CASES = ((torch.float32, 390), (torch.bfloat16, 390), (torch.float32, 1560))

@@ -20,7 +20,8 @@ from benchmarks.tiny_task import SAMPLES, OwnRun, Size, build_objective, held_ou
 from wanloom.data.loader import Item
 from wanloom.data.shards import Sample
 from wanloom.model.sequence import Pack
-from wanloom.objective.flow import PRESETS, FlowConfig, flow_loss
+from wanloom.objective.flow import flow_loss
+from wanloom.objective.settings import PRESETS, FlowConfig
 from wanloom.train.step import build_input
 
 SIZES: dict[Size, int] = {(17, 64, 64): 80, (9, 96, 64): 48, (1, 64, 64): 48}

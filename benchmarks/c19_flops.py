@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Row, main
 from benchmarks.peer import build_diffusers
-from wanloom.model.dit import CONFIGS, DiTConfig
 from wanloom.model.flops import forward_flops, train_flops
+from wanloom.model.settings import CONFIGS, DiTConfig
 
 DFM_PER_TOKEN = 165.907e9  # at 37,440 tokens
 MAXDIFFUSION_720P = 19_573e12

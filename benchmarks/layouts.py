@@ -27,17 +27,18 @@ from torch import Tensor
 from wanloom.config import UserError
 from wanloom.data.loader import Loader, Plan
 from wanloom.data.mock import MockDataset
-from wanloom.data.order import SourceConfig
-from wanloom.data.packing import BatchConfig
+from wanloom.data.settings import BatchConfig, SourceConfig
 from wanloom.dist import gather, pick_device, process_group, rank, world_size
 from wanloom.files import write_atomic
-from wanloom.model.dit import CONFIGS, DiTConfig, WanDiT, init_weights
+from wanloom.model.dit import WanDiT, init_weights
 from wanloom.model.flops import train_flops
 from wanloom.model.kernels import resolve_kernel
-from wanloom.objective.flow import FlowConfig
+from wanloom.model.settings import CONFIGS, DiTConfig
+from wanloom.objective.settings import FlowConfig
 from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
-from wanloom.parallel.mesh import ONE_PROCESS, Mesh, ParallelConfig, resolve_layout
+from wanloom.parallel.mesh import ONE_PROCESS, Mesh, resolve_layout
+from wanloom.parallel.settings import ParallelConfig
 from wanloom.train.step import Batch, Objective, build_batch, forward_backward
 
 BOUNDS = {False: 1e-5, True: 6e-2}  # by bf16

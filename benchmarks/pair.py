@@ -17,8 +17,9 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from benchmarks.peer import build_diffusers, cast_as_loaded
-from wanloom.model.dit import DiTConfig, WanDiT, cast_weights
+from wanloom.model.dit import WanDiT, cast_weights
 from wanloom.model.sequence import Pack, build_pack, grid_of, patchify
+from wanloom.model.settings import DiTConfig
 from wanloom.model.weights import state_dict_as
 
 WIDTHS = {  # of one block of the published models

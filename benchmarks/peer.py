@@ -8,8 +8,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from wanloom.model.dit import DiTConfig
 from wanloom.model.published import config_json
+from wanloom.model.settings import DiTConfig
 
 
 def build_diffusers(config: DiTConfig) -> WanTransformer3DModel:

@@ -15,18 +15,19 @@ from wanloom.assets import find_pipeline
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.data.loader import Loader, Plan
-from wanloom.data.order import SourceConfig
-from wanloom.data.packing import BatchConfig
+from wanloom.data.settings import BatchConfig, SourceConfig
 from wanloom.data.shapes import SEEN, build_clip
 from wanloom.data.shards import Dataset
 from wanloom.data.tar import END, tar_pair
 from wanloom.evaluate.validation import build_validation
 from wanloom.files import write_atomic
-from wanloom.model.dit import CONFIGS, WanDiT, init_weights
+from wanloom.model.dit import WanDiT, init_weights
 from wanloom.model.flops import train_flops
-from wanloom.objective.flow import FlowConfig
+from wanloom.model.settings import CONFIGS
+from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
-from wanloom.train.optim import AdamW, OptimizerConfig
+from wanloom.train.optim import AdamW
+from wanloom.train.settings import OptimizerConfig
 from wanloom.train.step import Batch, Objective, StepResult, build_batch, train_step
 
 CONFIG = CONFIGS["tiny"]

@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from wanloom.data import shapes
-from wanloom.model.dit import CONFIGS, WanDiT, init_weights
+from wanloom.model.dit import WanDiT, init_weights
+from wanloom.model.settings import CONFIGS
 from wanloom.model.weights import load_dit, save_dit
 
 SEED = 20210

@@ -4,12 +4,13 @@ A config class sits beside the code that reads it; `recipes/run.py` only compose
 wanloom is a `UserError`: one sentence that the command line prints without a traceback.
 """
 
+import os
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from yaml.error import MarkedYAMLError
 
 T = TypeVar("T", bound="Config")
@@ -43,6 +44,14 @@ def sentence_of(error: UserError | OSError) -> str:
         return str(error)
     name = "" if error.filename is None else f"'{error.filename}' cannot be used: "
     return f"{name}{error.strerror or error}."
+
+
+def expand_home(path: str) -> str:
+    """`~` at the begin is the home folder, as a shell has it: not every shell sees it in `run_dir=~/runs`."""
+    return os.path.expanduser(path)
+
+
+UserPath = Annotated[str, AfterValidator(expand_home)]  # of a setting
 
 
 class Config(BaseModel):

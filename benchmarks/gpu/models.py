@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from benchmarks.gpu.instruments import Bench, kernel_facts
-from wanloom.model.dit import CONFIGS, DiTConfig, WanDiT, cast_weights
+from wanloom.model.dit import WanDiT, cast_weights
 from wanloom.model.sequence import Grid, Pack, build_pack, patchify, unpatchify
+from wanloom.model.settings import CONFIGS, DiTConfig
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 

@@ -22,9 +22,11 @@ from benchmarks.gpu.models import (
     grid_of,
     measure_step,
 )
-from wanloom.model.dit import DiTConfig, WanDiT, keeps_fp32
+from wanloom.model.dit import WanDiT, keeps_fp32
 from wanloom.model.flops import forward_flops, train_flops
-from wanloom.train.optim import AdamW, OptimizerConfig
+from wanloom.model.settings import DiTConfig
+from wanloom.train.optim import AdamW
+from wanloom.train.settings import OptimizerConfig
 
 SMALL = {"cheap": ("1.75-1.8 s, 68 GiB", 2.1), "none": ("1.75 s, 102 GiB", 2.1)}
 GIB = 135.0

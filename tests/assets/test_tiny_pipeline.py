@@ -10,7 +10,7 @@ from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError
 from wanloom.data import shapes
-from wanloom.model.dit import CONFIGS
+from wanloom.model.settings import CONFIGS
 from wanloom.model.weights import load_dit, read_config
 
 SEED = 4711  # neither of the seeds of tools/build_tiny.py

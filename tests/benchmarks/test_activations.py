@@ -6,7 +6,7 @@ import torch
 from benchmarks import c05_activations as module
 from benchmarks.c05_activations import LIMITS, TOY, attention_in_bf16, build_ours, kept_by_block, norm_in_one
 from benchmarks.pair import WIDTHS
-from wanloom.model.dit import CONFIGS, DiTConfig
+from wanloom.model.settings import CONFIGS, DiTConfig
 from wanloom.parallel.memory import kept_bytes
 
 FOURTEEN = CONFIGS["wan2.1-t2v-14b"]

@@ -17,7 +17,7 @@ from benchmarks.gpu.instruments import (
     distance,
     kernel_problem,
 )
-from wanloom.model.dit import CONFIGS
+from wanloom.model.settings import CONFIGS
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,8 @@ from wanloom.codecs.text import TextCodec
 from wanloom.model.weights import load_dit
 from wanloom.sample.generate import GenerateConfig, Request, draw_request_noise, generate, latents_shape
 from wanloom.sample.solvers import build_scheduler
-from wanloom.train.checkpoint import CheckpointConfig, Checkpointer
+from wanloom.train.checkpoint import Checkpointer
+from wanloom.train.settings import CheckpointConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 PROMPT, NEGATIVE = "A red circle moves to the left.", "a cat in snow"

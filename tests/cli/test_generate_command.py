@@ -19,7 +19,8 @@ from wanloom.model.weights import load_dit, save_weights
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import GenerateConfig, Request, draw_request_noise, generate, latents_shape
 from wanloom.sample.media import read_mp4
-from wanloom.train.checkpoint import CheckpointConfig, Checkpointer
+from wanloom.train.checkpoint import Checkpointer
+from wanloom.train.settings import CheckpointConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 SMALL = ["--height", "32", "--width", "48", "--frames", "5", "--steps", "2", "--device", "cpu"]

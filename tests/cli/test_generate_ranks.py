@@ -20,7 +20,7 @@ from wanloom import dist
 from wanloom.cli import generate, main
 from wanloom.cli.generate_plan import build_layout, build_plan, check_alike, check_arguments
 from wanloom.config import UserError
-from wanloom.model.dit import CONFIGS
+from wanloom.model.settings import CONFIGS
 from wanloom.sample.media import read_mp4
 
 ROOT = Path(__file__).parents[2]

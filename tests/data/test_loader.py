@@ -7,10 +7,9 @@ import torch
 
 from wanloom.config import UserError
 from wanloom.data.index import Row, build_table, read_table
-from wanloom.data.loader import DataConfig, Loader, Plan, open_sources
+from wanloom.data.loader import Loader, Plan, open_sources
 from wanloom.data.mock import MockDataset
-from wanloom.data.order import SourceConfig
-from wanloom.data.packing import BatchConfig
+from wanloom.data.settings import BatchConfig, DataConfig, SourceConfig
 
 MIX = "17x64x64,1x64x64*2,9x32x64"
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from wanloom.config import UserError
-from wanloom.data.order import Order, SourceConfig, source_weights
+from wanloom.data.order import Order, source_weights
+from wanloom.data.settings import SourceConfig
 
 
 def test_every_pass_has_every_sample_once_and_another_order():

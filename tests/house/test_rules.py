@@ -262,7 +262,7 @@ def test_help_is_quick():
         subprocess.run([sys.executable, "-m", "wanloom", "--help"], check=True, capture_output=True, cwd=ROOT)
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 1.0
-    code = "import sys, wanloom.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, wanloom.cli, wanloom.recipes.run; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

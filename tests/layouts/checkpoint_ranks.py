@@ -22,11 +22,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from wanloom.config import UserError
 from wanloom.dist import gather, is_lost
-from wanloom.model.dit import DiTConfig
+from wanloom.model.settings import DiTConfig
 from wanloom.parallel.params import box_of, local
 from wanloom.train import checkpoint as module
-from wanloom.train.checkpoint import CheckpointConfig, Checkpointer, load_tensors
+from wanloom.train.checkpoint import Checkpointer, load_tensors
 from wanloom.train.saved import find_checkpoint
+from wanloom.train.settings import CheckpointConfig
 
 SHAPES = {"one": (1, 5), "three": (3,), "seven": (7, 6), "wide": (6, 7), "even": (8, 5), "flat": (13, 2, 3)}
 CUT_BY_TP = {"seven": 0, "wide": 1, "even": 0, "three": 0}

@@ -19,19 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanloom.data.loader import Loader, Plan
 from wanloom.data.mock import MockDataset
-from wanloom.data.order import SourceConfig
-from wanloom.data.packing import BatchConfig
+from wanloom.data.settings import BatchConfig, SourceConfig
 from wanloom.dist import rank
 from wanloom.evaluate.validation import build_validation
-from wanloom.model.dit import DiTConfig, WanDiT
+from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
-from wanloom.objective.flow import FlowConfig
+from wanloom.model.settings import DiTConfig
+from wanloom.objective.settings import FlowConfig
 from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
-from wanloom.parallel.mesh import Mesh, ParallelConfig, resolve_layout
+from wanloom.parallel.mesh import Mesh, resolve_layout
+from wanloom.parallel.settings import ParallelConfig
 from wanloom.train.ema import Ema
 from wanloom.train.loop import Parts
-from wanloom.train.optim import AdamW, OptimizerConfig
+from wanloom.train.optim import AdamW
+from wanloom.train.settings import OptimizerConfig
 from wanloom.train.step import Batch, Objective, StepResult, build_batch, train_step
 
 # an eps that shows: a split norm that takes another one would be seen

@@ -18,8 +18,9 @@ from layouts.runs import SAMPLES, STEPS, Case, Result, initial, run
 from safetensors.torch import load_file
 
 from wanloom.model.dit import keeps_fp32
-from wanloom.parallel.mesh import ParallelConfig, resolve_layout
+from wanloom.parallel.mesh import resolve_layout
 from wanloom.parallel.pipeline import stage_blocks
+from wanloom.parallel.settings import ParallelConfig
 
 TESTS = Path(__file__).parents[1]
 BOUND = 1e-5  # relative, in fp32

@@ -6,8 +6,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from wanloom.model.dit import DiTConfig, WanDiT
+from wanloom.model.dit import WanDiT
 from wanloom.model.sequence import Pack, build_pack, grid_of, patchify
+from wanloom.model.settings import DiTConfig
 from wanloom.model.weights import state_dict_as
 
 SMALL = DiTConfig(

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,8 +17,9 @@ from dit_reference import (
 
 from wanloom.config import UserError, build_config
 from wanloom.model.attention import PackedAttention
-from wanloom.model.dit import CONFIGS, DiTConfig, WanDiT, cast_weights, init_weights, keeps_fp32, time_features
+from wanloom.model.dit import WanDiT, cast_weights, init_weights, keeps_fp32, time_features
 from wanloom.model.sequence import apply_rope, build_pack, grid_of, grid_positions, patchify, rope_table
+from wanloom.model.settings import CONFIGS, DiTConfig
 
 # unlike frames and sizes, images beside videos, neighbours of equal size, captions from empty to full, one at the limit
 MIXED = ([(1, 4, 6), (3, 4, 4), (3, 4, 4), (2, 6, 2), (5, 2, 8), (1, 2, 2)], [5, 0, 512, 7, 511, 5])
@@ -358,3 +360,12 @@ def test_a_model_built_on_meta_can_be_filled():
     init_weights(plain, 4)
     for name, value in plain.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_layers", 10_000_000), ("dim", 2**40), ("text_slots", 10**9), ("eps", 1e9), ("dim", 0)]
+)
+def test_a_shape_that_no_model_has_is_refused_before_it_is_built(name, value):
+    shape = {"dim": 128, "ffn_dim": 512, "num_heads": 4, "num_layers": 6, name: value}
+    with pytest.raises(UserError, match=f"The setting '{name}' is {re.escape(str(value))}: it must be"):
+        build_config(DiTConfig, shape)

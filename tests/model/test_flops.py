@@ -3,8 +3,8 @@ import torch
 from dit_reference import build_model, draw_samples
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from wanloom.model.dit import CONFIGS, DiTConfig
 from wanloom.model.flops import forward_flops
+from wanloom.model.settings import CONFIGS, DiTConfig
 
 WIDE = DiTConfig(dim=256, ffn_dim=1024, num_heads=2, num_layers=2, text_dim=64)
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from wanloom.config import UserError
 from wanloom.folders import Stored
 from wanloom.model import weights
-from wanloom.model.dit import CONFIGS, DiTConfig, WanDiT, keeps_fp32
+from wanloom.model.dit import WanDiT, keeps_fp32
 from wanloom.model.published import config_json, parse_config
+from wanloom.model.settings import CONFIGS, DiTConfig
 from wanloom.model.weights import (
     LAYOUTS,
     config_of,

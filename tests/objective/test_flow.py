@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from wanloom.config import UserError, build_config
-from wanloom.objective.flow import (
-    PRESETS,
-    FlowConfig,
-    flow_loss,
-    loss_weight,
-    noisy_and_velocity,
-    sample_sigma,
-    stratify,
-)
+from wanloom.objective.flow import flow_loss, loss_weight, noisy_and_velocity, sample_sigma, stratify
 from wanloom.objective.noise import draw_uniform
+from wanloom.objective.settings import PRESETS, FlowConfig
 
 GRID = [(i + 0.5) / 4000 for i in range(4000)]
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from wanloom.model.dit import DiTConfig, WanDiT
+from wanloom.model.dit import WanDiT
 from wanloom.model.sequence import Grid, Pack, build_pack
+from wanloom.model.settings import DiTConfig
 
 SMALL = DiTConfig(
     dim=48, ffn_dim=80, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=64, eps=1e-2

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from wanloom.model.dit import CONFIGS, DiTConfig, WanDiT
+from wanloom.model.dit import WanDiT
+from wanloom.model.settings import CONFIGS, DiTConfig
 from wanloom.parallel import memory
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.memory import activation_bytes, held_params, kept_bytes, state_bytes

@@ -5,8 +5,9 @@ import itertools
 import pytest
 
 from wanloom.config import UserError
-from wanloom.model.dit import CONFIGS
-from wanloom.parallel.mesh import AXES, Layout, ParallelConfig, resolve_layout
+from wanloom.model.settings import CONFIGS
+from wanloom.parallel.mesh import AXES, Layout, resolve_layout
+from wanloom.parallel.settings import ParallelConfig
 
 SMALL, LARGE = CONFIGS["wan2.1-t2v-1.3b"], CONFIGS["wan2.1-t2v-14b"]  # 12 and 40 heads
 

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from wanloom.config import UserError, setting_paths
-from wanloom.model.dit import CONFIGS
-from wanloom.objective.flow import PRESETS
+from wanloom.model.settings import CONFIGS
+from wanloom.objective.settings import PRESETS
 from wanloom.recipes.run import MAY_CHANGE, Run, changed_keys, dump_run, load_run, model_config, recipe_names, use_mock
 
 
@@ -152,3 +152,16 @@ def test_a_word_that_is_no_setting_is_told_what_is_near(word, message):
         load_run("tiny", [word])
     text = str(caught.value)
     assert message in text and not any(jargon in text for jargon in ("instance", "dictionary", "tuple", "Config"))
+
+
+def test_the_home_folder_is_meant_by_a_tilde_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/u")
+    words = ["run_dir=~/runs/x", "model=~/wan", "data.sources=[{path: ~/a}, {path: b~c}]"]
+    run = load_run("tiny", words)
+    assert (run.run_dir, run.model, *(s.path for s in run.data.sources)) == (
+        "/home/u/runs/x",
+        "/home/u/wan",
+        "/home/u/a",
+        "b~c",
+    )
+    assert load_run("tiny", ["data.path=~/d"]).data.path == "/home/u/d"

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from wanloom.model.dit import DiTConfig, WanDiT
+from wanloom.model.dit import WanDiT
 from wanloom.model.sequence import Grid, Pack, build_pack
+from wanloom.model.settings import DiTConfig
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.sample.guidance import build_branches, build_text_kv, guided_velocity
 

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
 from wanloom.config import UserError
-from wanloom.model.dit import DiTConfig
+from wanloom.model.settings import DiTConfig
 from wanloom.threads import one_thread
 from wanloom.train import checkpoint as module
 from wanloom.train import saved
-from wanloom.train.checkpoint import CheckpointConfig, Checkpointer, load_tensors, load_weights
+from wanloom.train.checkpoint import Checkpointer, load_tensors, load_weights
 from wanloom.train.pieces import CHUNK
 from wanloom.train.saved import find_checkpoint, find_damage, list_checkpoints, read_state
+from wanloom.train.settings import CheckpointConfig
 
 CONFIG = DiTConfig(dim=8, ffn_dim=8, num_heads=1, num_layers=1)
 

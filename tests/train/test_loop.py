@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from wanloom.data.loader import Totals
-from wanloom.objective.flow import FlowConfig
+from wanloom.objective.settings import FlowConfig
 from wanloom.train import loop
-from wanloom.train.loop import RunState, Settings, TrainConfig, Trainer
-from wanloom.train.metrics import LogConfig
-from wanloom.train.optim import ScheduleConfig
+from wanloom.train.loop import RunState, Settings, Trainer
+from wanloom.train.settings import LogConfig, ScheduleConfig, TrainConfig
 from wanloom.train.step import StepResult
 
 

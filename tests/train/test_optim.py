@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from wanloom.train.ema import Ema
-from wanloom.train.optim import AdamW, OptimizerConfig, ScheduleConfig, learning_rate
+from wanloom.train.optim import AdamW, learning_rate
+from wanloom.train.settings import OptimizerConfig, ScheduleConfig
 
 
 def build_params() -> dict[str, nn.Parameter]:

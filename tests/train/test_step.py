@@ -8,13 +8,12 @@ from torch import nn
 
 from wanloom.data.loader import Item, Loader, Plan
 from wanloom.data.mock import MockDataset
-from wanloom.data.order import SourceConfig
-from wanloom.data.packing import BatchConfig
+from wanloom.data.settings import BatchConfig, SourceConfig
 from wanloom.data.shards import Sample
 from wanloom.model.sequence import patchify
 from wanloom.model.weights import load_dit, state_dict_as
-from wanloom.objective.flow import FlowConfig
 from wanloom.objective.noise import draw_noise, draw_uniform
+from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import ONE_PROCESS, Layout, Mesh
 from wanloom.train.step import (
     NonFiniteError,

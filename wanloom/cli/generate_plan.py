@@ -14,7 +14,7 @@ from wanloom.config import UserError, build_config
 if TYPE_CHECKING:  # torch is imported only when the command runs
     import torch
 
-    from wanloom.model.dit import DiTConfig
+    from wanloom.model.settings import DiTConfig
     from wanloom.parallel.mesh import Layout
     from wanloom.recipes.trained import Trained
     from wanloom.sample.generate import GenerateConfig
@@ -136,7 +136,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def build_layout(arguments: argparse.Namespace, guidance: float, model: "DiTConfig") -> "Layout":
     """How the processes share the work: the branches are data ranks, and what is left shares the tokens."""
     from wanloom.dist import world_size
-    from wanloom.parallel.mesh import ParallelConfig, resolve_layout
+    from wanloom.parallel.mesh import resolve_layout
+    from wanloom.parallel.settings import ParallelConfig
 
     world, tp, branches = world_size(), arguments.tp, arguments.cfg_parallel
     if tp < 1:
@@ -205,7 +206,7 @@ def check_negative(arguments: argparse.Namespace, config: "GenerateConfig", line
 
 def fill_sizes(arguments: argparse.Namespace, model_config: "DiTConfig", name: str) -> Sizes:
     """Asked sizes, completed by the defaults of the model. Raises UserError where a model has none."""
-    from wanloom.model.dit import CONFIGS
+    from wanloom.model.settings import CONFIGS
 
     known = next((DEFAULTS.get(key) for key, config in CONFIGS.items() if config == model_config), None)
     asked = (arguments.height, arguments.width, arguments.frames)

@@ -16,7 +16,7 @@ from wanloom.config import UserError, load_yaml
 
 if TYPE_CHECKING:
     from wanloom.data.shards import Row
-    from wanloom.model.dit import DiTConfig
+    from wanloom.model.settings import DiTConfig
 
 RUNS = Path("runs")  # where a hint puts the folder of a run
 MOST_PROMPT = 200  # characters of a caption that is shown as a prompt

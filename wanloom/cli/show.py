@@ -8,7 +8,8 @@ from wanloom.terminal import say
 
 if TYPE_CHECKING:
     from wanloom.data.loader import Source
-    from wanloom.model.dit import DiTConfig, WanDiT
+    from wanloom.model.dit import WanDiT
+    from wanloom.model.settings import DiTConfig
     from wanloom.parallel.mesh import Layout
     from wanloom.recipes.run import Run
 

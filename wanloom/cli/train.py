@@ -17,7 +17,8 @@ if TYPE_CHECKING:  # torch is imported only when the command runs
     import torch
 
     from wanloom.data.loader import Plan, Source
-    from wanloom.model.dit import DiTConfig, WanDiT
+    from wanloom.model.dit import WanDiT
+    from wanloom.model.settings import DiTConfig
     from wanloom.parallel.mesh import Mesh
     from wanloom.recipes.run import Run
     from wanloom.train.loop import Parts, RunState

@@ -14,36 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-from pydantic import Field
 
-from wanloom.config import Config, UserError
+from wanloom.config import UserError
 from wanloom.data.index import Index, Row
 from wanloom.data.mock import MockDataset
-from wanloom.data.order import Order, SourceConfig, source_weights
-from wanloom.data.packing import BatchConfig, max_over_mean, pack_samples
+from wanloom.data.order import Order, source_weights
+from wanloom.data.packing import max_over_mean, pack_samples
+from wanloom.data.settings import BatchConfig, DataConfig, SourceConfig
 from wanloom.data.shards import Dataset, Sample
 
 T = TypeVar("T")
 FINGERPRINT = 2  # the way in which data is recorded; others cannot be compared
-
-
-class DataConfig(Config):
-    """Where the samples come from: one folder (`path`), a mix (`sources`) or nowhere (`mock`)."""
-
-    path: str | None = None
-    sources: tuple[SourceConfig, ...] = ()
-    mock: str | None = None  # shapes of made-up samples
-    prefetch: int = Field(default=2, ge=1)  # steps read ahead
-
-    def resolved(self) -> tuple[SourceConfig, ...]:
-        """The sources, whichever way they were given. Raises UserError unless there is exactly one way."""
-        ways = [bool(self.path), bool(self.sources), bool(self.mock)]
-        if sum(ways) != 1:
-            raise UserError(
-                "Say once where the training data is: data.path=FOLDER for a prepared folder, data.sources for "
-                "several, or --mock SHAPES for made-up data."
-            )
-        return self.sources or (SourceConfig(path=self.path or f"mock {self.mock}"),)
 
 
 class Source(Protocol):

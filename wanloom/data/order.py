@@ -15,17 +15,9 @@ from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
-from pydantic import Field
 
-from wanloom.config import Config, UserError
-
-
-class SourceConfig(Config):
-    """A prepared folder and how often it is seen: by `repeats` of its samples or by its `weight` in the mix."""
-
-    path: str
-    repeats: int | None = Field(default=None, gt=0)  # passes over this source while a source with 1 is passed once
-    weight: float | None = Field(default=None, gt=0)  # share of the positions, relative to the other weights
+from wanloom.config import UserError
+from wanloom.data.settings import SourceConfig
 
 
 @dataclass(frozen=True, slots=True)

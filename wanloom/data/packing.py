@@ -15,21 +15,13 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
-from pydantic import Field
 
-from wanloom.config import Config, UserError
+from wanloom.config import UserError
 
 GOOD = 1.002  # max over mean at which nothing more is tried
 RATIOS = (1.0, 0.7, 0.5)  # work of a round over that of the round before
 ROUND_COST = 0.03  # of a step: one more round gathers all weights once more
 MOVES = 2  # exchanges for each pack, at most
-
-
-class BatchConfig(Config):
-    """What makes a step; results do not depend on `tokens_per_pack`, speed and memory do."""
-
-    samples: int = Field(gt=0)  # per optimizer step, over all ranks
-    tokens_per_pack: int = Field(gt=0)  # video tokens of one forward pass
 
 
 def pack_samples(tokens: Sequence[int], budget: int, cost: Sequence[float], ranks: int = 1) -> list[list[int]]:

@@ -7,7 +7,8 @@ trainers of Wan publish (165.9 GFLOP per token for the 14B at 37,440 tokens). Mo
 and left out.
 """
 
-from wanloom.model.dit import PATCH_SIZE, DiTConfig
+from wanloom.model.dit import PATCH_SIZE
+from wanloom.model.settings import DiTConfig
 
 
 def forward_flops(config: DiTConfig, video_tokens: int, text_slots: int = 512) -> int:

@@ -22,15 +22,15 @@ ones are tested on meta tensors only: arguments and shapes.
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wanloom.config import UserError, nearest
+from wanloom.model.settings import Kernel
 
-Kernel = Literal["auto", "cudnn", "flash", "efficient"]
 KERNELS = get_args(Kernel)
 HALF = (torch.bfloat16, torch.float16)
 LSE_BLOCK = 32  # `efficient` reads the log-sum-exp in blocks of so many queries

@@ -10,8 +10,8 @@ from typing import Any
 
 from wanloom.config import UserError, build_config
 from wanloom.folders import brief, files_in, files_of_index, note
-from wanloom.model.dit import DiTConfig
 from wanloom.model.sequence import PATCH
+from wanloom.model.settings import DiTConfig
 
 # (ours, original, diffusers) keys of config.json; diffusers gives the width of a head in place of that of the model
 CONFIG_KEYS = (

@@ -12,42 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from wanloom.config import Config
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "pretrain": {
-        "sampler": "logit_normal",
-        "logit_mean": 0.0,
-        "logit_std": 1.5,
-        "mix_uniform_ratio": 0.2,
-        "shift": 2.5,
-        "weighting": "linear",
-    },
-    "finetune": {"sampler": "uniform", "mix_uniform_ratio": 0.0, "shift": 3.0, "weighting": "linear"},
-}
-
-
-class FlowConfig(Config):
-    """How noise levels are drawn and weighted; the defaults are the `finetune` preset."""
-
-    sampler: Literal["uniform", "logit_normal", "mode", "beta"] = "uniform"
-    logit_mean: float = 0.0  # of the normal under `logit_normal`
-    logit_std: float = Field(default=1.0, gt=0)
-    mode_scale: float = Field(default=1.29, ge=-1.0, le=1.75)  # of `mode`; rising only in this range (SD3, 3.1)
-    beta_alpha: float = Field(default=2.5, ge=0.5)  # of `beta`: density u^(alpha-1) (1-u)^(beta-1)
-    beta_beta: float = Field(default=1.5, ge=0.5)
-    mix_uniform_ratio: float = Field(default=0.0, ge=0, le=1)  # this share of samples draws from `uniform` instead
-    stratified: bool = False  # spread the draws of one step evenly over the distribution
-    shift: float = Field(default=3.0, gt=0)  # sigma = s*u / (1 + (s-1)*u)
-    shift_tokens: int | None = Field(default=None, gt=0)  # where `shift` holds; it grows with the square root
-    weighting: Literal["linear", "none"] = "linear"  # loss weight 1 + shift * sigma, or 1
+from wanloom.objective.settings import FlowConfig
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ recomputation, compilation, offload, FSDP: each sees the module that those befor
 """
 
 from wanloom.model.dit import WanDiT
-from wanloom.parallel.compile import Compile, apply_compile
+from wanloom.parallel.compile import apply_compile
 from wanloom.parallel.context import apply_context
 from wanloom.parallel.fsdp import apply_fsdp
 from wanloom.parallel.mesh import Mesh
 from wanloom.parallel.offload import apply_offload
 from wanloom.parallel.pipeline import apply_pipeline
-from wanloom.parallel.recompute import Recompute, apply_recompute
+from wanloom.parallel.recompute import apply_recompute
+from wanloom.parallel.settings import Compile, Recompute
 from wanloom.parallel.tensor import apply_tensor
 
 

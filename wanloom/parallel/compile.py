@@ -7,8 +7,6 @@ size of 1: a pack of one sample is a graph of its own, and so is a pass without 
 limit is an error, as for every whole graph, and no fallback.
 """
 
-from typing import Literal
-
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.fx.experimental import _config as symbols
@@ -16,8 +14,7 @@ from torch.utils._triton import has_triton
 
 from wanloom.config import UserError
 from wanloom.model.dit import Block, WanDiT
-
-Compile = Literal["none", "block"]
+from wanloom.parallel.settings import Compile
 
 
 def apply_compile(model: WanDiT, compile: Compile, device: torch.device) -> None:

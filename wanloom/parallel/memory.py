@@ -9,11 +9,12 @@ pass of a block keeps, without the allocator's slack and the kernels' workspace.
 import math
 from typing import NamedTuple
 
-from wanloom.model.dit import DiTConfig, WanDiT, keeps_fp32
+from wanloom.model.dit import WanDiT, keeps_fp32
+from wanloom.model.settings import DiTConfig
 from wanloom.parallel.mesh import Layout
 from wanloom.parallel.pipeline import stage_blocks
 from wanloom.parallel.plan import BLOCK, ROOT, Style
-from wanloom.parallel.recompute import Recompute
+from wanloom.parallel.settings import Recompute
 
 FP32 = 4  # bytes; of weights, gradients, both moments and the average
 FIRST_STAGE = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")

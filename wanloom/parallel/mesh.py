@@ -9,31 +9,18 @@ its `pp * cp * tp` processes work on the same packs.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from wanloom.config import Config, UserError
-from wanloom.model.dit import DiTConfig
+from wanloom.config import UserError
+from wanloom.model.settings import DiTConfig
+from wanloom.parallel.settings import ParallelConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp_ring", "cp_ulysses", "tp")
 PARAM_AXES = ("dp_replicate", "fsdp", "tp")  # parameters of a stage are laid out over these; fsdp = dp_shard x cp
 LEFT = -1  # this axis takes what the others leave
-
-
-class ParallelConfig(Config):
-    """How many processes each axis has; the product is the number of processes. One of the two dp may be -1."""
-
-    dp_replicate: int = Field(default=1, ge=-1)  # copies of the model
-    dp_shard: int = Field(default=-1, ge=-1)  # parts of the parameters, gradients and moments (FSDP2); -1: what is left
-    cp: int = Field(default=1, ge=1)  # parts of a packed sequence (context parallel)
-    tp: int = Field(default=1, ge=1)  # parts of every layer (tensor and sequence parallel)
-    pp: int = Field(default=1, ge=1)  # stages of the model (pipeline parallel)
-    context: Literal["auto", "ulysses", "ring"] = "auto"  # how cp attends; auto: Ulysses as far as the heads divide
-    cp_ulysses: int | None = Field(default=None, ge=1)  # of `cp`, under context=auto; the rest is the ring
 
 
 @dataclass(frozen=True)

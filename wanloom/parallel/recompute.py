@@ -16,7 +16,7 @@ ranks. The bytes are in `memory.kept_bytes`. Source: Chen et al. 2016, arXiv 160
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ from wanloom.model.attention import ATTENTION_OPS
 from wanloom.model.dit import Block, Conditions, WanDiT
 from wanloom.parallel.context import CONTEXT_OPS
 from wanloom.parallel.offload import offloading_contexts
-
-Recompute = Literal["none", "cheap", "attention", "full"]
+from wanloom.parallel.settings import Recompute
 
 ATTEND = (*ATTENTION_OPS, *CONTEXT_OPS)
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)

@@ -14,20 +14,22 @@ import yaml
 from pydantic import Field
 
 from wanloom.assets import find_pipeline
-from wanloom.config import Config, UserError, build_config, dump_yaml, load_yaml, merge, nearest, parse_overrides
-from wanloom.data.loader import DataConfig
-from wanloom.data.packing import BatchConfig
-from wanloom.model.dit import CONFIGS, DiTConfig
-from wanloom.model.weights import read_config
-from wanloom.objective.flow import PRESETS, FlowConfig
-from wanloom.parallel.compile import Compile
-from wanloom.parallel.mesh import ParallelConfig
-from wanloom.parallel.recompute import Recompute
-from wanloom.train.checkpoint import CheckpointConfig
-from wanloom.train.ema import EmaConfig
-from wanloom.train.loop import TrainConfig
-from wanloom.train.metrics import LogConfig
-from wanloom.train.optim import OptimizerConfig, ScheduleConfig
+from wanloom.config import (
+    Config,
+    UserError,
+    UserPath,
+    build_config,
+    dump_yaml,
+    load_yaml,
+    merge,
+    nearest,
+    parse_overrides,
+)
+from wanloom.data.settings import BatchConfig, DataConfig
+from wanloom.model.settings import CONFIGS, DiTConfig
+from wanloom.objective.settings import PRESETS, FlowConfig
+from wanloom.parallel.settings import Compile, ParallelConfig, Recompute
+from wanloom.train.settings import CheckpointConfig, EmaConfig, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 RECIPES = files("wanloom.recipes")
 PUBLISHED = {
@@ -112,25 +114,42 @@ class Run(Config):
     """Everything that decides a run."""
 
     ELSEWHERE = NAMES_ELSEWHERE
-    model: str  # `tiny`, a folder in diffusers layout, or a name on the Hugging Face hub
-    init: Literal["random", "pretrained"] = "random"  # start from random weights or from those of `model`
-    run_dir: str | None = None  # where checkpoints and metrics go; `wanloom train` needs it
-    seed: int = Field(default=0, ge=0)
-    data: DataConfig = DataConfig()
-    batch: BatchConfig
-    train: TrainConfig
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig = ScheduleConfig()
-    flow: FlowConfig = FlowConfig()
-    caption_dropout: float = Field(default=0.1, ge=0, lt=1)  # this share of draws sees the empty caption
-    clip_norm: float | None = Field(default=1.0, gt=0)  # of the gradient over all parameters
-    ema: EmaConfig = EmaConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    recompute: Recompute = "none"  # what the backward pass computes again instead of keeping it: saves memory
-    offload: bool = False  # what is kept for the backward pass waits in host memory
-    compile: Compile = "none"  # `block`: every block through torch.compile; minutes at the start, then faster
+    model: UserPath = Field(
+        description="tiny, a folder in diffusers layout, or a name on the Hugging Face hub such as "
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    )
+    init: Literal["random", "pretrained"] = Field(
+        default="random", description="start from random weights or from those of the model"
+    )
+    run_dir: UserPath | None = Field(
+        default=None, description="where checkpoints and metrics go; `wanloom train` needs it"
+    )
+    seed: int = Field(default=0, ge=0, description="of the order of the data, noise, noise levels and random weights")
+    data: DataConfig = Field(default=DataConfig(), description="where the samples come from")
+    batch: BatchConfig = Field(description="what makes a step")
+    train: TrainConfig = Field(description="how long and in which precision")
+    optimizer: OptimizerConfig = Field(description="AdamW")
+    schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="the learning rate over the run")
+    flow: FlowConfig = Field(default=FlowConfig(), description="how noise levels are drawn and weighted")
+    caption_dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="share of draws that see the empty caption, which guidance needs"
+    )
+    clip_norm: float | None = Field(default=1.0, gt=0, description="of the gradient over all parameters; null: never")
+    ema: EmaConfig = Field(default=EmaConfig(), description="the averaged weights")
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="when to save and how many to keep")
+    log: LogConfig = Field(default=LogConfig(), description="how often the run tells something")
+    parallel: ParallelConfig = Field(default=ParallelConfig(), description="how several processes share the work")
+    recompute: Recompute = Field(
+        default="none",
+        description="what the backward pass computes again to save memory: cheap (norms, rotation, GELU, "
+        "cross-attention), attention (all but self-attention) or full (all but the input of a block)",
+    )
+    offload: bool = Field(
+        default=False, description="what is kept for the backward pass waits in host memory; of a GPU only"
+    )
+    compile: Compile = Field(
+        default="none", description="block: every block through torch.compile; minutes at the start, then faster"
+    )
 
 
 def recipe_names() -> list[str]:
@@ -197,6 +216,8 @@ def model_config(model: str) -> DiTConfig:
     known = PUBLISHED.get(model, model)
     if known in CONFIGS:
         return CONFIGS[known]
+    from wanloom.model.weights import read_config  # takes torch
+
     return read_config(find_pipeline(model, ("transformer",)))
 
 

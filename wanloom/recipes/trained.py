@@ -16,7 +16,8 @@ from torch import Tensor
 from wanloom.config import UserError, build_config
 from wanloom.dist import together
 from wanloom.folders import check_finite
-from wanloom.model.dit import DiTConfig, WanDiT, cast_weights
+from wanloom.model.dit import WanDiT, cast_weights
+from wanloom.model.settings import DiTConfig
 from wanloom.parallel.params import local
 from wanloom.train.checkpoint import load_tensors, load_weights
 from wanloom.train.saved import find_checkpoint, read_state

@@ -21,18 +21,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
-from wanloom.config import Config, UserError, build_config, sentence_of
+from wanloom.config import UserError, build_config, sentence_of
 from wanloom.dist import gather, rank, together, world_size
 from wanloom.files import write_atomic
-from wanloom.model.dit import DiTConfig
+from wanloom.model.settings import DiTConfig
 from wanloom.parallel.params import local
 from wanloom.threads import one_thread
 from wanloom.train.pieces import Box, Stored, share, write_pieces
 from wanloom.train.saved import FOLDER, damaged, find_damage, list_checkpoints, read_state, step_of
+from wanloom.train.settings import CheckpointConfig
 
 PARTIAL = ".partial"
 FILE_BYTES = 2**30  # of a file, and of its block of memory for the copies
@@ -42,13 +42,6 @@ SEEN_TIMEOUT = 10.0  # seconds until a folder of rank 0 must show on the other m
 
 # one process without a process group is meant, not forgotten
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-
-
-class CheckpointConfig(Config):
-    """When to save and how many to keep; the last step is always saved."""
-
-    every: int = Field(default=500, gt=0)  # steps
-    keep: int = Field(default=2, ge=1)
 
 
 def load_tensors(checkpoint: Path, into: Mapping[str, Tensor]) -> None:

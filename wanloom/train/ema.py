@@ -8,17 +8,9 @@ end.
 from collections.abc import Mapping
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from wanloom.config import Config
 from wanloom.parallel.params import like, local
-
-
-class EmaConfig(Config):
-    """No average is kept unless `decay` is set."""
-
-    decay: float | None = Field(default=None, gt=0, lt=1)
 
 
 class Ema:

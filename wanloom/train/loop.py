@@ -11,34 +11,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
 from torch import Tensor
 
-from wanloom.config import Config, UserError, sentence_of
+from wanloom.config import UserError, sentence_of
 from wanloom.dist import gather, highest, is_lost, rank, together, world_size
 from wanloom.model.dit import WanDiT
-from wanloom.model.kernels import Kernel
-from wanloom.objective.flow import FlowConfig
+from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import Mesh
 from wanloom.signals import StopSignal
 from wanloom.train.checkpoint import Checkpointer
 from wanloom.train.ema import Ema
-from wanloom.train.metrics import LogConfig, Metrics, ProgressLine, peak_memory_gib
-from wanloom.train.optim import AdamW, ScheduleConfig, learning_rate
+from wanloom.train.metrics import Metrics, ProgressLine, peak_memory_gib
+from wanloom.train.optim import AdamW, learning_rate
+from wanloom.train.settings import LogConfig, ScheduleConfig, TrainConfig
 from wanloom.train.step import Batch, NonFiniteError, StepResult, train_step
 
 OUTPUT_CLOSED, SAVE_FAILED = 2**8, 2**16  # among numbers of signals
 NAMED_KEYS = 16  # samples named in the error; the file beside it has them all
-
-
-class TrainConfig(Config):
-    """How long and in which precision; weights, gradients and moments are fp32 in both."""
-
-    steps: int = Field(gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 is torch.autocast
-    kernel: Kernel = "auto"  # of attention
 
 
 @dataclass

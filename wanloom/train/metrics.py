@@ -19,26 +19,18 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from wanloom.config import Config, UserError
+from wanloom.config import UserError
 from wanloom.files import parse_json, write_atomic
 from wanloom.terminal import Outlet, Terminal
 
 FILE = "metrics.jsonl"
 Record = Mapping[str, float]
-
-
-class LogConfig(Config):
-    """How often the run tells something; in steps."""
-
-    every: int = Field(default=1, gt=0)  # a record is the mean over the steps since the record before
-    validate_every: int = Field(default=0, ge=0)  # held-out loss on the val split; 0 = never
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -7,34 +7,14 @@ offsets with no reason to be small. AdamW: Loshchilov and Hutter 2019.
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from wanloom.config import Config
 from wanloom.parallel.params import like, local
+from wanloom.train.settings import OptimizerConfig, ScheduleConfig
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class OptimizerConfig(Config):
-    """AdamW; the moments are fp32."""
-
-    lr: float = Field(gt=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)  # of matrices only
-
-
-class ScheduleConfig(Config):
-    """The learning rate over the run, relative to `optimizer.lr`."""
-
-    kind: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)  # linear, from lr / warmup_steps
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)  # where `linear` and `cosine` end at train.steps
 
 
 def learning_rate(config: ScheduleConfig, lr: float, step: int, num_steps: int) -> float:

@@ -19,8 +19,9 @@ from wanloom.data.loader import Item, Step, Totals
 from wanloom.dist import gather
 from wanloom.model.dit import WanDiT
 from wanloom.model.sequence import PATCH, Pack, build_pack, empty_pack, grid_of, patchify
-from wanloom.objective.flow import FlowConfig, flow_loss, noisy_and_velocity, sample_sigma, stratify
+from wanloom.objective.flow import flow_loss, noisy_and_velocity, sample_sigma, stratify
 from wanloom.objective.noise import draw_noise, draw_uniform
+from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import Mesh
 from wanloom.parallel.params import grad_norm, local, sum_copies
 from wanloom.parallel.parts import share_of

@@ -1,0 +1,40 @@
+"""The shape of a model and the names of its kernels; apart from the model so that they are checked without torch."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from wanloom.config import Config
+
+Kernel = Literal["auto", "cudnn", "flash", "efficient"]
+
+
+class DiTConfig(Config):
+    """The shape of a WanDiT; the defaults are what all published Wan 2.1 models share.
+
+    The bounds are far from any model, so that a broken config is a sentence before memory is asked for.
+    """
+
+    dim: int = Field(gt=0, le=65_536)
+    ffn_dim: int = Field(gt=0, le=262_144)
+    num_heads: int = Field(gt=0, le=1024)
+    num_layers: int = Field(gt=0, le=256)
+    in_channels: int = Field(default=16, gt=0, le=4096)
+    out_channels: int = Field(default=16, gt=0, le=4096)
+    text_dim: int = Field(default=4096, gt=0, le=65_536)
+    freq_dim: int = Field(default=256, gt=0, le=65_536)
+    text_slots: int = Field(default=512, gt=0, le=65_536)
+    eps: float = Field(default=1e-6, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> "DiTConfig":
+        if self.dim % self.num_heads or self.dim // self.num_heads % 2:
+            raise ValueError(f"dim {self.dim} does not split into {self.num_heads} heads of an even width")
+        return self
+
+
+CONFIGS = {
+    "wan2.1-t2v-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "wan2.1-t2v-14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "tiny": DiTConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64),
+}
