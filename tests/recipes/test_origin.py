@@ -1,16 +1,22 @@
 """Prepared data is compared to the VAE and text encoder of the run's model, wherever it lies."""
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import fsspec
 import pytest
+import torch
+from safetensors.torch import save
 
 from wanloom.cli.prepare import identify as identify_for_prepare
 from wanloom.config import UserError
 from wanloom.data.prepare import DONE
-from wanloom.recipes.origin import check_origins
+from wanloom.data.shards import Dataset
+from wanloom.data.tar import END, tar_pair
+from wanloom.recipes.origin import check_origins, note_unhashed
 from wanloom.recipes.run import load_run
 
 
@@ -65,3 +71,25 @@ def test_a_damaged_record_is_said(tiny_pipeline, tmp_path):
     (tmp_path / DONE).write_text("{")
     with pytest.raises(UserError, match=r"prepare\.json is damaged"):
         notes(tiny_pipeline, tmp_path)
+
+
+def test_samples_whose_content_cannot_be_compared_are_a_note(tmp_path):
+    """As folders of others have them: safetensors and json, without a sha256."""
+    tensors = {"latents": torch.zeros(16, 1, 4, 4).bfloat16(), "text": torch.zeros(3, 64)}
+    ours = tar_pair("ours", tensors["latents"], tensors["text"], {"caption": "x"}) + END
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.tar").write_bytes(ours)
+    said: list[str] = []
+    note_unhashed([Dataset.open(tmp_path), "made up"], said.append)
+    assert said == []
+    with tarfile.open(tmp_path / "train" / "b.tar", "w") as tar:
+        for name, data in (("x.safetensors", save(tensors)), ("x.json", b'{"caption": "x"}')):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    (tmp_path / "index.parquet").unlink()
+    note_unhashed([Dataset.open(tmp_path)], said.append)
+    assert said == [
+        f"Note: 1 samples of {tmp_path} have no sha256, as folders that others made: whether their content stays the "
+        "same is not checked, only names and lengths are."
+    ]

@@ -117,6 +117,20 @@ def test_the_newest_are_kept_and_leftovers_of_a_kill_go(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_links_among_the_checkpoints_are_links(tmp_path):
+    """As made by hand, to have a checkpoint on another disk; what they lead to is left alone."""
+    save_steps(tmp_path, [1, 2])
+    folder, away = tmp_path / "checkpoints", tmp_path / "away"
+    (folder / "step_0000001").rename(away)
+    (folder / "step_0000001").symlink_to(away)
+    (folder / "old.partial").symlink_to(away)
+    (folder / "file.partial").write_text("x")
+    load_tensors(folder / "step_0000001", build_tensors())
+    save_steps(tmp_path, [3], keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_0000002", "step_0000003"]
+    assert find_damage(away) is None
+
+
 def damage_truncate(folder):
     file = next(folder.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:100])

@@ -85,7 +85,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
     from wanloom.files import write_atomic
     from wanloom.model.flops import train_flops
     from wanloom.parallel.mesh import Mesh, resolve_layout
-    from wanloom.recipes.origin import check_origins
+    from wanloom.recipes.origin import check_origins, note_unhashed
     from wanloom.recipes.run import dump_run, model_config
     from wanloom.train.checkpoint import Checkpointer
     from wanloom.train.loop import Settings, Trainer
@@ -113,6 +113,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
             return None
         show_log(progress)
         check_origins(run, progress.say)
+        note_unhashed(sources, progress.say)
         where = device.type if layout.world == 1 else f"{layout.world} x {device.type} ({layout.describe()})"
         progress.say(
             f"{run.model} from {run.init} weights on {where} in {run.train.precision}, attention by {kernel}: "

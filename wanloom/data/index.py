@@ -73,6 +73,10 @@ class Strings(Sequence[str]):
         start = self._ends[i - 1] if i else 0
         return self._data[start : self._ends[i]].tobytes().decode()
 
+    def count_empty(self) -> int:
+        """How many are empty."""
+        return int(np.count_nonzero(self._ends[1:] == self._ends[:-1])) + int(len(self) > 0 and self._ends[0] == 0)
+
 
 @dataclass(frozen=True)
 class Index:

@@ -29,6 +29,7 @@ from torch import Tensor
 from wanloom.config import UserError
 from wanloom.data.index import INDEX, Columns, Index, Row, build_table, encode_index, read_table
 from wanloom.data.index_cache import open_index
+from wanloom.data.retry import Fetching, read_patiently
 from wanloom.data.tar import TENSORS, Pair, scan_tar, view_tensors
 from wanloom.files import write_atomic
 from wanloom.model.sequence import grid_of
@@ -85,6 +86,10 @@ class Dataset:
         """The samples of "train" or "val"."""
         return self._columns.splits[split]
 
+    def count_unhashed(self) -> int:
+        """How many samples have no sha256, as others make them: that they stay the same cannot be checked."""
+        return sum(index.texts["sha256"].count_empty() for index in self._columns.splits.values())
+
     def read(self, row: Row) -> Sample:
         """One sample. Raises UserError that names the shard and the key when its bytes are not what was written."""
         data, version = self._bytes(row)
@@ -114,19 +119,26 @@ class Dataset:
 
     def _bytes(self, row: Row) -> tuple[Tensor, Version | None]:
         """`(N,)` uint8 of a memory of its own; and which version of the file they are from, where that is known."""
+        shard = f"{self.path}/{row.shard}"
         try:
-            if self.is_local:
-                with open(f"{self.root}/{row.shard}", "rb", buffering=0) as file:
-                    found = os.fstat(file.fileno())
-                    file.seek(row.offset)
-                    data, filled = torch.empty(row.size, dtype=torch.uint8), 0
-                    while more := file.readinto(data.numpy().data[filled:]):  # one read may give less than there is
-                        filled += more
-                    return data[:filled], (found.st_ino, found.st_size, found.st_mtime_ns)
+            return read_patiently(shard, lambda: self._read_local(row) if self.is_local else self._fetch(row))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"The sample '{row.key}' in {shard} cannot be read: {reason.rstrip('.')}.") from error
+
+    def _read_local(self, row: Row) -> tuple[Tensor, Version]:
+        with open(f"{self.root}/{row.shard}", "rb", buffering=0) as file:
+            found = os.fstat(file.fileno())
+            file.seek(row.offset)
+            data, filled = torch.empty(row.size, dtype=torch.uint8), 0
+            while more := file.readinto(data.numpy().data[filled:]):  # one read may give less than there is
+                filled += more
+            return data[:filled], (found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def _fetch(self, row: Row) -> tuple[Tensor, None]:
+        with Fetching():
             fetched = self.fs.cat_file(f"{self.root}/{row.shard}", start=row.offset, end=row.offset + row.size)
-            return torch.frombuffer(bytearray(fetched), dtype=torch.uint8), None
-        except (OSError, ValueError) as error:
-            raise UserError(f"The sample '{row.key}' in {self.path}/{row.shard} cannot be read: {error}") from error
+        return torch.frombuffer(bytearray(fetched), dtype=torch.uint8), None
 
     def _check_shards(self) -> None:
         """Every shard is there and long enough: a lost or cut file is named now and not after hours."""

@@ -5,7 +5,7 @@ error, because nothing later would show it and the run's own VAE cannot decode w
 encoder are a note, because a fine-tune may be meant so. What cannot be compared is said, never skipped quietly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -13,7 +13,7 @@ from fsspec.core import url_to_fs
 from wanloom.assets import find_local
 from wanloom.codecs.identity import folder_identity
 from wanloom.config import UserError
-from wanloom.data.shards import DONE
+from wanloom.data.shards import DONE, Dataset
 from wanloom.files import parse_json
 from wanloom.recipes.run import Run
 
@@ -44,6 +44,16 @@ def check_origins(run: Run, say: Callable[[str], None]) -> None:
                     f"Note: {source.path} was prepared with other {name} files than those of {run.model}. If they are "
                     "another encoder, this run learns captions that the model's own encoder does not speak."
                 )
+
+
+def note_unhashed(sources: Sequence[object], say: Callable[[str], None]) -> None:
+    """Say where it cannot be checked that the samples stay what they are from one start to the next."""
+    for source in sources:
+        if isinstance(source, Dataset) and (count := source.count_unhashed()):
+            say(
+                f"Note: {count:,} samples of {source.path} have no sha256, as folders that others made: whether their "
+                "content stays the same is not checked, only names and lengths are."
+            )
 
 
 def identify(model: str, folders: tuple[str, ...]) -> str | None:

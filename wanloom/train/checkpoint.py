@@ -118,7 +118,7 @@ class Checkpointer:
             if rank() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 for leftover in folder.glob(f"*{PARTIAL}"):
-                    shutil.rmtree(leftover)
+                    remove(leftover)
                 token = folder / f"shared-{uuid.uuid4().hex}{PARTIAL}"
                 token.mkdir()
                 newest = next(reversed(list_checkpoints(self.run_dir)), None)
@@ -237,7 +237,7 @@ class Checkpointer:
             # a half deleted checkpoint must not look whole
             doomed = old.with_name(old.name + PARTIAL)
             old.rename(doomed)
-            shutil.rmtree(doomed)
+            remove(doomed)
 
 
 def _build_group() -> dist.ProcessGroup | None:
@@ -275,6 +275,14 @@ def allocate_copies(pieces: Mapping[str, Tensor], files: Mapping[str, int]) -> d
         block = blocks[files[name]][begins[name] : begins[name] + piece.nbytes]
         out[name] = block.view(piece.dtype).view(piece.shape)
     return out
+
+
+def remove(path: Path) -> None:
+    """Delete a folder with what it holds; of a link only the link, as what it leads to may be of others."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def sync_folder(path: Path) -> None:
