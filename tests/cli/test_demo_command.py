@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from wanloom.cli import demo, main
 from wanloom.data import shapes
@@ -12,21 +13,41 @@ from wanloom.report.page import Score
 from wanloom.sample.media import read_mp4, write_mp4
 
 
-def test_the_whole_job_runs(tmp_path, monkeypatch, capsys):
-    """Far too short a training to reach the targets: the demo must say so and end with 1, not with 0."""
+@pytest.fixture
+def short(monkeypatch):
+    """A demo of seconds."""
     monkeypatch.setattr(demo, "NUM_CLIPS", 24)
     monkeypatch.setattr(demo, "NUM_PROMPTS", 14)
     monkeypatch.setattr(demo, "SAMPLING", "--steps 2 --guidance 3")
     whole_job = demo.job
 
-    def short_job(out):
-        prepare, train, generate = whole_job(out)
+    def short_job(out, seed):
+        prepare, train, generate = whole_job(out, seed)
         return [prepare, [*train, "train.steps=3", "batch.samples=4", "log.every=1"], generate]
 
     monkeypatch.setattr(demo, "job", short_job)
+
+
+def test_the_whole_job_runs_goes_on_and_is_kept(tmp_path, short, monkeypatch, capsys):
+    """Far too short a training to reach the targets: the demo must say so and end with 1, not with 0."""
     out = tmp_path / "demo"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(demo, "judge", stop)
+        assert main(["demo", "--out", str(out)]) == 130
+    capsys.readouterr()
+    made = {path: path.stat().st_mtime_ns for part in ("clips", "run/checkpoints") for path in (out / part).rglob("*")}
+    assert len(made) > 48
+    assert main(["demo", "--out", str(out), "--seed", "3"]) == 2
+    assert "unfinished demo of another seed" in capsys.readouterr().err
+
     assert main(["demo", "--out", str(out)]) == 1
     printed = capsys.readouterr().out
+    assert "Going on with the demo in" in printed and "is complete at step 3" in printed
+    assert made == {path: path.stat().st_mtime_ns for path in made}
     assert printed.rstrip().splitlines()[-1] == str((out / "report.html").resolve())
     assert "missed" in printed and "held-out" in printed
     page = (out / "report.html").read_text()
@@ -34,7 +55,45 @@ def test_the_whole_job_runs(tmp_path, monkeypatch, capsys):
     assert "wanloom train tiny" in page and "never seen" in page
     losses = [json.loads(line)["loss"] for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3
-    assert main(["demo", "--out", str(out)]) == 1  # again in the same folder: replaced
+
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert main(["demo", "--out", str(out)]) == 2
+    assert "holds a finished demo" in capsys.readouterr().err
+    assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert not demo.open_folder(out, 1, replace=True)
+    assert [path.name for path in out.iterdir()] == ["README.txt"]
+    assert demo.open_folder(out, 1, replace=False)
+
+
+def test_a_command_that_fails_is_said_with_the_way_to_go_on(tmp_path, short, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "job", lambda out, seed: [["show", str(out / "nothing")]])
+    assert main(["demo", "--out", str(tmp_path / "de mo")]) == 2
+    printed = capsys.readouterr().out
+    assert (
+        "ended with exit code 2" in printed and f"`wanloom demo --out '{tmp_path / 'de mo'}' --seed 0` goes" in printed
+    )
+
+
+def test_no_two_seeds_share_a_draw(tmp_path):
+    clips, noise, training = set(), set(), set()
+    for seed in range(3):
+        demo.write_prompts(tmp_path / "prompts.jsonl", seed)
+        noise |= {json.loads(line)["seed"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()}
+        training.add(next(word for word in demo.job(tmp_path, seed)[1] if word.startswith("seed=")))
+        frames, _, _ = shapes.build_clip(demo.CLIP_SEED + seed, 0)
+        clips.add(frames.tobytes())
+    assert len(noise) == 3 * 64 and training == {"seed=0", "seed=1", "seed=2"} and len(clips) == 3
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "says"), [(1.2, 2, True), (0.3, 2, False), (3.0, 16, False), (9.0, 16, True)]
+)
+def test_a_busy_machine_is_said(monkeypatch, load, cores, says):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    assert demo.busy() == (
+        f"This machine is busy: {load} processes wanted its {cores} cores in the last minute." * says
+    )
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path, capsys):
@@ -45,7 +104,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path, capsys):
 
 
 def test_prompts_hold_all_that_is_held_out_and_spread_over_the_rest(tmp_path):
-    rows = demo.write_prompts(tmp_path / "prompts.jsonl")
+    rows = demo.write_prompts(tmp_path / "prompts.jsonl", 0)
     scenes = [scene for scene, _ in rows]
     assert len(rows) == 64 and scenes[:12] == list(shapes.HELD_OUT)
     assert len(set(scenes)) == 64
@@ -56,7 +115,7 @@ def test_prompts_hold_all_that_is_held_out_and_spread_over_the_rest(tmp_path):
 
 def test_training_clips_are_real_files_without_held_out_scenes(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "NUM_CLIPS", 62)
-    paths = demo.write_clips(tmp_path / "clips")
+    paths = demo.write_clips(tmp_path / "clips", 0)
     assert set(paths) == set(shapes.SEEN)
     files = sorted((tmp_path / "clips").glob("*.mp4"))
     assert len(files) == 62
@@ -70,7 +129,7 @@ def test_training_clips_are_real_files_without_held_out_scenes(tmp_path, monkeyp
 def test_scores_are_counted_from_the_pixels_of_the_generated_files(tmp_path, monkeypatch):
     """Clips that are wrong in known ways, in files whose names and order say nothing."""
     monkeypatch.setattr(demo, "NUM_PROMPTS", 24)  # 12 held out, 12 seen
-    prompts = demo.write_prompts(tmp_path / "prompts.jsonl")
+    prompts = demo.write_prompts(tmp_path / "prompts.jsonl", 0)
     wrong = {"color": {0, 1, 2, 12}, "shape": {1, 12, 13}, "direction": {5, 14, 15, 16, 17}}
     others = {
         "color": dict(zip(shapes.COLORS, [*list(shapes.COLORS)[1:], "red"], strict=True)),
@@ -85,8 +144,8 @@ def test_scores_are_counted_from_the_pixels_of_the_generated_files(tmp_path, mon
         frames = shapes.render(replace(scene, **changes), np.random.default_rng(i), 9)
         path = tmp_path / "generated" / f"{99 - i}.mp4"
         write_mp4(path, frames, 16)
-        path.with_suffix(".json").write_text(json.dumps({"seed": demo.PROMPT_SEED + i}))
-    report = demo.build_report(tmp_path, demo.judge(tmp_path / "generated", prompts), [], {})
+        path.with_suffix(".json").write_text(json.dumps({"seed": demo.prompt_seed(0, i)}))
+    report = demo.build_report(tmp_path, demo.judge(tmp_path / "generated", prompts, 0), [], {})
     found = {s.name: (s.all, s.seen, s.held_out, s.target, s.reached) for s in report.scores}
     assert found == {
         "colour": ((20, 24), (11, 12), (9, 12), 0.95, False),

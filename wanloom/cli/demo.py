@@ -1,7 +1,8 @@
 """`wanloom demo`: the whole job on small made-up clips, through the same commands that a user types.
 
 It makes captioned mp4 files of moving shapes, then runs prepare, train and generate, measures from the pixels whether
-the generated clips show what their prompts say, and writes report.html. Ends non-zero when a target is missed.
+the generated clips show what their prompts say, and writes report.html. Ends non-zero when a target is missed. Stopped
+anywhere, the same command goes on to the report; a finished demo is replaced only with `--replace`.
 """
 
 import argparse
@@ -17,57 +18,65 @@ from typing import Any
 import wanloom
 from wanloom.cli import main
 from wanloom.config import UserError
+from wanloom.files import write_atomic
 from wanloom.terminal import Terminal, say
 
 HELP = (
     "Make small clips, prepare them, train on them from random weights, generate from prompts, and write report.html."
 )
-NUM_CLIPS, NUM_PROMPTS, SEED, SIZE, FRAMES, FPS = 360, 64, 1, 64, 17, 16
+NUM_CLIPS, NUM_PROMPTS, SIZE, FRAMES, FPS = 360, 64, 64, 17, 16
 SAMPLING = "--steps 20 --guidance 2"
-PROMPT_SEED = 1_000_000  # generated clips draw other noise and other sentences than training
+CLIP_SEED, PROMPT_SEED = 1, 1_000_000  # --seed 0; of other seeds as many more, so that no two demos share a draw
 TARGETS = {"colour": 0.95, "direction of motion": 0.85, "shape": 0.80}
-MARKER = "this folder was made by wanloom demo"
+MARKER, REPORT = "this folder was made by wanloom demo", "report.html"
+BUSY = 0.25  # load of every core by others; less is what a machine does anyway
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo"), help="folder to write; an earlier demo in it is replaced"
-    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write (demo)")
+    parser.add_argument("--seed", type=int, default=0, help="of clips, training and generation (0)")
+    parser.add_argument("--replace", action="store_true", help="delete the earlier demo in the folder and start anew")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; 0 when every target is reached, 1 when not."""
+    from wanloom.report.page import build_page
+
     console = Terminal()
-    out: Path = arguments.out
-    clear(out)
+    out, seed = arguments.out, arguments.seed
+    if seed < 0:
+        raise UserError(f"--seed is {seed}: it counts from 0.")
+    if open_folder(out, seed, arguments.replace):
+        console.print(f"Going on with the demo in {out}.", soft_wrap=True)
+    if load := busy():
+        console.print(f"{load} It takes minutes on two idle cores and longer here.", soft_wrap=True)
     commands, began = [], time.monotonic()
-    clips = write_clips(out / "clips")
+    clips = write_clips(out / "clips", seed)
     commands.append((f"(made {NUM_CLIPS} captioned clips in {out / 'clips'})", time.monotonic() - began))
-    prompts = write_prompts(out / "prompts.jsonl")
-    for words in job(out):
+    prompts = write_prompts(out / "prompts.jsonl", seed)
+    for words in job(out, seed):
         text = shlex.join(["wanloom", *words])
         console.print(f"\n$ {text}", style="bold", soft_wrap=True)
         began = time.monotonic()
         code = main(words)  # in this process: the same code as from the shell, without loading the libraries again
         if code:
+            again = shlex.join(["wanloom", "demo", "--out", str(out), "--seed", str(seed)])
             console.print(f"The demo stopped: `{text}` ended with exit code {code}.", soft_wrap=True)
+            console.print(f"`{again}` goes on from there, with --replace from the start.", soft_wrap=True)
             return code
         commands.append((text, time.monotonic() - began))
     began = time.monotonic()
-    rows = judge(out / "generated", prompts)
+    rows = judge(out / "generated", prompts, seed)
     commands.append(("(measured the generated clips)", time.monotonic() - began))
     report = build_report(out, rows, commands, clips)
-    page = out / "report.html"
-    from wanloom.report.page import build_page
-
-    page.write_text(build_page(report), encoding="utf-8")
+    write_atomic(out / REPORT, build_page(report).encode())
     print_scores(console, report, commands)
-    say(str(page.resolve()))
+    say(str((out / REPORT).resolve()))
     return 0 if all(score.reached for score in report.scores) else 1
 
 
-def job(out: Path) -> list[list[str]]:
+def job(out: Path, seed: int) -> list[list[str]]:
     """The commands of the demo, as a user would type them: bf16 where the machine computes in it, else it is slow."""
     import torch
 
@@ -77,56 +86,93 @@ def job(out: Path) -> list[list[str]]:
     size = f"--height {SIZE} --width {SIZE} --frames {FRAMES}"
     lines = (
         f"prepare {{0}}/clips {{0}}/data --model tiny {size}",
-        f"train tiny data.path={{0}}/data run_dir={{0}}/run {speed} log.validate_every=400",
-        f"generate --checkpoint {{0}}/run --ema --prompts {{0}}/prompts.jsonl --out {{0}}/generated {size} {SAMPLING}",
+        f"train tiny data.path={{0}}/data run_dir={{0}}/run seed={seed} {speed} log.validate_every=400",
+        f"generate --checkpoint {{0}}/run --ema --prompts {{0}}/prompts.jsonl --out {{0}}/generated --overwrite {size} "
+        f"{SAMPLING}",
     )
     return [shlex.split(line.format(shlex.quote(str(out)))) for line in lines]
 
 
-def clear(out: Path) -> None:
-    """Remove an earlier demo. Raises UserError when the folder holds anything else."""
-    if out.exists() and any(out.iterdir()):
-        marker = out / "README.txt"
-        if not marker.is_file() or MARKER not in marker.read_text(encoding="utf-8"):
+def open_folder(out: Path, seed: int, replace: bool) -> bool:
+    """Make the folder ready; whether there is an unfinished demo in it to go on with.
+
+    Raises UserError when the folder holds anything else, a finished demo or one of another seed, and shall keep it.
+    """
+    marker, started = out / "README.txt", f"{MARKER}, with --seed {seed}.\n"
+    earlier = out.exists() and any(out.iterdir())
+    if earlier:
+        written = marker.read_text(encoding="utf-8", errors="replace") if marker.is_file() else ""
+        if MARKER not in written:
             raise UserError(f"'{out}' is not empty and was not made by wanloom demo: give another folder with --out.")
+        if not replace and (out / REPORT).exists():
+            raise UserError(
+                f"'{out}' holds a finished demo, see {out / REPORT}: --replace deletes it and starts anew, --out takes "
+                "another folder."
+            )
+        if not replace and written != started:
+            raise UserError(
+                f"'{out}' holds an unfinished demo of another seed or version: --replace deletes it and starts anew, "
+                "--out takes another folder."
+            )
+    if earlier and replace:
         for entry in out.iterdir():  # the marker stays: killed in the middle, the folder is still known as a demo's
-            if entry.is_dir():
+            if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             elif entry != marker:
                 entry.unlink()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "README.txt").write_text(f"{MARKER}; it is replaced when the demo runs again.\n", encoding="utf-8")
+    write_atomic(marker, started.encode())
+    return earlier and not replace
 
 
-def write_clips(folder: Path) -> dict[Any, Path]:
-    """The training clips as mp4 files with a caption in a text file beside each; a path of a clip for every scene."""
+def busy() -> str:
+    """A sentence when other processes use the cores that the demo computes on; empty where a GPU computes."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    if torch.cuda.is_available() or load < BUSY * cores:
+        return ""
+    return f"This machine is busy: {load:.1f} processes wanted its {cores} cores in the last minute."
+
+
+def write_clips(folder: Path, seed: int) -> dict[Any, Path]:
+    """The training clips as mp4 files with a caption in a text file beside each; a path of a clip for every scene.
+
+    The caption is written last: where it is, the clip of an earlier start is whole.
+    """
     from wanloom.data import shapes
     from wanloom.sample.media import write_mp4
 
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     paths = {}
     for index in range(NUM_CLIPS):
-        frames, scene, caption = shapes.build_clip(SEED, index, shapes.SEEN, FRAMES, SIZE, SIZE)
         path = folder / f"clip-{index:04d}.mp4"
-        write_mp4(path, frames, FPS)
-        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
-        paths[scene] = path
+        paths[shapes.SEEN[index % len(shapes.SEEN)]] = path
+        if not path.with_suffix(".txt").exists():
+            frames, _, caption = shapes.build_clip(CLIP_SEED + seed, index, shapes.SEEN, FRAMES, SIZE, SIZE)
+            write_mp4(path, frames, FPS)
+            write_atomic(path.with_suffix(".txt"), (caption + "\n").encode())
     return paths
 
 
-def write_prompts(path: Path) -> list[tuple[Any, str]]:
+def write_prompts(path: Path, seed: int) -> list[tuple[Any, str]]:
     """The prompts as JSON lines: all held-out scenes, then seen ones spread evenly; returns (scene, prompt)."""
     from wanloom.data import shapes
 
     spread = [shapes.SEEN[(i * 7) % len(shapes.SEEN)] for i in range(NUM_PROMPTS - len(shapes.HELD_OUT))]
     scenes = [*shapes.HELD_OUT, *spread]
     rows = [(scene, scene.caption(index)) for index, scene in enumerate(scenes)]
-    lines = [json.dumps({"prompt": text, "seed": PROMPT_SEED + i}) for i, (_, text) in enumerate(rows)]
+    lines = [json.dumps({"prompt": text, "seed": prompt_seed(seed, i)}) for i, (_, text) in enumerate(rows)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return rows
 
 
-def judge(folder: Path, prompts: list[tuple[Any, str]]) -> list[tuple[Any, str, Path, Any]]:
+def prompt_seed(seed: int, index: int) -> int:
+    """The seed of a generated clip: other noise than any other clip of any demo."""
+    return PROMPT_SEED + NUM_PROMPTS * seed + index
+
+
+def judge(folder: Path, prompts: list[tuple[Any, str]], seed: int) -> list[tuple[Any, str, Path, Any]]:
     """(scene, prompt, clip, what is seen in it) for every prompt, found by the json that generate wrote beside it."""
     from wanloom.evaluate.shapes import measure
     from wanloom.sample.media import read_mp4
@@ -136,7 +182,7 @@ def judge(folder: Path, prompts: list[tuple[Any, str]]) -> list[tuple[Any, str, 
         made[json.loads(path.read_text(encoding="utf-8"))["seed"]] = path.with_suffix(".mp4")
     rows = []
     for index, (scene, prompt) in enumerate(prompts):
-        clip = made[PROMPT_SEED + index]
+        clip = made[prompt_seed(seed, index)]
         rows.append((scene, prompt, clip, measure(read_mp4(clip))))
     return rows
 
