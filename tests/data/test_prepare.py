@@ -483,6 +483,7 @@ def test_links_hidden_files_and_strange_names(tmp_path: Path) -> None:
     source = tmp_path / "in"
     put_image(source, "a b/\u00e9t\u00e9 (1).png", "summer", 10)
     put_image(source, "a b/\u00e9t\u00e9-1.png", "winter", 20)
+    (source / "again").symlink_to(source / "a b")
     (source / "loop").symlink_to(source)
     (source / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (source / "gone.txt").write_text("x")

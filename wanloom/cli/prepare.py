@@ -96,6 +96,13 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "for --mode frames: from the middles of N equal parts of the video (1)",
         },
     },
+    "input": {
+        "--follow-links": {
+            "action": "store_true",
+            "default": None,
+            "help": "also take what is in folders outside of INPUT that links in it lead to",
+        },
+    },
     "captions": {
         "--caption-key": {"metavar": "NAME", "help": "key or column that holds the caption (caption)"},
         "--max-text-length": {
@@ -134,7 +141,17 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 TIMING = ("mode", "frames", "fps", "clips", "clips_per_video", "frames_per_video")
 FRAMING = ("height", "width", "crop", "keep_aspect", "max_area", "max_aspect")
-OTHER = ("caption_key", "max_text_length", "val_fraction", "shard_size", "batch_size", "dtype", "seed", "workers")
+OTHER = (
+    "caption_key",
+    "max_text_length",
+    "val_fraction",
+    "shard_size",
+    "batch_size",
+    "dtype",
+    "seed",
+    "workers",
+    "follow_links",
+)
 
 
 def read_config(arguments: argparse.Namespace) -> "PrepareConfig":

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from wanloom.config import Config, UserError
+from wanloom.data.content import Content
 from wanloom.data.decoding import MediaError
 from wanloom.data.framing import Frame, FramingConfig, aspect_change, choose_frame
 from wanloom.data.ledger import Ledger
@@ -48,6 +49,7 @@ class PrepareConfig(Config):
     seed: int = 0
     workers: int = Field(default_factory=lambda: min(8, max(1, (os.cpu_count() or 2) // 2 // local_world_size())))
     strict: bool = False
+    follow_links: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> "PrepareConfig":
@@ -148,8 +150,9 @@ def encode_blocks(
         def choose(width: float, height: float, number: int) -> Frame:
             return choose_frame(width, height, config.framing, config.seed, sample_key(entry.source, number))
 
+        content = Content(entry.stamp, entry.sha256)
         try:
-            yield from read_clips(source / entry.source, entry.kind, config.timing, choose)
+            yield from read_clips(source / entry.source, entry.kind, config.timing, choose, content.check)
         except MediaError as error:
             yield error
         yield None

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from wanloom.config import UserError
 from wanloom.data.captions import Caption, Sidecars, read_captions
+from wanloom.data.content import Stamp, hash_file, read_stamp
 from wanloom.data.tables import TABLES
 from wanloom.data.video import kind_of
 from wanloom.files import is_special
@@ -29,12 +31,17 @@ class Entry:
     kind: str  # "video" or "image"
     size: int
     mtime_ns: int
+    ctime_ns: int = 0
     sha256: str = ""  # of the content
     caption: str = ""
     caption_source: str = ""
     split: str = "train"
     drop: str = ""
     reason: str = ""
+
+    @property
+    def stamp(self) -> Stamp:
+        return Stamp(self.size, self.mtime_ns, self.ctime_ns)
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Plan:
     shared: dict[str, str]  # media files whose caption is also another's
     missing: list[str]  # listed in the metadata table, not in the folder
     ignored: list[str]  # neither media nor captions
+    links: list[str]  # to folders outside, not followed
 
     @property
     def fingerprint(self) -> str:
@@ -62,9 +70,18 @@ def read_entries(data: bytes) -> list[Entry]:
     return [Entry(**json.loads(line)) for line in data.splitlines()]
 
 
-def list_files(root: Path, leave_out: Path) -> tuple[list[str], list[str]]:
-    """All files under `root` as sorted relative paths, and the hidden ones apart. Links are followed, once each."""
-    visible, hidden, seen = [], [], set()
+class Listing(NamedTuple):
+    """The files of a folder as sorted relative paths."""
+
+    visible: list[str]
+    hidden: list[str]
+    links: list[str]  # to folders outside of it, not followed
+
+
+def list_files(root: Path, leave_out: Path, follow_links: bool = False) -> Listing:
+    """All files under `root`. Links to files and to folders inside are followed, once each; others when asked."""
+    visible, hidden, links, seen = [], [], [], set()
+    inside = root.resolve()
 
     def fail(error: OSError) -> None:
         raise UserError(f"The folder '{error.filename}' cannot be read: {error.strerror}.")
@@ -74,12 +91,16 @@ def list_files(root: Path, leave_out: Path) -> tuple[list[str], list[str]]:
         if real in seen or real == str(leave_out.resolve()):
             folders.clear()
             continue
+        if not follow_links and not Path(real).is_relative_to(inside):
+            links.append(Path(folder).relative_to(root).as_posix())
+            folders.clear()
+            continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             path = (Path(folder) / name).relative_to(root).as_posix()
             (hidden if name.startswith(".") else visible).append(path)
-    return sorted(visible), sorted(hidden)
+    return Listing(sorted(visible), sorted(hidden), sorted(links))
 
 
 def build_plan(
@@ -92,6 +113,7 @@ def build_plan(
     known: Sequence[Entry] = (),
     workers: int = 1,
     on_read: Callable[[int, int], None] = lambda done, total: None,
+    follow_links: bool = False,
 ) -> Plan:
     """The plan of a folder. `known` are entries of an earlier start: unchanged files are not read again.
 
@@ -99,10 +121,11 @@ def build_plan(
     """
     if not root.is_dir():
         raise UserError(f"There is no folder '{root}' with videos or images.")
-    visible, hidden = list_files(root, leave_out)
+    visible, hidden, links = list_files(root, leave_out, follow_links)
     media = [name for name in visible if kind_of(name)]
     if not media:
-        raise UserError(f"'{root}' holds no videos or images ({len(visible)} other files).")
+        linked = f" --follow-links takes what '{links[0]}' leads to." if links else ""
+        raise UserError(f"'{root}' holds no videos or images ({len(visible)} other files).{linked}")
     taken = [name for name in media if is_text(name) and (mode != "image" or kind_of(name) == "image")]
     captions = read_captions(root, taken, {name for name in visible if is_text(name)}, caption_key)
     sidecars = Sidecars(visible)
@@ -130,34 +153,33 @@ def build_plan(
         entries.append(entry)
     entries = _add_hashes(root, entries, known, workers, on_read)
     entries = _split(_drop_duplicates(entries), val_fraction, seed)
-    return Plan(entries, captions.conflicts, captions.shared, captions.missing, sorted(ignored + hidden))
+    return Plan(entries, captions.conflicts, captions.shared, captions.missing, sorted(ignored + hidden), links)
 
 
-def _stat(path: Path) -> tuple[int, int]:
+def _stat(path: Path) -> Stamp:
     try:
-        stat = path.stat()
+        return read_stamp(path.stat())
     except OSError:  # a link to nowhere: reading it will say so
-        return -1, 0
-    return stat.st_size, stat.st_mtime_ns
+        return Stamp(-1, 0, 0)
 
 
 def _add_hashes(
     root: Path, entries: list[Entry], known: Sequence[Entry], workers: int, on_read: Callable[[int, int], None]
 ) -> list[Entry]:
     """Read every file that may become samples once, in threads, for its sha256."""
-    before = {(e.source, e.size, e.mtime_ns): e.sha256 for e in known if e.sha256}
+    before = {(e.source, e.stamp): e.sha256 for e in known if e.sha256 and e.ctime_ns}
 
     def add(entry: Entry) -> Entry:
         if entry.drop:
             return entry
-        digest = before.get((entry.source, entry.size, entry.mtime_ns))
-        if digest is None:
-            try:
-                with (root / entry.source).open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                return replace(entry, drop="broken", reason=f"cannot be read: {error.strerror}")
-        return replace(entry, sha256=digest)
+        if digest := before.get((entry.source, entry.stamp)):
+            return replace(entry, sha256=digest)
+        try:
+            with (root / entry.source).open("rb") as file:
+                stamp = read_stamp(os.fstat(file.fileno()))  # first: what is changed from here on has another
+                return replace(entry, **stamp._asdict(), sha256=hash_file(file.fileno()))
+        except OSError as error:
+            return replace(entry, drop="broken", reason=f"cannot be read: {error.strerror}")
 
     out = []
     with ThreadPoolExecutor(workers) as pool:

@@ -33,7 +33,7 @@ from wanloom.data.tar import scan_tar
 from wanloom.dist import rank, together, world_size
 from wanloom.files import parse_json, write_atomic
 
-FREE = {"workers", "strict"}  # settings that change no byte of the result
+FREE = {"workers", "strict", "follow_links"}  # settings that change no byte of the result
 REPORT = "report.json"
 PLAN = "plan.jsonl"  # in the work folder
 
@@ -185,13 +185,17 @@ def _plan(request: Request, crew: Crew, settings: dict[str, Any], saved: Path) -
         known=read_entries(saved.read_bytes()) if saved.exists() else (),
         workers=config.workers,
         on_read=on_read,
+        follow_links=config.follow_links,
     )
     check_input(request.out, plan)
     if config.strict:
         refuse_drops(plan)
-    if not saved.exists() and not (request.out / DONE).exists():
+    if (request.out / DONE).exists():
+        return plan
+    if not saved.exists():
         # the plan last: where it is, the folder is known to be begun, and with what
         write_atomic(saved.with_name(DONE), _dump({"settings": settings, "input": plan.fingerprint}))
+    if not saved.exists() or saved.read_bytes() != plan.to_json():  # the same files may lie elsewhere by now
         write_atomic(saved, plan.to_json())
     return plan
 

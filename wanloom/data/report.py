@@ -66,6 +66,7 @@ class Report:
             **self.facts,
             "notes": {note: sorted(files) for note, files in self.notes.items()},
             "ignored": self.plan.ignored,
+            "links_not_followed": self.plan.links,
             "advice": advise(dropped, self.taken, self.settings),
         }
 
@@ -147,8 +148,12 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         if report[name]:
             lines = [f"{file}: {what}" for file, what in sorted(report[name].items())]
             table.add_row(title, str(len(lines)), _shorten(lines))
-    for name, title in (("captions_without_file", "captions without file"), ("ignored", "other files, ignored")):
-        if report[name]:
+    for name, title in (
+        ("captions_without_file", "captions without file"),
+        ("ignored", "other files, ignored"),
+        ("links_not_followed", "links to other folders (--follow-links)"),
+    ):
+        if report.get(name):
             table.add_row(title, str(len(report[name])), _shorten(report[name]))
     for note, names in sorted(report["notes"].items()):
         table.add_row(note, str(len(names)), _shorten(names))

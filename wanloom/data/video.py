@@ -86,13 +86,18 @@ def read_clips(
 ) -> Iterator[Clip]:
     """The samples of one file, in order of time. Raises MediaError where it can give no more.
 
-    `same` is asked before a clip is handed out: every byte of it was read by then.
+    `same` is asked before a clip is handed out, or an error: every byte that counted was read by then.
     """
-    with Decoding(path), MediaFile(path) as file:
-        clips = _read_video(file, timing, choose) if kind == "video" else iter([read_image(file, choose)])
-        for clip in clips:
+    with MediaFile(path) as file:
+        try:
+            with Decoding(path):
+                clips = _read_video(file, timing, choose) if kind == "video" else iter([read_image(file, choose)])
+                for clip in clips:
+                    same(file)
+                    yield clip
+        except MediaError:
             same(file)
-            yield clip
+            raise
 
 
 def plan_times(timing: TimingConfig, duration: Fraction, pictures: int) -> Iterator[list[Fraction]]:
