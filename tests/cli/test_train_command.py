@@ -56,6 +56,12 @@ def assert_same_bits(run_dir: Path, other: Path) -> None:
     assert all(states[0][key] == states[1][key] for key in ("step", "samples", "tokens", "data", "model"))
 
 
+def write_state(checkpoint: Path, state: dict) -> None:
+    """As the version wrote it that had no sums of state.json and run.yaml."""
+    older = {key: value for key, value in state.items() if key not in ("crc32", "recipe")}
+    (checkpoint / "state.json").write_text(json.dumps(older))
+
+
 def losses(run_dir: Path) -> list[dict]:
     """The records without what a clock says."""
     return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(run_dir / "metrics.jsonl")]
@@ -354,17 +360,21 @@ def test_a_run_of_before_a_setting_was_added_goes_on(tmp_path, capsys):
     recipe, state = yaml.safe_load((checkpoint / "run.yaml").read_text()), read_state(checkpoint)
     del recipe["optimizer"]["eps"], recipe["flow"]["shift_tokens"], recipe["train"]["kernel"], state["window"]
     (checkpoint / "run.yaml").write_text(yaml.safe_dump(recipe))
-    (checkpoint / "state.json").write_text(json.dumps(state))
+    write_state(checkpoint, state)
     assert main(words(tmp_path, "train.steps=3", "optimizer.eps=1e-7")) == 2
     error = capsys.readouterr().err
     assert "started with other settings: optimizer.eps." in error and "checkpoint.*" in error
-    (checkpoint / "state.json").write_text(json.dumps(state | {"data": "0" * 32}))  # before it had the text's lengths
+    write_state(checkpoint, state | {"data": "0" * 32})  # before it had the text's lengths
     assert main(words(tmp_path, "train.steps=3")) == 2
     assert "started by another version of wanloom, which recorded its data" in capsys.readouterr().err
-    (checkpoint / "state.json").write_text(json.dumps(state))
+    write_state(checkpoint, state)
     assert main(words(tmp_path, "train.steps=3")) == 0
-    with (find_checkpoint(tmp_path) / "run.yaml").open("a") as file:
+    newest = find_checkpoint(tmp_path)
+    with (newest / "run.yaml").open("a") as file:
         file.write("old_name: 3\n")
+    assert main(words(tmp_path, "train.steps=4")) == 2
+    assert f"The checkpoint {newest} is damaged: run.yaml has " in capsys.readouterr().err
+    write_state(newest, state | json.loads((newest / "state.json").read_text()))
     assert main(words(tmp_path, "train.steps=4")) == 2
     assert "run.yaml cannot be read: There is no setting 'old_name'" in capsys.readouterr().err
 
@@ -377,7 +387,7 @@ def test_a_run_of_other_draws_does_not_go_on(tmp_path, capsys, draws):
     state = read_state(checkpoint)
     assert state["draws"] == SCHEME
     state["draws"] = draws
-    (checkpoint / "state.json").write_text(json.dumps({key: value for key, value in state.items() if value}))
+    write_state(checkpoint, {key: value for key, value in state.items() if value})
     assert main(words(tmp_path, "train.steps=2")) == 2
     assert "another version of wanloom, which drew other noise for the same seed" in capsys.readouterr().err
 
@@ -434,7 +444,7 @@ def test_a_prepared_folder_and_the_empty_caption_of_a_pipeline(tmp_path, prepare
     assert main(["show", f"{tmp_path}/x"]) == 0
     assert "step_0000002: 8 samples" in capsys.readouterr().out
 
-    from wanloom.cli.train import empty_text
+    from wanloom.recipes.empty_text import empty_text
     from wanloom.recipes.run import load_run
 
     run = load_run("tiny", [f"model={tiny_pipeline}", f"data.path={folder}"])
@@ -443,6 +453,38 @@ def test_a_prepared_folder_and_the_empty_caption_of_a_pipeline(tmp_path, prepare
     assert states is not None and torch.equal(states, expected) and states.shape == (1, 64)
     assert torch.equal(empty_text(run, tmp_path, 64, torch.device("cpu")), states)
     assert json.loads((find_checkpoint(tmp_path / "x") / "state.json").read_text())["model"]["dim"] == 128
+
+
+def test_other_states_of_the_empty_caption_are_not_trained_on(tmp_path, tiny_pipeline, capsys):
+    """A flipped bit, and a file that is whole but another one."""
+    from safetensors.torch import save_file
+
+    from wanloom.recipes.empty_text import sum_of
+
+    write_data(tmp_path / "data")
+    settings = [f"model={tiny_pipeline}", f"data.path={tmp_path}/data", f"run_dir={tmp_path}/run"]
+    command = ["train", *SMALL[:1], *SMALL[2:], *settings, "caption_dropout=0.5"]
+    path = tmp_path / "run" / "empty_text.safetensors"
+    assert main([*command, "train.steps=1"]) == 0
+    whole = path.read_bytes()
+
+    def resume() -> str:
+        assert main([*command, "train.steps=2"]) == 2
+        return capsys.readouterr().err
+
+    flipped = bytearray(whole)
+    flipped[-2] ^= 1
+    path.write_bytes(flipped)
+    assert f"{path} is damaged (its content has changed): delete it, and it is made again" in resume()
+    path.write_bytes(whole[:50])
+    assert f"{path} is damaged (it cannot be read: " in resume()
+    save_file({"text": torch.ones(1, 8)}, path)
+    assert "it holds torch.float32 (1, 8), and not fp32 (L, 64)" in resume()
+    save_file({"text": torch.ones(1, 64)}, path, metadata={"sha256": sum_of(torch.ones(1, 64))})
+    assert f"{path} is not what this run was started with: restore it" in resume()
+    path.unlink()
+    assert main([*command, "train.steps=2"]) == 0
+    assert path.read_bytes() == whole
 
 
 def test_prepared_data_is_compared_to_the_model_at_every_start(tmp_path, tiny_pipeline, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import threading
 import zlib
 
@@ -151,6 +152,36 @@ def damage_remove(folder):
     return f"{file.name} is missing"
 
 
+def damage_number(folder):
+    """One digit of what a run goes on with."""
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"num_layers": 1', '"num_layers": 3'))
+    return "state.json cannot be read (its content has changed)"
+
+
+def damage_recipe(folder):
+    (folder / "run.yaml").write_text("seed: 7\n")
+    return "the content of run.yaml has changed"
+
+
+def damage_recipe_away(folder):
+    (folder / "run.yaml").unlink()
+    return "run.yaml is missing"
+
+
+def damage_step(folder):
+    """The state of another checkpoint of the run."""
+    shutil.copy(folder.with_name("step_0000001") / "state.json", folder)
+    return "state.json is of step 1, and the folder has another name"
+
+
+def damage_copy(folder):
+    """Another checkpoint under this name, all of it."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("step_0000001"), folder)
+    return "state.json is of step 1, and the folder has another name"
+
+
 def damage_state(folder):
     (folder / "state.json").write_text('{"step": 3, ')
     return "state.json cannot be read"
@@ -161,7 +192,11 @@ def damage_add(folder):
     return "more.safetensors does not belong to it"
 
 
-@pytest.mark.parametrize("damage", [damage_add, damage_truncate, damage_flip, damage_remove, damage_state])
+DAMAGES = [damage_add, damage_truncate, damage_flip, damage_remove, damage_state]
+DAMAGES += [damage_number, damage_recipe, damage_recipe_away, damage_step, damage_copy]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_named_and_the_last_whole_one_is_offered(tmp_path, damage):
     save_steps(tmp_path, [1, 2, 3])
     newest = find_checkpoint(tmp_path)
@@ -185,7 +220,8 @@ def test_files_are_read_beside_each_other_and_the_first_damaged_one_is_named(tmp
     files, both, checksum = sorted(folder.glob("*.safetensors")), threading.Barrier(2), saved._checksum
 
     def meet(path) -> int:
-        both.wait(timeout=20)
+        if path.name != "run.yaml":
+            both.wait(timeout=20)
         return checksum(path)
 
     monkeypatch.setattr(saved, "_checksum", meet)
@@ -199,6 +235,13 @@ def test_files_are_read_beside_each_other_and_the_first_damaged_one_is_named(tmp
         assert find_damage(folder) == f"the content of {files[place].name} has changed"
     assert find_damage(folder, 4, 6) == f"{files[4].name} is missing" and find_damage(folder, 0, 2) is not None
     assert find_damage(folder, 2, 6) is None
+
+
+def test_a_copy_under_a_name_of_its_own_is_whole(tmp_path):
+    save_steps(tmp_path, [3])
+    shutil.copytree(find_checkpoint(tmp_path), tmp_path / "best")
+    assert find_checkpoint(tmp_path / "best") == tmp_path / "best" and find_damage(tmp_path / "best") is None
+    load_tensors(tmp_path / "best", build_tensors())
 
 
 ODD_STATES = {
@@ -229,6 +272,7 @@ def rewrite(folder, header):
     file = next(folder.glob("*.safetensors"))
     save_file({"model.b": torch.zeros(7)}, file, metadata=header)
     state = json.loads((folder / "state.json").read_text())
+    state.pop("crc32", None)
     state["files"] = {file.name: {"bytes": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}}
     (folder / "state.json").write_text(json.dumps(state))
 

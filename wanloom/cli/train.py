@@ -32,7 +32,6 @@ key.path=value. `wanloom show RECIPE` prints them all. The same command again go
   wanloom train tiny data.path=prepared run_dir=runs/first
   wanloom train wan2.1-t2v-1.3b data.path=prepared run_dir=runs/second train.steps=2000 optimizer.lr=2e-5
 """
-EMPTY_TEXT = "empty_text.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,12 +84,14 @@ def start(run: "Run", run_dir: Path) -> int | None:
     from wanloom.files import write_atomic
     from wanloom.model.flops import train_flops
     from wanloom.parallel.mesh import Mesh, resolve_layout
+    from wanloom.recipes.empty_text import FILE, check_same, empty_text
     from wanloom.recipes.origin import check_origins, note_unhashed
     from wanloom.recipes.run import dump_run, model_config
     from wanloom.train.checkpoint import Checkpointer
     from wanloom.train.loop import Settings, Trainer
     from wanloom.train.metrics import Metrics, ProgressLine
     from wanloom.train.peaks import find_peak
+    from wanloom.train.saved import read_state
     from wanloom.train.step import Objective, build_batch
 
     with together():
@@ -123,11 +124,12 @@ def start(run: "Run", run_dir: Path) -> int | None:
             progress.say(f"The bf16 peak of {' and '.join(peak.unknown)} is not known: the log has no MFU.")
         if rank() == 0:
             write_atomic(run_dir / "run.yaml", dump_run(run).encode())
-    parts = build_parts(run, config, mesh, newest, state, plan, sources, progress)
     with together():
         empty = empty_text(run, run_dir, config.text_dim, device) if rank() == 0 else None
     with together():
         empty = empty if rank() == 0 else empty_text(run, run_dir, config.text_dim, device)
+        check_same(empty, read_state(newest) if newest else {}, run_dir / FILE)
+    parts = build_parts(run, config, mesh, newest, state, plan, sources, progress, empty)
     objective = Objective(
         flow=run.flow,
         seed=run.seed,
@@ -231,12 +233,14 @@ def build_parts(
     plan: "Plan",
     sources: "list[Source]",
     progress: "ProgressLine",
+    empty: "torch.Tensor | None",
 ) -> "Parts":
     """Model, optimizer and average: new, from a pipeline, or as a checkpoint has them."""
     import torch
 
     from wanloom.evaluate.validation import build_validation
     from wanloom.keys import SCHEME
+    from wanloom.recipes.empty_text import sum_of
     from wanloom.recipes.run import dump_run
     from wanloom.train.checkpoint import load_tensors
     from wanloom.train.ema import Ema
@@ -258,6 +262,7 @@ def build_parts(
             "model": config.model_dump(),
             "data": plan.fingerprint(),
             "draws": SCHEME,
+            "empty_text": None if empty is None else sum_of(empty),
             "versions": {"wanloom": wanloom.__version__, "torch": torch.__version__},
         },
         recipe=dump_run(run),
@@ -292,29 +297,3 @@ def build_model(run: "Run", config: "DiTConfig", mesh: "Mesh", fill: bool) -> "W
     if fill:
         init_weights(model, run.seed, params.fill)
     return model
-
-
-def empty_text(run: "Run", run_dir: Path, text_dim: int, device: "torch.device") -> "torch.Tensor | None":
-    """The states of the empty caption, which `caption_dropout` puts in and guidance contrasts with.
-
-    They come from the text encoder of the pipeline once, as prepare computes them, and are kept in the run folder.
-    """
-    import torch
-    from safetensors.torch import load_file, save
-
-    from wanloom.files import write_atomic
-    from wanloom.keys import keyed_normal
-
-    path = run_dir / EMPTY_TEXT
-    if run.caption_dropout == 0:
-        return None
-    if run.data.mock:
-        return keyed_normal((1, text_dim), "mock", "empty text")
-    if not path.is_file():
-        from wanloom.assets import find_pipeline
-        from wanloom.codecs.text import TextCodec  # seconds to import
-
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        codec = TextCodec.load(find_pipeline(run.model, ("text_encoder", "tokenizer")), device, dtype)
-        write_atomic(path, save({"text": codec.encode([""])[0].float().contiguous()}))
-    return load_file(path)["text"]

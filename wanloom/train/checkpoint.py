@@ -31,7 +31,7 @@ from wanloom.model.settings import DiTConfig
 from wanloom.parallel.params import local
 from wanloom.threads import one_thread
 from wanloom.train.pieces import Box, Stored, share, write_pieces
-from wanloom.train.saved import FOLDER, damaged, find_damage, list_checkpoints, read_state, step_of
+from wanloom.train.saved import FOLDER, damaged, find_damage, list_checkpoints, read_state, seal, step_of
 from wanloom.train.settings import CheckpointConfig
 
 PARTIAL = ".partial"
@@ -229,7 +229,7 @@ class Checkpointer:
     def _finish(self, partial: Path, state: dict[str, Any], recipe: str) -> None:
         """Give a checkpoint its name, now that its files are there, and drop those that are too many."""
         write_atomic(partial / "run.yaml", recipe.encode())
-        write_atomic(partial / "state.json", json.dumps(state, indent=1).encode())
+        write_atomic(partial / "state.json", json.dumps(seal(state, recipe.encode()), indent=1).encode())
         sync_folder(partial)
         partial.rename(partial.with_suffix(""))
         sync_folder(partial.parent)

@@ -1,12 +1,15 @@
 """What checkpoints a run has, and whether they are whole.
 
 In: the folder of a run, or RUN/checkpoints/step_0001000/. Out: paths, the state of the run, or one sentence on what is
-damaged. The one decision: state.json names every file with its size and checksum, and nothing else counts; a damaged
-checkpoint is named with the whole one before it, never skipped quietly.
+damaged. The one decision: state.json names every file with its size and checksum, its own among them, and nothing else
+counts; a damaged checkpoint is named with the whole one before it, never skipped quietly. What this version did not
+write may lack the sums of run.yaml and state.json.
 """
 
+import json
 import re
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from pathlib import Path
@@ -35,6 +38,8 @@ class SavedState(Config):
 
     model_config = ConfigDict(extra="allow")
 
+    crc32: int | None = None  # of the rest
+    recipe: FileSum | None = None  # run.yaml
     step: int
     files: dict[FileName, FileSum]
     model: dict[str, Any] = Field(default_factory=dict)
@@ -79,10 +84,34 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise damaged(checkpoint, str(error)) from error
 
 
+def seal(state: Mapping[str, Any], recipe: bytes) -> dict[str, Any]:
+    """The state of a checkpoint with the sum of its run.yaml, and its own."""
+    sealed = {**state, "recipe": {"bytes": len(recipe), "crc32": zlib.crc32(recipe)}}
+    return {**sealed, "crc32": _state_sum(sealed)}
+
+
+def _state_sum(state: Mapping[str, Any]) -> int:
+    rest = {name: value for name, value in state.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
 def _parse_state(checkpoint: Path) -> dict[str, Any]:
-    """Raises ValueError, which says what is wrong with state.json."""
+    """Raises ValueError, which says what is wrong with state.json, or with the run.yaml and the name that it tells."""
+    state = _read_state(checkpoint)
+    if NAME.fullmatch(checkpoint.name) and state["step"] != step_of(checkpoint):
+        raise ValueError(f"state.json is of step {state['step']}, and the folder has another name")
+    if state["recipe"] is not None and (damage := _file_damage(checkpoint / "run.yaml", state["recipe"])):
+        raise ValueError(damage)
+    return state
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        return SavedState.model_validate(parse_json((checkpoint / "state.json").read_bytes())).model_dump()
+        found = parse_json((checkpoint / "state.json").read_bytes())
+        state = SavedState.model_validate(found).model_dump()
+        if state["crc32"] not in (None, _state_sum(found)):
+            raise ValueError("its content has changed")
+        return state
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
