@@ -27,7 +27,7 @@ def test_the_device_is_what_there_is(monkeypatch):
     [
         ("cuda", "no GPU that torch can use"),
         ("cuda:1", "no GPU"),
-        ("tpu9", "'tpu9' cannot be used"),
+        ("tpu9", "There is no device 'tpu9': give cpu, cuda, or one GPU such as cuda:1."),
         ("meta", "'meta'"),
     ],
 )

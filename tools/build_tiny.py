@@ -13,6 +13,7 @@ Every draw comes from the seed and the step, so a run that is stopped and starte
 """
 
 import argparse
+import json
 import math
 import shutil
 import time
@@ -50,6 +51,8 @@ STAGES = (
 )
 SIDE = 64
 KL_WEIGHT = 3e-5
+# how `wanloom generate` samples it when nothing else is asked for: as the demo does
+GENERATE = {"height": 64, "width": 64, "frames": 17, "steps": 20, "guidance": 2.0, "shift": 3.0}
 SPACE = "\u2581"  # how sentencepiece writes the start of a word
 FREQUENT = """
 a an the and or of in on at to from with by for over under into out up down near behind front between through across
@@ -306,6 +309,7 @@ def write_pipeline(work: Path, out: Path, transformer: Path | None) -> None:
             prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
         ),
     ).save_pretrained(out)
+    (out / "wanloom.json").write_text(json.dumps({"generate": GENERATE}, indent=2, sort_keys=True) + "\n")
     print(f"{sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:.2f} MB in {out}")
 
 

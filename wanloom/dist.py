@@ -9,6 +9,7 @@ sentence, and `say_once` prints it once. Host values travel as JSON over gloo.
 import itertools
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -71,6 +72,8 @@ def pick_device(name: str | None = None) -> torch.device:
         return torch.device("cuda", local)
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"The device '{name}' cannot be used: there is no GPU that torch can use. Leave --device out.")
+    if not re.fullmatch(r"cpu|(cuda|mps|xpu)(:\d{1,3})?", name):
+        raise UserError(f"There is no device '{name}': give cpu, cuda, or one GPU such as cuda:1.")
     try:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # "meta" is a device too, but nothing comes back from it

@@ -8,6 +8,7 @@ power loss leaves half of one under its name. A lock is the system's: it ends wi
 import fcntl
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -79,3 +80,30 @@ def lock_folder(folder: Path, taken: str) -> TextIO:
         file.close()
         raise UserError(f"The folder {folder} is on a disk without file locks: choose another.") from error
     return file
+
+
+@contextmanager
+def folder_for_one(folder: Path, taken: str) -> Iterator[None]:
+    """`lock_folder` for a block, after which nothing of the lock is left in the folder."""
+    path = folder / ".lock"
+    while True:
+        file = lock_folder(folder, taken)
+        try:
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break
+        except FileNotFoundError:
+            pass
+        file.close()  # the one before has just removed it
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, a file, or a link, of which what it leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -6,9 +6,9 @@ beside it, no number of a config is used before its schema has bounded it, no te
 with the model, and a value that is not finite is an error where it is read: later it would be a black video.
 """
 
-import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wanloom.config import UserError
 from wanloom.files import parse_json
+from wanloom.terminal import say
 
 MAX_JSON = 64 << 20  # bytes; an index of 100,000 tensors has 10 MB, the vocabulary of UMT5 17
 SHOWN = 3  # names of tensors in a message
@@ -35,7 +36,7 @@ QUANTISED = re.compile(r"\.(?:qweight|qzeros|wscales|SCB|absmax|quant_map|quant_
 FLOATS = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16", "F8_E4M3": "fp8", "F8_E5M2": "fp8 (e5m2)"}
 USUAL = {"F32", "BF16"}
 
-log = logging.getLogger(__name__)
+PACKAGE = Path(__file__).parent  # what is shipped is known
 
 
 class Stored(NamedTuple):
@@ -50,7 +51,7 @@ class Stored(NamedTuple):
 def note(text: str) -> None:
     """A line for the user; of several processes, that read the same files, one says it."""
     if os.environ.get("RANK", "0") == "0":
-        log.warning("note: %s", text)
+        say(f"note: {text}", sys.stderr)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def tell_dtypes(found: Mapping[str, Stored], path: Path) -> None:
     counts = dict[str, int]()
     for place in found.values():
         counts[place.dtype] = counts.get(place.dtype, 0) + 1
-    if len(counts) == 1 and counts.keys() <= USUAL:
+    if (len(counts) == 1 and counts.keys() <= USUAL) or PACKAGE in path.parents:
         return
     kinds = " and ".join(f"{count} in {FLOATS[dtype]}" for dtype, count in sorted(counts.items()))
     lost = ": in fp8 most of their precision is gone" if any(dtype.startswith("F8") for dtype in counts) else ""

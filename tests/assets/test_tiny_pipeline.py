@@ -6,12 +6,14 @@ import torch
 from diffusers import WanPipeline
 
 from wanloom.assets import TINY, find_pipeline
+from wanloom.cli import demo
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError
 from wanloom.data import shapes
 from wanloom.model.settings import CONFIGS
 from wanloom.model.weights import load_dit, read_config
+from wanloom.sample.settings import read_settings
 
 SEED = 4711  # neither of the seeds of tools/build_tiny.py
 
@@ -30,6 +32,13 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.fixture(scope="module")
 def vae() -> VaeCodec:
     return VaeCodec.load(TINY, "cpu")
+
+
+def test_its_settings_are_how_the_demo_samples():
+    """What `wanloom generate` makes without options is measured by the demo, not some default of large models."""
+    found = read_settings(TINY, CONFIGS["tiny"])
+    assert f"--steps {found.steps} --guidance {found.guidance:g}" == demo.SAMPLING
+    assert (found.height, found.width, found.frames, found.shift) == (demo.SIZE, demo.SIZE, demo.FRAMES, 3.0)
 
 
 def test_diffusers_loads_it_whole():

@@ -1,6 +1,8 @@
 """`wanloom convert`: WanPipeline loads what it writes and gives what `wanloom generate` gives."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from wanloom.cli import main
+from wanloom.cli.convert import whole_folder
 from wanloom.codecs.text import TextCodec
 from wanloom.model.weights import load_dit
 from wanloom.sample.generate import GenerateConfig, Request, draw_request_noise, generate, latents_shape
@@ -159,9 +162,111 @@ def test_mistakes_are_one_sentence_and_leave_nothing(trained, tiny_pipeline, tmp
     def full(source, place):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shutil.copytree", full)
-    expect([str(trained), out], "cannot be written: No space left on device")
+    monkeypatch.setattr("shutil.copyfile", full)
+    expect([str(trained), out], f"wanloom: '{out}' cannot be written: No space left on device.")
     assert {p.name for p in tmp_path.iterdir()} == {"there", "half"}
+
+
+def make(words: list[str], out: Path) -> bytes:
+    """The picture of a call of `wanloom generate`."""
+    small = ["--height", "32", "--width", "32", "--frames", "1", "--steps", "2", "--device", "cpu", "--prompt", "x"]
+    assert main(["generate", *words, *small, "--out", str(out)]) == 0
+    return (out / "000-x.png").read_bytes()
+
+
+def test_what_is_written_is_read_back_in_either_layout(trained, tiny_pipeline, tmp_path, capsys):
+    """By generate as a model or as weights, and by convert again: the same pictures and the same numbers."""
+    for layout in ("diffusers", "original"):
+        assert main(["convert", str(trained), str(tmp_path / layout), "--layout", layout, "--ema"]) == 0
+    want = make(["--checkpoint", str(trained), "--ema"], tmp_path / "1")
+    file = tmp_path / "original" / "diffusion_pytorch_model.safetensors"
+    assert make(["--model", str(tmp_path / "diffusers")], tmp_path / "2") == want
+    assert make(["--model", str(tmp_path / "original")], tmp_path / "3") == want
+    assert make(["--checkpoint", str(tmp_path / "original")], tmp_path / "4") == want
+    assert make(["--checkpoint", str(file), "--model", str(tiny_pipeline)], tmp_path / "5") == want
+    note = json.loads((tmp_path / "3" / "000-x.json").read_text())
+    assert note["checkpoint"] == str(tmp_path / "original") and note["model"] == str(tiny_pipeline)
+    assert main(["convert", str(tmp_path / "original"), str(tmp_path / "again")]) == 0
+    first, again = (tmp_path / name / "transformer" for name in ("diffusers", "again"))
+    assert {p.name: p.read_bytes() for p in first.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
+    (tmp_path / "original" / "wanloom.json").unlink()
+    capsys.readouterr()
+    for words in (["generate", "--prompt", "x", "--model"], ["convert"]):
+        out = [str(tmp_path / "no")] if words == ["convert"] else []
+        assert main([*words, str(tmp_path / "original"), *out]) == 2
+        assert "is a transformer alone: give the pipeline" in capsys.readouterr().err
+    assert main(["convert", str(file), str(tmp_path / "no"), "--ema"]) == 2
+    assert "one set of weights and no average" in capsys.readouterr().err
+
+
+def test_the_average_has_an_identity_of_its_own(trained, tmp_path):
+    found = set()
+    for number, words in enumerate([["--ema"], []]):
+        make(["--checkpoint", str(trained), *words], tmp_path / str(number))
+        found.add(json.loads((tmp_path / str(number) / "000-x.json").read_text())["identity"]["transformer"])
+    assert len(found) == 2
+
+
+def test_files_are_readable_by_whom_the_user_lets(trained, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert main(["convert", str(trained), str(tmp_path / "d")]) == 0
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "d").rglob("*") if path.is_file()}
+    assert modes == {0o640}
+
+
+def test_settings_go_with_the_model(trained, tiny_pipeline, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for part in tiny_pipeline.iterdir():
+        (model / part.name).symlink_to(part)
+    (model / "wanloom.json").write_text('{"generate": {"height": 32, "width": 48, "frames": 1, "steps": 3}}')
+    assert main(["convert", str(trained), str(tmp_path / "out"), "--model", str(model)]) == 0
+    assert main(["generate", "--model", str(tmp_path / "out"), "--prompt", "x", "--out", str(tmp_path / "made")]) == 0
+    note = json.loads((tmp_path / "made" / "000-x.json").read_text())
+    assert [note[key] for key in ("height", "width", "frames", "steps", "guidance")] == [32, 48, 1, 3, 5.0]
+
+
+def test_two_do_not_write_one_folder(trained, tmp_path, capsys):
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "mine").touch()
+        assert main(["convert", str(trained), str(tmp_path / "out")]) == 2
+        assert "Another `wanloom convert` is writing" in capsys.readouterr().err
+        assert (folder / "mine").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_sigterm_leaves_nothing(trained, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("wanloom.model.weights.save_file", stopped)
+    assert main(["convert", str(trained), str(tmp_path / "out")]) == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_in_the_way_is_replaced_and_what_it_leads_to_stays(trained, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "film.mp4").touch()
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "mine")
+    assert main(["convert", str(trained), str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+    assert (tmp_path / "mine" / "film.mp4").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert main(["convert", str(trained), str(tmp_path / "link")]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_what_was_killed_while_it_wrote_another_folder_is_cleared_too(trained, tmp_path):
+    for name in (".other.partial", ".foreign.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half.safetensors").write_bytes(b"cut")
+    (tmp_path / ".other.partial" / ".lock").touch()
+    with whole_folder(tmp_path / "third"):
+        assert main(["convert", str(trained), str(tmp_path / "out")]) == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".foreign.partial", ".third.partial", "out"]
 
 
 def test_what_a_killed_start_left_is_cleared(trained, tmp_path):

@@ -1,7 +1,9 @@
 """`wanloom generate` as a user types it: what is written, that it repeats, and what each mistake says."""
 
 import json
+import os
 import shlex
+import signal
 import weakref
 from pathlib import Path
 
@@ -12,13 +14,16 @@ import torch
 from PIL import Image
 
 from wanloom.cli import main
+from wanloom.cli.generate_files import write_result
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
+from wanloom.files import folder_for_one
 from wanloom.model.dit import WanDiT
 from wanloom.model.weights import load_dit, save_weights
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import GenerateConfig, Request, draw_request_noise, generate, latents_shape
 from wanloom.sample.media import read_mp4
+from wanloom.sample.settings import PUBLISHED
 from wanloom.train.checkpoint import Checkpointer
 from wanloom.train.settings import CheckpointConfig
 
@@ -76,14 +81,18 @@ def test_prompts_become_videos_sheets_and_notes(tiny_pipeline, tmp_path, capsys)
     printed = capsys.readouterr().out
     assert f"{tiny_pipeline} on cpu in fp32, attention by flash: 2 to make with 2 steps of unipc" in printed
     assert code == 0 and "text: 3 prompts" in printed and "denoising" in printed and "decoding" in printed
-    assert names(out) == [f"{stem}.{end}" for stem in ("000-a-red-circle", "001") for end in ("json", "mp4", "png")]
-    facts = json.loads((out / "001.json").read_text(encoding="utf-8"))
+    stems = ("000-a-red-circle-seed40", "001-seed41")
+    assert names(out) == [f"{stem}.{end}" for stem in stems for end in ("json", "mp4", "png")]
+    assert all(f"  {out / stem}.mp4\n" in printed for stem in stems)
+    facts = json.loads((out / "001-seed41.json").read_text(encoding="utf-8"))
     assert facts["prompt"] == "\u4e00\u53ea\u732b" and facts["negative"] == "snow" and facts["seed"] == 41
     assert (facts["height"], facts["width"], facts["frames"], facts["fps"]) == (32, 48, 5, 8)
     assert (facts["solver"], facts["steps"], facts["shift"], facts["guidance"]) == ("unipc", 2, 5.0, 5.0)
-    assert facts["model"] == str(tiny_pipeline) and facts["checkpoint"] is None and facts["files"][0] == "001.mp4"
+    assert (
+        facts["model"] == str(tiny_pipeline) and facts["checkpoint"] is None and facts["files"][0] == "001-seed41.mp4"
+    )
     assert facts["versions"]["torch"] == torch.__version__ and len(facts["identity"]["vae"]) == 16
-    with av.open(out / "001.mp4") as container:
+    with av.open(out / "001-seed41.mp4") as container:
         stream = container.streams.video[0]
         assert (stream.frames, stream.width, stream.height, stream.average_rate) == (5, 48, 32, 8)
 
@@ -94,13 +103,13 @@ def test_the_video_is_that_of_the_library(tiny_pipeline, tmp_path):
     code = main(
         ["generate", "--model", str(tiny_pipeline), *words, "--steps", "3", "--device", "cpu", *out_at(tmp_path)]
     )
-    assert code == 0 and names(tmp_path / "out") == ["000-a-blue-square.json", "000-a-blue-square.png"]
+    assert code == 0 and names(tmp_path / "out") == [f"000-a-blue-square-seed9.{end}" for end in ("json", "png")]
     text, negative = TextCodec.load(tiny_pipeline, "cpu").encode(["a blue square", ""])
     request = Request(draw_request_noise(latents_shape(16, 1, 48, 32), 9), text, negative)
     model = load_dit(tiny_pipeline).requires_grad_(False)
     ((_, latents),) = generate(model, [request], GenerateConfig(steps=3))
     want = VaeCodec.load(tiny_pipeline, "cpu").decode(latents)[0].numpy()
-    np.testing.assert_array_equal(read_picture(tmp_path / "out" / "000-a-blue-square.png"), want)
+    np.testing.assert_array_equal(read_picture(tmp_path / "out" / "000-a-blue-square-seed9.png"), want)
 
 
 def out_at(folder: Path) -> list[str]:
@@ -183,7 +192,7 @@ def test_each_text_is_encoded_once_and_the_encoder_is_gone_before_the_model(tiny
 
     monkeypatch.setattr(TextCodec, "load", watched_load)
     monkeypatch.setattr(TextCodec, "encode", watched_encode)
-    monkeypatch.setattr("wanloom.model.weights.load_dit", watched_model)
+    monkeypatch.setattr("wanloom.recipes.trained.load_dit", watched_model)
     words = ["--prompt", "x", "--prompt", "y", "--prompt", "x", *SMALL, "--frames", "1", *out_at(tmp_path)]
     assert main(["generate", "--model", str(tiny_pipeline), *words]) == 0
     assert sorted(encoded) == ["", "x", "y"] and alive == [None]
@@ -194,7 +203,7 @@ def test_existing_files_are_kept_unless_told_otherwise(tiny_pipeline, tmp_path, 
     out.mkdir()
     (out / "000-x.png").write_bytes(b"mine")
     words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, "--out", str(out)]
-    expect_mistake(capsys, words, "1 of the files are there already, such as")
+    expect_mistake(capsys, words, "1 of the files are there already, made otherwise, such as")
     assert names(out) == ["000-x.png"] and (out / "000-x.png").read_bytes() == b"mine"
     assert main(["generate", *words, "--overwrite"]) == 0
     assert len(names(out)) == 3 and (out / "000-x.png").read_bytes() != b"mine"
@@ -213,8 +222,91 @@ def test_what_is_done_stays_when_stopped(tiny_pipeline, tmp_path, capsys, monkey
     monkeypatch.setattr(VaeCodec, "decode", decode)
     words = ["--model", str(tiny_pipeline), "--prompt", "x", "--prompt", "y", *SMALL, *out_at(tmp_path)]
     assert main(["generate", *words]) == 130
-    assert "1 of 2 are written" in capsys.readouterr().err
+    assert f"1 of 2 are written to {tmp_path / 'out'}; the same command makes the others." in capsys.readouterr().err
     assert names(tmp_path / "out") == ["000-x.json", "000-x.mp4", "000-x.png"]
+
+
+PAIR = ["--prompt", "x", "--prompt", "y"]
+
+
+def test_a_stopped_call_goes_on_where_it_was(tiny_pipeline, tmp_path, capsys, monkeypatch):
+    """Also in the middle of a pack, whose videos share calls of the model: the bytes are those of one call."""
+    words = ["generate", "--model", str(tiny_pipeline), *PAIR, *SMALL, "--frames", "1", "--out"]
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    real, made = write_result, []
+
+    def write(plan, job, *rest):
+        made.append(job.name)
+        if len(made) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)  # the files of this one are finished first
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return real(plan, job, *rest)
+
+    monkeypatch.setattr("wanloom.cli.generate.write_result", write)
+    out, third = str(tmp_path / "out"), ["--prompt", "z"]
+    assert main([*words, out, *third]) == 143
+    said = capsys.readouterr()
+    assert f"\n2 of 3 are written to {out}; the same command makes the others.\n" in said.err
+    assert names(tmp_path / "out") == [f"{stem}.{end}" for stem in ("000-x", "001-y") for end in ("json", "png")]
+    assert main([*words, out, *third]) == 130, "stopped once more"
+    assert main([*words, out, *third]) == 0
+    assert "3 to make with 2 steps of unipc, guidance 5, 2 of them are there\n" in capsys.readouterr().out
+    assert made == ["000-x", "001-y", "002-z", "002-z"]
+    assert main([*words, out, *third]) == 0 and made[4:] == []
+    assert "is complete: this command has made all of it before" in capsys.readouterr().out
+    assert main([*words, str(tmp_path / "three"), *third]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "three")
+
+
+def test_another_seed_is_another_name_and_other_settings_are_not(tiny_pipeline, tmp_path, capsys):
+    words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, "--frames", "1", *out_at(tmp_path)]
+    assert main(["generate", *words]) == 0 and main(["generate", *words, "--seed", "7"]) == 0
+    assert names(tmp_path / "out") == [f"000-x{seed}.{end}" for seed in ("-seed7", "") for end in ("json", "png")]
+    expect_mistake(capsys, [*words, "--guidance", "3"], "2 of the files are there already, made otherwise, such as")
+
+
+@pytest.mark.parametrize("fails", ["write_mp4", "write_sheet", "json"])
+def test_no_video_stays_without_its_json(tiny_pipeline, tmp_path, capsys, monkeypatch, fails):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if fails == "json":
+        monkeypatch.setattr(Path, "write_text", full)
+    else:
+        monkeypatch.setattr(f"wanloom.sample.media.{fails}", full)
+    words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, *out_at(tmp_path)]
+    expect_mistake(capsys, words, "000-x' cannot be written: No space left on device.")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_reader_never_sees_a_video_without_its_json(tiny_pipeline, tmp_path, monkeypatch):
+    """Also of a call that replaces an older one: its video and the new json are never there together."""
+    words = ["generate", "--model", str(tiny_pipeline), "--prompt", "x", *SMALL, "--out", str(tmp_path)]
+    assert main(words) == 0
+    old, seen, replace = contents(tmp_path), [], Path.replace
+
+    def watched(self, target):
+        out = replace(self, target)
+        seen.append({name: data for name, data in contents(tmp_path).items() if not name.startswith(".")})
+        return out
+
+    monkeypatch.setattr(Path, "replace", watched)
+    assert main([*words, "--overwrite", "--guidance", "2"]) == 0
+    new = contents(tmp_path)
+    assert new["000-x.mp4"] != old["000-x.mp4"] and len(seen) >= 3
+    for state in seen:
+        if state.get("000-x.mp4") == old["000-x.mp4"]:
+            assert state["000-x.json"] == old["000-x.json"]
+        if state.get("000-x.mp4") == new["000-x.mp4"]:
+            assert state["000-x.json"] == new["000-x.json"]
+
+
+def test_two_calls_do_not_write_into_one_folder(tiny_pipeline, tmp_path, capsys):
+    words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, *out_at(tmp_path)]
+    with folder_for_one(tmp_path / "out", ""):
+        expect_mistake(capsys, words, "Another `wanloom generate` writes into")
+    assert names(tmp_path / "out") == []
 
 
 def test_a_full_disk_is_one_sentence(tiny_pipeline, tmp_path, capsys, monkeypatch):
@@ -285,8 +377,16 @@ def test_a_long_prompt_is_cut_and_said_so(tiny_pipeline, tmp_path, capsys):
         (["--guidance", "1", "--negative", "x"], "--negative has no effect with --guidance 1"),
         (["--model", "tinny"], "There is no model 'tinny'"),
         (["--checkpoint", "nowhere"], "There is no folder nowhere"),
-        (["--device", "tpu9"], "The device 'tpu9' cannot be used"),
+        (["--device", "tpu9"], "There is no device 'tpu9': give cpu, cuda, or one GPU such as cuda:1."),
         (["--out", __file__], "cannot be made"),
+        (["--out", ""], "--out is empty"),
+        (["--seed", "-5"], "--seed is -5, it must be at least 0 and below 2^63."),
+        (["--seed", str(1 << 63)], "below 2^63"),
+        (["--device", "gpu"], "There is no device 'gpu': give cpu, cuda, or one GPU such as cuda:1."),
+        (
+            ["--height", "16000", "--width", "16000", "--frames", "801"],
+            "is not enough to make 801 frames of 16000 x 16000, which takes at least",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(tiny_pipeline, tmp_path, capsys, words, message):
@@ -301,6 +401,12 @@ def test_mistakes_are_one_sentence(tiny_pipeline, tmp_path, capsys, words, messa
         ("a.txt", "\n  \n", "holds no prompt"),
         ("a.jsonl", '{"prompt": "x"}\n{"promt": "y"}', "There is no setting 'promt'. Did you mean 'prompt'?"),
         ("a.jsonl", '{"prompt": "x", "seed": 1.5}', "line 1: The setting 'seed' is 1.5"),
+        ("a.jsonl", '{"prompt": "x", "seed": -1}', "line 1: The setting 'seed' is -1"),
+        ("a.JSONL", '{"prompt": "x", "height": 33, "width": 32}', "a.JSONL', line 1: The height is 33"),
+        ("a.TXT", " \n", "holds no prompt"),
+        ("a.json", '[{"prompt": "x"}]', "a.json' is no file of prompts by its name: a .txt has one prompt a line"),
+        ("a.csv", "x", "a.csv' is no file of prompts"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": "\\ud83d"}', "line 2 is not JSON"),
         ("a.jsonl", '\n["x"]', "line 2 is not an object"),
         ("a.jsonl", "{x", "line 1 is not JSON"),
         ("a.jsonl", '{"prompt": "x", "frames": 4}', "The number of frames is 4, it must be 4n+1: try 1 or 5."),
@@ -324,9 +430,12 @@ def test_the_defaults_in_the_help_are_those_of_the_config(capsys):
         main(["generate", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     config = GenerateConfig()
-    assert f"--steps STEPS default {config.steps}" in printed and f"default {config.solver}" in printed
-    assert f"--guidance GUIDANCE default {config.guidance:g};" in printed
-    assert f"default {config.shift:g}, for tiny 3" in printed
+    assert f"--steps STEPS default: those of the model, or {config.steps}" in printed
+    assert f"--guidance GUIDANCE default: that of the model, or {config.guidance:g};" in printed
+    assert f"default: that of the model, or {config.shift:g}" in printed and f"default {config.solver}" in printed
+    wan = PUBLISHED["wan2.1-t2v-1.3b"]
+    for value in (wan.height, wan.width, wan.frames):
+        assert f"{value} for Wan's 1.3B" in printed
 
 
 def test_a_model_of_no_known_size_asks_for_one(tiny_pipeline, tmp_path, capsys):

@@ -31,6 +31,7 @@ SIDEWAYS = {
     ("files", "config"),
     ("folders", "config"),
     ("folders", "files"),
+    ("folders", "terminal"),
     ("memory", "config"),
     ("tensors", "files"),
     ("data", "model"),

@@ -30,7 +30,12 @@ def find_pipeline(name: str, parts: tuple[str, ...] = ()) -> Path:
         RepositoryNotFoundError,
     )
 
-    patterns = ["model_index.json", *(f"{part}/*" for part in parts)] if parts else None
+    if name.startswith("Wan-AI/") and not name.endswith("-Diffusers"):
+        raise UserError(
+            f"'{name}' is in the layout of Wan's own code, whose VAE and text encoder are pickles: give "
+            f"{name}-Diffusers, the same model in diffusers layout."
+        )
+    patterns = ["model_index.json", "wanloom.json", *(f"{part}/*" for part in parts)] if parts else None
     expected = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))

@@ -2,18 +2,21 @@
 
 import argparse
 import gc
+import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wanloom.cli import launch
-from wanloom.cli.generate_files import check_outputs, describe, write_result
-from wanloom.cli.generate_plan import DEFAULTS, Plan, build_plan, check_alike
+from wanloom.cli.generate_files import describe, find_done, write_result
+from wanloom.cli.generate_plan import Plan, build_plan, check_alike, helps_of
 from wanloom.config import UserError
+from wanloom.files import folder_for_one
+from wanloom.memory import enough_memory
+from wanloom.signals import StopSignal
 from wanloom.terminal import Terminal, say
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
@@ -22,7 +25,6 @@ if TYPE_CHECKING:  # torch is imported only when the command runs
     from wanloom.codecs.vae import VaeCodec
     from wanloom.model.dit import WanDiT
     from wanloom.parallel.mesh import Mesh
-    from wanloom.sample.prompts import Job
 
 HELP = """Make videos, or images with --frames 1, from prompts.
 
@@ -32,14 +34,20 @@ HELP = """Make videos, or images with --frames 1, from prompts.
 Each prompt gives NNN-words.mp4 (H.264), a contact sheet NNN-words.png and NNN-words.json with everything that is needed
 to make it again; an image gives the .png and the .json. Small videos share calls of the model: the same call gives the
 same bytes again, a video made alone equals the one made in company within rounding. With --nproc several processes make
-each video together: the same one within rounding.
+each video together: the same one within rounding. What a call that was stopped has made is kept, and the same command
+makes the rest.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", help="`tiny`, a diffusers folder or a hub name; default: that of the checkpoint's run, else tiny")
-    add("--checkpoint", type=Path, metavar="RUN_OR_STEP", help="trained weights: a run (its newest) or one checkpoint")
+    add("--model", help="`tiny`, a diffusers folder or a hub name; default: that of the weights' run, else tiny")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="WEIGHTS",
+        help="trained weights: a run (its newest), one checkpoint, or a transformer as safetensors in either layout",
+    )
     add("--ema", action="store_true", help="the averaged weights of the checkpoint")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
@@ -47,19 +55,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="a text file with one prompt a line, or .jsonl with `prompt` and, where wanted, `negative`, `seed`, "
+        help=".txt with one prompt a line, or .jsonl with `prompt` and, where wanted, `negative`, `seed`, "
         "`height`, `width`, `frames`",
     )
-    sizes = ", ".join(f"{s.height}x{s.width}x{s.frames} for {name}" for name, s in DEFAULTS.items())
-    add("--height", type=int, help=f"pixels, a multiple of 16; default {sizes}")
-    add("--width", type=int, help="pixels, a multiple of 16")
-    add("--frames", type=int, help="4n+1; 1 makes an image")
+    add("--height", type=int, help="pixels, a multiple of 16; default: that of the model, 480 for Wan's 1.3B")
+    add("--width", type=int, help="pixels, a multiple of 16; 832 for Wan's 1.3B")
+    add("--frames", type=int, help="4n+1; 1 makes an image; 81 for Wan's 1.3B")
     add("--fps", type=int, default=16, help="frames a second of the file, default 16")
     # without a default here: what is not given is left to GenerateConfig, or to the model
-    add("--steps", type=int, help="default 50")
+    add("--steps", type=int, help="default: those of the model, or 50")
     add("--solver", choices=("unipc", "dpm++", "euler"), help="default unipc")
-    add("--shift", type=float, help="more of the steps at high noise; default 5, for tiny 3")
-    add("--guidance", type=float, help="default 5; 1 leaves the negative prompt out and halves the work")
+    add("--shift", type=float, help="more of the steps at high noise; default: that of the model, or 5")
+    add(
+        "--guidance",
+        type=float,
+        help="default: that of the model, or 5; 1 leaves the negative prompt out and halves the work",
+    )
     add("--negative", help="what not to show; default: the empty prompt (Wan's own code has a long Chinese one)")
     add("--seed", type=int, default=0, help="of the first prompt, each next one has one more; default 0")
     add(
@@ -69,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--kernel", default="auto", help="of attention: cudnn, flash, efficient or auto, the default")
     add("--device", help="such as cpu or cuda:1; default: the first GPU where there is one")
-    add("--out", type=Path, default=Path("generated"), help="folder, default: generated")
-    add("--overwrite", action="store_true", help="replace files of the same name")
+    add("--out", default="generated", help="folder, default: generated")
+    add("--overwrite", action="store_true", help="replace files of the same name, and make all anew")
     add("--tp", type=int, default=1, metavar="N", help="split every layer over N of the processes; default 1")
     add(
         "--cfg-parallel",
@@ -83,42 +94,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make everything; rank 0 encodes, decodes, writes and prints, all share the denoising."""
-    began = time.monotonic()
     from wanloom.dist import rank, together
+
+    with together():
+        plan = build_plan(arguments)
+        try:
+            plan.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"The folder '{plan.out}' cannot be made: {error.strerror}.") from error
+    check_alike(plan)
+    taken = f"Another `wanloom generate` writes into {plan.out}: wait for it, or give another --out."
+    with StopSignal("the files of a video") as stop, ExitStack() as held:
+        stop.is_patient = False  # what is done is on the disk, and a video may take an hour
+        with together():
+            if rank() == 0:
+                held.enter_context(folder_for_one(plan.out, taken))
+        return make(plan, arguments.overwrite, stop)
+
+
+def make(plan: Plan, overwrite: bool, stop: StopSignal) -> int:
+    """What `run` does once it is clear what; returns the exit code."""
+    began = time.monotonic()
+    from wanloom.dist import gather, rank, together
     from wanloom.parallel.mesh import Mesh
 
     is_first = rank() == 0
+    tell = say if is_first else lambda _: None
+    facts, done = dict[str, Any](), list[int]()
     with together():
-        plan = build_plan(arguments)
         if is_first:
-            check_outputs(plan, arguments.overwrite)
-    check_alike(plan)
-    say = partial(print) if is_first else lambda _: None
-    say(
+            facts = describe(plan)
+            done = find_done(plan, overwrite, facts)
+    done = gather(done)[0]
+    ways = f"{plan.config.steps} steps of {plan.config.solver}, guidance {plan.config.guidance:g}"
+    there = f", {len(done)} of them are there" if done else ""
+    tell(
         f"{plan.model_name} on {plan.where} in {plan.precision}, attention by {plan.kernel}: "
-        f"{len(plan.jobs)} to make with {plan.config.steps} steps of {plan.config.solver}"
+        f"{len(plan.jobs)} to make with {ways}{there}"
     )
-    with together():
-        text, text_identity = encode_texts(plan) if is_first else ([], "")
-    text = hand_out(plan, text)
-    took = time.monotonic() - began
-    say(f"text: {len(text)} prompts encoded, negative ones included, {took:.1f} s with loading")
-    mesh = Mesh(plan.layout, plan.device)
-    model = load_model(plan, mesh)
-    with together():
-        vae = load_vae(plan) if is_first else None
-        facts = describe(plan, text_identity, vae.identity) if vae else {}
-    say(f"model: loaded, {time.monotonic() - began - took:.1f} s")
-    denoise, decode = make_all(plan, mesh, model, vae, text, facts)
-    say(
+    if len(done) == len(plan.jobs):
+        tell(f"{plan.out} is complete: this command has made all of it before. --overwrite makes it anew.")
+        return 0
+    written = list(done)
+    try:
+        with enough_memory("load the model", ["--precision bf16"] if plan.precision == "fp32" else helps_of(plan)):
+            with together():
+                text = encode_texts(plan) if is_first else []
+            text = hand_out(plan, text)
+            took = time.monotonic() - began
+            tell(f"text: {len(text)} prompts encoded, negative ones included, {took:.1f} s with loading")
+            mesh = Mesh(plan.layout, plan.device)
+            model = load_model(plan, mesh)
+            with together():
+                vae = load_vae(plan) if is_first else None
+        tell(f"model: loaded, {time.monotonic() - began - took:.1f} s")
+        denoise, decode = make_all(plan, mesh, model, Writer(plan, vae, facts, stop, tell), text, written)
+    except KeyboardInterrupt:
+        if is_first:
+            more = "; the same command makes the others." if len(written) < len(plan.jobs) else "."
+            say(f"\n{len(written)} of {len(plan.jobs)} are written to {plan.out}{more}", sys.stderr)
+        if stop.received in (None, signal.SIGINT):
+            raise
+        return 128 + stop.received
+    tell(
         f"{len(plan.jobs)} in {plan.out}: denoising {denoise:.1f} s, decoding and writing {decode:.1f} s, "
         f"all {time.monotonic() - began:.1f} s"
     )
     return 0
 
 
-def encode_texts(plan: Plan) -> "tuple[list[Tensor], str]":
-    """States of every one of the prompts, and which encoder made them; the encoder is freed on return."""
+def encode_texts(plan: Plan) -> "list[Tensor]":
+    """States of every one of the prompts; the encoder is freed on return."""
     import torch
 
     from wanloom.codecs.text import TextCodec
@@ -135,12 +181,11 @@ def encode_texts(plan: Plan) -> "tuple[list[Tensor], str]":
         if count > slots:
             say(f"note: of {count} tokens only the first {slots} are used: {prompt[:60]}...", file=sys.stderr)
     states = codec.encode(plan.prompts, slots)
-    identity = codec.identity
     del codec
     gc.collect()  # the encoder holds itself in cycles
     if plan.device.type == "cuda":
         torch.cuda.empty_cache()
-    return states, identity
+    return states
 
 
 def hand_out(plan: Plan, states: "list[Tensor]") -> "dict[str, Tensor]":
@@ -160,21 +205,16 @@ def hand_out(plan: Plan, states: "list[Tensor]") -> "dict[str, Tensor]":
 
 def load_model(plan: Plan, mesh: "Mesh") -> "WanDiT":
     """The part of the transformer that is this process's: `--tp` splits it, and FSDP what that leaves."""
-    from wanloom.dist import rank, together
-    from wanloom.model.weights import load_dit
+    from wanloom.dist import rank
     from wanloom.parallel import params
     from wanloom.parallel.apply import apply_layout
 
     def apply(model: "WanDiT") -> None:
         apply_layout(model, mesh, bf16=False)  # the weights themselves are bf16 where that is the precision
 
-    if plan.trained:
-        model = plan.trained.load_model(plan.ema, plan.dtype, plan.device, plan.kernel, apply)
-    else:
-        with together():
-            model = load_dit(plan.pipeline, plan.dtype, plan.device, plan.kernel, apply, params.fill)
-        if rank() == 0 and not params.local(model.head.head.weight).any():
-            say(f"note: the transformer of '{plan.model_name}' is untrained, it will give noise", file=sys.stderr)
+    model = plan.weights.load_model(plan.ema, plan.dtype, plan.device, plan.kernel, apply)
+    if rank() == 0 and not params.local(model.head.head.weight).any():
+        say(f"note: the transformer of '{plan.model_name}' is untrained, it will give noise", sys.stderr)
     return model.eval().requires_grad_(False)
 
 
@@ -190,66 +230,66 @@ def load_vae(plan: Plan) -> "VaeCodec":
     return vae
 
 
+class Writer(NamedTuple):
+    """What turns latents into files, where the VAE is: on the first process."""
+
+    plan: Plan
+    vae: "VaeCodec | None"
+    facts: dict[str, Any]
+    stop: StopSignal
+    tell: Callable[[str], None]
+
+    def write(self, index: int, latents: "Tensor") -> None:
+        """Decode and write one job. Raises UserError for what would be a black video, and for a full disk."""
+        if self.vae is None:
+            return
+        job = self.plan.jobs[index]
+        try:
+            with enough_memory(f"decode {job.frames} frames of {job.width} x {job.height}", helps_of(self.plan)):
+                frames = self.vae.decode(latents)
+        except UserError as error:
+            raise UserError(f"'{job.name}' cannot be decoded: {error}") from error
+        self.stop.is_patient = True  # all files of a video or none
+        path = write_result(self.plan, job, frames, self.facts)
+        self.tell(f"  {path}")
+        self.stop.is_patient = False
+
+
 def make_all(
-    plan: Plan, mesh: "Mesh", model: "WanDiT", vae: "VaeCodec | None", text: "dict[str, Tensor]", facts: dict[str, Any]
+    plan: Plan, mesh: "Mesh", model: "WanDiT", writer: Writer, text: "dict[str, Tensor]", written: list[int]
 ) -> tuple[float, float]:
-    """Generate every job and, where the VAE is, write each as soon as its pack is done.
+    """Generate every job that is not `written` yet, and write each as soon as its pack is done.
 
     Returns seconds of denoising and of the rest.
     """
-    done, writing, began = 0, 0.0, time.monotonic()
-    try:
-        from rich.progress import Progress
+    writing, began = 0.0, time.monotonic()
+    from rich.progress import Progress
 
-        from wanloom.dist import together
-        from wanloom.sample.generate import Request, draw_request_noise, generate, latents_shape
+    from wanloom.dist import together
+    from wanloom.sample.generate import Request, draw_request_noise, generate, latents_shape
 
-        channels = plan.model_config.in_channels
-        requests = [
-            Request(
-                draw_request_noise(latents_shape(channels, job.frames, job.height, job.width), job.seed),
-                text[job.prompt],
-                text[job.negative],
-            )
-            for job in plan.jobs
-        ]
-        console = Terminal(stderr=True)
-        quiet = vae is None or not console.is_terminal
-        with Progress(console=console, transient=True, disable=quiet) as progress, enough_memory(plan):
-            task = progress.add_task("denoising", total=len(requests) * plan.config.steps)
-            for index, latents in generate(model, requests, plan.config, lambda n: progress.advance(task, n), mesh):
+    channels = plan.model_config.in_channels
+    requests = [
+        Request(
+            draw_request_noise(latents_shape(channels, job.frames, job.height, job.width), job.seed),
+            text[job.prompt],
+            text[job.negative],
+        )
+        for job in plan.jobs
+    ]
+    console = Terminal(stderr=True)
+    quiet = writer.vae is None or not console.is_terminal
+    doing = f"make {len(plan.jobs)} of {plan.jobs[0].width} x {plan.jobs[0].height}"
+    with Progress(console=console, transient=True, disable=quiet) as progress:
+        task = progress.add_task("denoising", total=(len(requests) - len(written)) * plan.config.steps)
+        made = generate(model, requests, plan.config, lambda n: progress.advance(task, n), mesh, tuple(written))
+        with enough_memory(doing, helps_of(plan)):
+            for index, latents in made:
                 start = time.monotonic()
-                with together(), enough_memory(plan):
-                    if vae is not None:
-                        write_result(plan, plan.jobs[index], decode_one(plan.jobs[index], vae, latents), facts)
-                done += 1
+                with together():
+                    writer.write(index, latents)
+                written.append(index)
+                if writer.stop.received:
+                    raise KeyboardInterrupt
                 writing += time.monotonic() - start
-    except KeyboardInterrupt:
-        if vae is not None:
-            say(f"\n{done} of {len(plan.jobs)} are written to {plan.out}.", file=sys.stderr)
-        raise
     return time.monotonic() - began - writing, writing
-
-
-def decode_one(job: "Job", vae: "VaeCodec", latents: "Tensor") -> "Tensor":
-    """Frames. Raises UserError for what would be a black video."""
-    try:
-        return vae.decode(latents)
-    except UserError as error:
-        raise UserError(
-            f"'{job.name}' cannot be decoded: {error} A lower --guidance or more --steps may help."
-        ) from error
-
-
-@contextmanager
-def enough_memory(plan: Plan) -> Iterator[None]:
-    """Raises UserError with what helps when there is not."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"The memory of {plan.device} is not enough: make it smaller with --height, --width or --frames"
-            + (", or use --precision bf16." if plan.precision == "fp32" else ".")
-        ) from error

@@ -6,36 +6,24 @@ be seen before the weights are read is found here, and several processes must ha
 
 import argparse
 import hashlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from wanloom.config import UserError, build_config
+from wanloom.memory import check_memory
+from wanloom.terminal import say
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
     import torch
 
     from wanloom.model.settings import DiTConfig
     from wanloom.parallel.mesh import Layout
-    from wanloom.recipes.trained import Trained
+    from wanloom.recipes.trained import Weights
     from wanloom.sample.generate import GenerateConfig
     from wanloom.sample.prompts import Job, PromptLine
+    from wanloom.sample.settings import Settings
 
-
-class Sizes(NamedTuple):
-    """What a model makes when nothing else is asked for."""
-
-    height: int
-    width: int
-    frames: int
-    shift: float | None  # None is left to GenerateConfig
-
-
-# by the name of the config in model/dit.py: tiny as the demo trains it, the others as Wan's own code has them
-DEFAULTS = {
-    "tiny": Sizes(64, 64, 17, 3.0),
-    "wan2.1-t2v-1.3b": Sizes(480, 832, 81, 5.0),
-    "wan2.1-t2v-14b": Sizes(720, 1280, 81, 5.0),
-}
 PARTS = ("text_encoder", "tokenizer", "vae")
 
 
@@ -44,10 +32,9 @@ class Plan(NamedTuple):
 
     pipeline: Path
     model_name: str
-    trained: "Trained | None"
+    checkpoint: Path | None  # whose weights they are, where they are not those of the pipeline
+    weights: "Weights"
     ema: bool
-    model_config: "DiTConfig"
-    transformer: str  # fingerprint of its weights
     config: "GenerateConfig"
     jobs: "list[Job]"
     fps: int
@@ -56,6 +43,10 @@ class Plan(NamedTuple):
     precision: str
     kernel: str
     out: Path
+
+    @property
+    def model_config(self) -> "DiTConfig":
+        return self.weights.config
 
     @property
     def prompts(self) -> list[str]:
@@ -79,58 +70,129 @@ def build_plan(arguments: argparse.Namespace) -> Plan:
     """Read the prompts and fill in the defaults. Raises UserError for what can be seen to be wrong."""
     import torch
 
-    from wanloom.assets import find_pipeline
-    from wanloom.codecs.identity import folder_identity
     from wanloom.dist import pick_device
     from wanloom.model.kernels import resolve_kernel
-    from wanloom.model.weights import read_config
-    from wanloom.recipes.trained import open_trained
-    from wanloom.sample.generate import latents_shape
     from wanloom.sample.prompts import PromptLine, build_jobs, read_prompts
+    from wanloom.sample.settings import read_settings
     from wanloom.sample.solvers import build_solver
 
     check_arguments(arguments)
-    trained = open_trained(arguments.checkpoint, arguments.ema) if arguments.checkpoint else None
-    name = arguments.model or (trained.model if trained else "tiny")
-    pipeline = find_pipeline(name, PARTS if trained else (*PARTS, "transformer"))
-    model_config = trained.config if trained else read_config(pipeline)
-    sizes = fill_sizes(arguments, model_config, name)
-    config = read_config_of(arguments, sizes.shift)
     lines = read_prompts(arguments.prompts) if arguments.prompts else [PromptLine(prompt=p) for p in arguments.prompt]
+    name, pipeline, weights = find_weights(arguments)
+    settings = fill_settings(arguments, read_settings(pipeline, weights.config), name)
+    config = read_config_of(arguments, settings)
     check_negative(arguments, config, lines)
-    jobs = build_jobs(lines, arguments.negative or "", arguments.seed, sizes.height, sizes.width, sizes.frames)
-    for job in jobs:
-        latents_shape(model_config.in_channels, job.frames, job.height, job.width)
+    sizes = (settings.height or 0, settings.width or 0, settings.frames or 0)
+    jobs = build_jobs(lines, arguments.negative or "", arguments.seed, *sizes)
+    check_jobs(lines, jobs, weights.config.in_channels)
     build_solver(config.solver, config.steps, config.shift)
     device = pick_device(arguments.device)
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
-    return Plan(
+    plan = Plan(
         pipeline=pipeline,
         model_name=str(Path(name).resolve()) if name != "tiny" and Path(name).exists() else name,
-        trained=trained,
+        checkpoint=None if weights.path == pipeline else weights.path,
+        weights=weights,
         ema=arguments.ema,
-        model_config=model_config,
-        transformer=trained.identity if trained else folder_identity(pipeline / "transformer"),
         config=config,
         jobs=jobs,
         fps=arguments.fps,
-        layout=build_layout(arguments, config.guidance, model_config),
+        layout=build_layout(arguments, config.guidance, weights.config),
         device=device,
         precision=precision,
         kernel=resolve_kernel(arguments.kernel, device.type, torch.bfloat16 if precision == "bf16" else torch.float32),
-        out=arguments.out,
+        out=Path(arguments.out).expanduser(),
     )
+    check_sizes(plan)
+    return plan
+
+
+def find_weights(arguments: argparse.Namespace) -> "tuple[str, Path, Weights]":
+    """The name of the pipeline, its folder, and the weights of the transformer, which may be elsewhere."""
+    from wanloom.assets import find_pipeline
+    from wanloom.recipes.trained import is_published, open_published, open_trained
+
+    given, name = arguments.checkpoint, arguments.model
+    if not given and name and (folder := Path(name).expanduser()).exists() and not (folder / "transformer").is_dir():
+        given, name = folder, None  # a transformer alone, as the original layout has it: its parts are elsewhere
+        if not is_published(given):
+            raise UserError(f"'{given}' holds no model: a pipeline has the folders transformer, {', '.join(PARTS)}.")
+    if not given:
+        pipeline = find_pipeline(name or "tiny", (*PARTS, "transformer"))
+        return name or "tiny", pipeline, open_published(pipeline)
+    weights = open_trained(given, arguments.ema)
+    name = name or weights.model
+    if not name:
+        raise UserError(
+            f"'{given}' is a transformer alone: give the pipeline that its VAE and text encoder are of too, such as "
+            f"--checkpoint {given} --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    return name, find_pipeline(name, PARTS), weights
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     from wanloom.dist import world_size
+    from wanloom.sample.prompts import MAX_SEED
 
     if arguments.ema and not arguments.checkpoint:
         raise UserError("--ema asks for the averaged weights of a run: give the run with --checkpoint.")
     if arguments.fps < 1:
         raise UserError(f"--fps is {arguments.fps}, it must be at least 1.")
+    if not 0 <= arguments.seed < MAX_SEED:
+        raise UserError(f"--seed is {arguments.seed}, it must be at least 0 and below 2^63.")
+    if not arguments.out.strip():
+        raise UserError("--out is empty: give the folder for the videos, or leave it out for `generated`.")
     if world_size() > 1 and ":" in (arguments.device or ""):
         raise UserError(f"--device {arguments.device} is one device, and each process takes its own: leave it out.")
+
+
+def check_jobs(lines: "list[PromptLine]", jobs: "list[Job]", channels: int) -> None:
+    """Raises UserError for a size that cannot be, with the line that asks for it; notes a prompt that says nothing."""
+    from wanloom.dist import rank
+    from wanloom.sample.generate import latents_shape
+
+    for line, job in zip(lines, jobs, strict=True):
+        try:
+            latents_shape(channels, job.frames, job.height, job.width)
+        except UserError as error:
+            raise UserError(f"{line.where}: {error}" if line.where else str(error)) from error
+        if not job.prompt.strip() and rank() == 0:
+            say(f"note: the prompt of '{job.name}' is empty, so it shows anything.", sys.stderr)
+
+
+def check_sizes(plan: Plan) -> None:
+    """Raises UserError when the largest video cannot be made in the memory there is: nothing is loaded yet."""
+    job = max(plan.jobs, key=lambda job: job.frames * job.height * job.width)
+    doing = f"make {job.frames} frames of {job.width} x {job.height}"
+    check_memory(least_bytes(plan, job), str(plan.device), doing, helps_of(plan))
+
+
+def helps_of(plan: Plan) -> list[str]:
+    """What makes a video take less memory, the best first."""
+    job = max(plan.jobs, key=lambda job: job.frames * job.height * job.width)
+    helps = ["a smaller --height and --width"]
+    if job.frames > 1:
+        helps.insert(job.height * job.width > 1280 * 720, f"fewer --frames than {job.frames}")
+    if plan.precision == "fp32" and plan.device.type == "cuda":
+        helps.append("--precision bf16")
+    elif plan.config.guidance != 1:
+        helps.append("--guidance 1, which is half of the work")
+    if plan.device.type == "cuda":
+        helps.append("--nproc to spread it over several GPUs")
+    return helps[:3]
+
+
+def least_bytes(plan: Plan, job: "Job") -> int:
+    """A lower bound of what a video takes beside the weights, on the fullest device."""
+    from wanloom.sample.generate import SPATIAL_STEP, TEMPORAL_STEP
+
+    config, half = plan.model_config, plan.precision == "bf16"
+    frames, rows, cols = (job.frames - 1) // TEMPORAL_STEP + 1, job.height // SPATIAL_STEP, job.width // SPATIAL_STEP
+    tokens = frames * rows * cols * (1 if plan.config.guidance == 1 else 2)
+    # the residual stream, its normed copy, and the hidden layer of the feed-forward
+    denoising = tokens * (8 * config.dim + (2 if half else 4) * config.ffn_dim) // plan.layout.world
+    decoding = job.frames * job.height * job.width * 3 * (4 + 4 + 1)  # fp32 pixels, those before they grew, bytes
+    return max(denoising, decoding)
 
 
 def build_layout(arguments: argparse.Namespace, guidance: float, model: "DiTConfig") -> "Layout":
@@ -169,7 +231,7 @@ def check_alike(plan: Plan) -> None:
 
     own = {
         "prompts": hashlib.sha256(repr(plan.jobs).encode()).hexdigest(),
-        "weights of the transformer": plan.transformer,
+        "weights of the transformer": plan.weights.identity,
         "devices": plan.device.type,
         "precisions": plan.precision,
         "kernels": plan.kernel,
@@ -183,11 +245,12 @@ def check_alike(plan: Plan) -> None:
             )
 
 
-def read_config_of(arguments: argparse.Namespace, shift: float | None) -> "GenerateConfig":
-    """How to sample; what was not given keeps the default of the config."""
+def read_config_of(arguments: argparse.Namespace, settings: "Settings") -> "GenerateConfig":
+    """How to sample; what neither was given nor is the model's keeps the default of the config."""
     from wanloom.sample.generate import GenerateConfig
 
-    asked = {name: getattr(arguments, name) for name in ("solver", "steps", "guidance")} | {"shift": shift}
+    own = {"steps": settings.steps, "guidance": settings.guidance, "shift": settings.shift}
+    asked = own | {"solver": arguments.solver}
     return build_config(GenerateConfig, {name: value for name, value in asked.items() if value is not None})
 
 
@@ -204,22 +267,14 @@ def check_negative(arguments: argparse.Namespace, config: "GenerateConfig", line
         )
 
 
-def fill_sizes(arguments: argparse.Namespace, model_config: "DiTConfig", name: str) -> Sizes:
-    """Asked sizes, completed by the defaults of the model. Raises UserError where a model has none."""
-    from wanloom.model.settings import CONFIGS
-
-    known = next((DEFAULTS.get(key) for key, config in CONFIGS.items() if config == model_config), None)
-    asked = (arguments.height, arguments.width, arguments.frames)
-    if known is None and None in asked:
+def fill_settings(arguments: argparse.Namespace, own: "Settings", name: str) -> "Settings":
+    """What is asked for, completed by what the model has. Raises UserError where it has no sizes of its own."""
+    asked = {key: getattr(arguments, key) for key in ("height", "width", "frames", "steps", "guidance", "shift")}
+    filled = own.model_copy(update={key: value for key, value in asked.items() if value is not None})
+    if None in (filled.height, filled.width, filled.frames):
         raise UserError(
             f"'{name}' is of no known size, so nothing can be assumed: give --height, --width and --frames."
         )
-    height, width, frames, shift = known or Sizes(*asked, None)
     if (arguments.height is None) != (arguments.width is None):
         raise UserError("--height and --width belong together: give both or neither.")
-    return Sizes(
-        height if arguments.height is None else arguments.height,
-        width if arguments.width is None else arguments.width,
-        frames if arguments.frames is None else arguments.frames,
-        shift if arguments.shift is None else arguments.shift,
-    )
+    return filled

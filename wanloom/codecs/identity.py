@@ -15,8 +15,13 @@ SUFFIXES = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # of everythin
 
 def folder_identity(folder: Path) -> str:
     """Fingerprint of the config, weight and vocabulary files directly inside `folder`."""
+    return files_identity([p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file()])
+
+
+def files_identity(files: list[Path]) -> str:
+    """Fingerprint of these files, by their names and contents."""
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file()):
+    for path in sorted(files):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())
         with path.open("rb") as file:

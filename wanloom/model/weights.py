@@ -205,7 +205,9 @@ def save_weights(
         write_shards(state_dict_as(state, layout), temporary, shard_bytes)
         text = json.dumps(config_json(config, layout), indent=2, sort_keys=True)
         (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
+        mode = (temporary / "config.json").stat().st_mode  # by the user's umask; safetensors writes for the owner alone
         for file in temporary.iterdir():
+            file.chmod(mode)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         temporary.replace(path)

@@ -1,7 +1,8 @@
-"""A trained model on disk: a checkpoint's weights with the recipe that made them.
+"""Weights on disk, whoever wrote them: a checkpoint with the recipe that made it, or a transformer as files.
 
-In: the folder of a run or of one of its checkpoints. Out: weights by parameter name, the model's config, and the name
-of the pipeline whose VAE and text encoder belong to it, which the recipe beside the weights tells.
+In: the folder of a run or of one of its checkpoints, of a pipeline or a transformer in either layout, or a file. Out:
+weights by parameter name, the model's config, and the name of the pipeline whose VAE and text encoder belong to it: the
+recipe of a run tells it, and the note that `wanloom convert` writes beside the weights.
 """
 
 import hashlib
@@ -13,14 +14,19 @@ import torch
 import yaml
 from torch import Tensor
 
+from wanloom.codecs.identity import files_identity, folder_identity
 from wanloom.config import UserError, build_config
 from wanloom.dist import together
-from wanloom.folders import check_finite
+from wanloom.folders import check_finite, read_json
 from wanloom.model.dit import WanDiT, cast_weights
+from wanloom.model.published import find_files
 from wanloom.model.settings import DiTConfig
-from wanloom.parallel.params import local
+from wanloom.model.weights import load_dit, read_config
+from wanloom.parallel.params import fill, local
 from wanloom.train.checkpoint import load_tensors, load_weights
 from wanloom.train.saved import find_checkpoint, read_state
+
+NOTE = "wanloom.json"  # what `wanloom convert` writes beside weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Trained:
     step: int
     model: str  # the pipeline that the run was trained on
     config: DiTConfig
-    identity: str  # of its files: state.json holds the size and checksum of each
+    identity: str  # of its files: state.json holds the size and checksum of each; the average has another one
 
     def load_weights(self, ema: bool) -> dict[str, Tensor]:
         """The weights by parameter name, or their average. Raises UserError when there is none, or for damage."""
@@ -67,11 +73,77 @@ class Trained:
             check_finite(value, f"The checkpoint {self.path}: '{name}'")
 
 
-def open_trained(run_or_step: Path, ema: bool = False) -> Trained:
-    """The newest checkpoint of a run, or the checkpoint itself.
+@dataclass(frozen=True)
+class Published:
+    """A transformer as safetensors in either layout, before its weights are read."""
 
-    Raises UserError if there is none, or with `ema` if the run kept no average: before anything slow is done.
+    path: Path
+    model: str | None  # the pipeline that its other parts are of, where that is known
+    config: DiTConfig
+    identity: str  # of its files
+    step: int | None = None
+
+    def load_weights(self, ema: bool) -> dict[str, Tensor]:
+        """The weights by parameter name, in fp32. Raises UserError for damage."""
+        assert not ema, "open_trained refuses it"
+        return dict(load_dit(self.path).state_dict())
+
+    def load_model(
+        self,
+        ema: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernel: str = "auto",
+        apply: Callable[[WanDiT], None] = lambda model: None,
+    ) -> WanDiT:
+        """The model, its Linears in `dtype`; several processes call it together."""
+        assert not ema, "open_trained refuses it"
+        with together():
+            return load_dit(self.path, dtype, device, kernel, apply, fill)
+
+
+Weights = Trained | Published
+
+
+def open_trained(path: Path, ema: bool = False) -> Weights:
+    """The newest checkpoint of a run, a checkpoint itself, or the weights of a published model at `path`.
+
+    Raises UserError if there is none, or with `ema` if there is no average: before anything slow is done.
     """
+    if is_published(path):
+        if ema:
+            raise UserError(f"{path} holds one set of weights and no average beside it: leave --ema out.")
+        return open_published(path)
+    return open_checkpoint(path, ema)
+
+
+def is_published(path: Path) -> bool:
+    """Whether there are weights as files, and no checkpoint."""
+    if path.is_file():
+        if (path.parent / "state.json").is_file():
+            raise UserError(f"{path} is a piece of a checkpoint: give the folder, {path.parent}.")
+        return True
+    if (path / "state.json").is_file() or not path.is_dir():
+        return False
+    return (path / "transformer").is_dir() or (path / "transformer_2").is_dir() or any(path.glob("*.safetensors"))
+
+
+def open_published(path: Path) -> Published:
+    """The transformer at `path`. Raises UserError when it is none that can be read."""
+    files = find_files(path)
+    config = read_config(path)
+    # a pipeline has its own parts; the note is beside the weights, or beside their folder
+    folder = files[0].parent
+    pipeline = next((str(place) for place in (path, path.parent) if (place / "text_encoder").is_dir()), None)
+    note = next((file for place in (folder, folder.parent) if (file := place / NOTE).is_file()), None)
+    named = read_json(note).get("model") if note else None
+    model = pipeline or (named if isinstance(named, str) else None)
+    identity = folder_identity(folder) if path.is_dir() else files_identity([*files, *folder.glob("config.json")])
+    return Published(path, model, config, identity)
+
+
+def open_checkpoint(run_or_step: Path, ema: bool) -> Trained:
+    """The newest checkpoint of a run, or the checkpoint itself."""
     path = find_checkpoint(run_or_step)
     state = read_state(path)
     try:
@@ -82,4 +154,5 @@ def open_trained(run_or_step: Path, ema: bool = False) -> Trained:
     if ema and not average:
         raise UserError(f"{path} has no averaged weights: the run was trained without ema.decay. Leave --ema out.")
     digest = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
-    return Trained(path, state["step"], model, build_config(DiTConfig, state["model"]), digest[:16])
+    identity = digest[:16] + ("-ema" if ema else "")
+    return Trained(path, state["step"], model, build_config(DiTConfig, state["model"]), identity)

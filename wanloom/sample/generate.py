@@ -9,7 +9,7 @@ Several processes make the same packs as one does and share each of them: the to
 the branches of guidance between two data ranks. Every process takes every step of the solver.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,8 +96,11 @@ def generate(
     config: GenerateConfig,
     on_step: Callable[[int], None] | None = None,
     mesh: Mesh | None = None,
+    done: Collection[int] = (),
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields (index of the request, latents) pack by pack; `on_step` gets the number of requests that moved a step.
+
+    Requests that are `done` are left out; packs stay what they are without, so that the others get the same bits.
 
     With a mesh, the model is the part of this process (`apply_layout`) and every process gets all the latents. Two data
     ranks take one branch of guidance each. Raises ValueError for more of them than branches.
@@ -107,11 +110,14 @@ def generate(
         raise ValueError(f"guidance {config.guidance} has no branches for {mesh.layout.data_ranks} data ranks")
     solver = build_solver(config.solver, config.steps, config.shift)
     for pack in plan_packs(requests, config):
+        if all(i in done for i in pack):
+            continue
         # equal sizes and text lengths side by side: the attention takes neighbours that agree as one batch
         pack.sort(key=lambda i: (requests[i].noise.shape, requests[i].text.shape[0]))
         chosen = [requests[i] for i in pack]
         latents = _integrate(model, chosen, solver, config.guidance, on_step, mesh)
-        yield from sorted(zip(pack, latents, strict=True), key=lambda pair: pair[0])
+        made = sorted(zip(pack, latents, strict=True), key=lambda pair: pair[0])
+        yield from ((i, made_one) for i, made_one in made if i not in done)
 
 
 def _integrate(

@@ -2,6 +2,7 @@
 
 In: prompts in a list, a text file (one a line) or JSON lines. Out: `Job`s with every value filled in. The one decision:
 job number i has seed + i unless its line says otherwise, so adding a prompt at the end changes no other video.
+Another seed than i is part of the name.
 """
 
 import re
@@ -9,10 +10,14 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field, PrivateAttr
+
 from wanloom.config import Config, UserError, build_config
 from wanloom.files import json_fault, parse_json
 
+KINDS = (".txt", ".jsonl")
 SLUG_LENGTH = 48
+MAX_SEED = 1 << 63
 MOST_BYTES = 64 << 20  # of a file of prompts
 
 
@@ -21,10 +26,21 @@ class PromptLine(Config):
 
     prompt: str
     negative: str | None = None
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=0, lt=MAX_SEED)
     height: int | None = None
     width: int | None = None
     frames: int | None = None
+    _where: str = PrivateAttr(default="")
+
+    @property
+    def where(self) -> str:
+        """The file and line that it stands in, in words; empty for one of the command line."""
+        return self._where
+
+    def at(self, where: str) -> "PromptLine":
+        """The same, of this place."""
+        self._where = where
+        return self
 
 
 @dataclass(frozen=True)
@@ -41,10 +57,16 @@ class Job:
 
 
 def read_prompts(path: Path) -> list[PromptLine]:
-    """Lines of a `.jsonl` file, or of a text file with one prompt a line; empty lines do not count.
+    """Lines of a `.jsonl` file, or of a `.txt` file with one prompt a line; empty lines do not count.
 
-    Raises UserError for a file that cannot be read or holds no prompt, and names the line that is wrong.
+    Raises UserError for a file that is neither, cannot be read or holds no prompt, and names the line that is wrong.
     """
+    kind = path.suffix.lower()  # some systems write .TXT
+    if kind not in KINDS and not path.is_dir():
+        raise UserError(
+            f"'{path}' is no file of prompts by its name: a .txt has one prompt a line, a .jsonl one JSON object a "
+            'line, such as {"prompt": "a cat", "seed": 7}.'
+        )
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -57,8 +79,8 @@ def read_prompts(path: Path) -> list[PromptLine]:
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"'{path}' holds no prompt.")
-    if path.suffix != ".jsonl":
-        return [PromptLine(prompt=line) for _, line in numbered]
+    if kind != ".jsonl":
+        return [PromptLine(prompt=line).at(f"'{path}', line {number}") for number, line in numbered]
     return [_parse_line(f"'{path}', line {number}", line) for number, line in numbered]
 
 
@@ -70,7 +92,7 @@ def _parse_line(where: str, line: str) -> PromptLine:
     if not isinstance(values, dict):
         raise UserError(f'{where} is not an object such as {{"prompt": "a cat", "seed": 7}}.')
     try:
-        return build_config(PromptLine, values)
+        return build_config(PromptLine, values).at(where)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -84,7 +106,7 @@ def build_jobs(lines: list[PromptLine], negative: str, seed: int, height: int, w
 
     return [
         Job(
-            name="-".join(filter(None, (f"{i:0{digits}d}", slug(line.prompt)))),
+            name=name_of(i, digits, line.prompt, pick(line.seed, seed + i)),
             prompt=line.prompt,
             negative=negative if line.negative is None else line.negative,
             seed=pick(line.seed, seed + i),
@@ -94,6 +116,12 @@ def build_jobs(lines: list[PromptLine], negative: str, seed: int, height: int, w
         )
         for i, line in enumerate(lines)
     ]
+
+
+def name_of(index: int, digits: int, prompt: str, seed: int) -> str:
+    """The name of a job's files. One seed more is one more name, so that seeds can be tried in one folder."""
+    parts = (f"{index:0{digits}d}", slug(prompt), "" if seed == index else f"seed{seed}")
+    return "-".join(filter(None, parts))
 
 
 def slug(prompt: str) -> str:

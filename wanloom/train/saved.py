@@ -68,7 +68,7 @@ def find_checkpoint(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"There is no folder {path}: give a run folder or one of its checkpoints.")
-    found = list_checkpoints(path)
+    found = list_checkpoints(path.parent if path.name == FOLDER else path)  # or the folder that holds them
     if not found:
         raise UserError(
             f"{path} holds no checkpoint: give the folder of a run that has saved one (run_dir of the run)."
