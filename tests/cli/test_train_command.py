@@ -72,7 +72,7 @@ def test_two_runs_are_bit_equal_and_write_what_they_promise(tmp_path, capsys):
     assert main(words(tmp_path / "a", *settings)) == 0
     assert main(words(tmp_path / "b", *settings)) == 0
     out = capsys.readouterr().out
-    assert "tiny from random weights on cpu in fp32, attention by flash: " in out
+    assert "tiny from random weights on cpu with 1 thread in fp32, attention by flash: " in out
     assert "step 2/5  loss" in out and "Done:" in out and "wanloom generate --checkpoint" in out
     assert_same_bits(tmp_path / "a", tmp_path / "b")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
@@ -377,6 +377,22 @@ def test_a_run_of_before_a_setting_was_added_goes_on(tmp_path, capsys):
     write_state(newest, state | json.loads((newest / "state.json").read_text()))
     assert main(words(tmp_path, "train.steps=4")) == 2
     assert "run.yaml cannot be read: There is no setting 'old_name'" in capsys.readouterr().err
+
+
+def test_another_number_of_threads_is_noted(tmp_path, capsys):
+    """It rounds sums otherwise: the bits are those of a run that was never stopped with the same threads only."""
+    assert main(words(tmp_path, "train.steps=1")) == 0
+    assert " on cpu with 1 thread in fp32" in capsys.readouterr().out
+    assert main(words(tmp_path, "train.steps=2")) == 0
+    assert "Note: the number" not in capsys.readouterr().out
+    torch.set_num_threads(2)
+    try:
+        assert main(words(tmp_path, "train.steps=3")) == 0
+    finally:
+        torch.set_num_threads(1)
+    out = capsys.readouterr().out
+    assert " on cpu with 2 threads in fp32" in out and "Note: the number of threads was 1 and is 2" in out
+    assert read_state(find_checkpoint(tmp_path))["threads"] == 2
 
 
 @pytest.mark.parametrize("draws", [None, "torch's"])

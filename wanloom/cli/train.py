@@ -14,6 +14,8 @@ from wanloom.cli.hints import generate_command
 from wanloom.terminal import say
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
+    from collections.abc import Callable
+
     import torch
 
     from wanloom.data.loader import Plan, Source
@@ -116,6 +118,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
         check_origins(run, progress.say)
         note_unhashed(sources, progress.say)
         where = device.type if layout.world == 1 else f"{layout.world} x {device.type} ({layout.describe()})"
+        where += count_threads(device)
         progress.say(
             f"{run.model} from {run.init} weights on {where} in {run.train.precision}, attention by {kernel}: "
             f"{sum(len(index) for index in plan.indices):,} samples, {run.batch.samples} of them a step."
@@ -263,6 +266,7 @@ def build_parts(
             "data": plan.fingerprint(),
             "draws": SCHEME,
             "empty_text": None if empty is None else sum_of(empty),
+            "threads": torch.get_num_threads(),
             "versions": {"wanloom": wanloom.__version__, "torch": torch.__version__},
         },
         recipe=dump_run(run),
@@ -271,7 +275,30 @@ def build_parts(
         load_tensors(newest, parts.tensors())
         optimizer.set_step_count(state.step)
         progress.say(f"Going on from {newest}.")
+        note_threads(newest, mesh.device, progress.say)
     return parts
+
+
+def count_threads(device: "torch.device") -> str:
+    """How many threads compute, in words; nothing on a GPU."""
+    import torch
+
+    threads = torch.get_num_threads()
+    return f" with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else ""
+
+
+def note_threads(checkpoint: Path, device: "torch.device", say: "Callable[[str], None]") -> None:
+    """Say that sums are rounded otherwise from here on: another machine, or other settings, give other threads."""
+    import torch
+
+    from wanloom.train.saved import read_state
+
+    before, now = read_state(checkpoint).get("threads"), torch.get_num_threads()
+    if device.type == "cpu" and before not in (None, now):
+        say(
+            f"Note: the number of threads was {before} and is {now}, so within rounding it is no longer the same: "
+            f"OMP_NUM_THREADS={before} keeps every bit."
+        )
 
 
 def build_model(run: "Run", config: "DiTConfig", mesh: "Mesh", fill: bool) -> "WanDiT":
