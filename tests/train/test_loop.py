@@ -12,7 +12,7 @@ from wanloom.objective.settings import FlowConfig
 from wanloom.train import loop
 from wanloom.train.loop import RunState, Settings, Trainer
 from wanloom.train.settings import LogConfig, ScheduleConfig, TrainConfig
-from wanloom.train.step import StepResult
+from wanloom.train.step import Cause, NonFiniteError, StepResult
 
 
 @pytest.mark.parametrize("ranks", [1, 8])
@@ -80,3 +80,28 @@ def test_the_average_follows_every_update(monkeypatch):
     assert [count for what, count in done if what == "average"] == [0, 1, 2, 3]
     assert [what for what, _ in done] == ["weights", "average"] * 4
     assert [rate for what, rate in done if what == "weights"] == [0.5, 1.0, 1.0, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (
+            Cause(["head.weight"], []),
+            "because 1 of the model's weights were not before it, such as head.weight:",
+        ),
+        (
+            Cause([], ["a", "b"]),
+            "because the latents or text states of these samples are not: a, b. The we",
+        ),
+        (
+            Cause([], []),
+            "with the samples a, b, c. Weights and samples are finite: it is the computing",
+        ),
+    ],
+)
+def test_a_loss_that_is_not_finite_tells_weights_from_samples(cause, words):
+    none: Any = None
+    checkpointer: Any = SimpleNamespace(describe_last=lambda: "The last whole checkpoint is x.", run_dir=none)
+    trainer = Trainer(none, none, RunState(), [], checkpointer, None, none)
+    said = str(trainer._explain(NonFiniteError("loss", 6, ["a", "b", "c"], cause)))
+    assert said.startswith(f"The loss of step 7 is not finite, {words}") and "The last whole checkpoint is x." in said

@@ -22,6 +22,7 @@ from wanloom.train.step import (
     build_input,
     choose_text,
     clip_gradients,
+    find_cause,
     forward_backward,
     train_step,
 )
@@ -249,4 +250,16 @@ def test_what_is_not_finite_is_found_and_named(tiny_pipeline, what):
     with pytest.raises(NonFiniteError, match=f"the {what} of step 2") as caught:
         train_step(model, ALONE, batch, FLOW, bf16=False, clip_norm=1.0)
     assert caught.value.keys == expected
+    assert caught.value.weights == [] and len(caught.value.samples) == (what == "loss")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_weights_and_samples_are_told_apart(tiny_pipeline):
+    """By what is not finite before the step."""
+    step, model = read_step(100), load_dit(tiny_pipeline)
+    batch = build_batch(step, objective())
+    assert find_cause(model, batch) == ([], [])
+    with torch.no_grad():
+        model.blocks[0].ffn[0].weight[3, 3] = float("inf")
+    batch.inputs[1].pack.text[-1, 0] = float("nan")
+    assert find_cause(model, batch) == (["blocks.0.ffn.0.weight"], [step.packs[1][-1].sample.key])

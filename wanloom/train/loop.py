@@ -8,7 +8,7 @@ finish, save and leave.
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -242,15 +242,34 @@ class Trainer:
         self.checkpointer.save(self.state.step, self.parts.tensors(), state, self.parts.recipe)
 
     def _explain(self, error: NonFiniteError) -> UserError:
-        """What to tell when a step went wrong; all sample keys go to a file when they are many."""
-        keys = ", ".join(error.keys[:NAMED_KEYS])
-        if len(error.keys) > NAMED_KEYS:
-            path = self.checkpointer.run_dir / f"not_finite_step_{error.step + 1}.txt"
-            if rank() == 0:
-                path.write_text("\n".join(error.keys) + "\n")
-            keys += f" and {len(error.keys) - NAMED_KEYS} more, all in {path}"
+        """What to tell when a step went wrong: whether by its weights, its samples, or by what it computes of them."""
+        begin = f"The {error.what} of step {error.step + 1} is not finite"
+        unchanged = "The weights were not changed by this step."
+        last = self.checkpointer.describe_last()
+        if error.weights:
+            return UserError(
+                f"{begin}, because {len(error.weights)} of the model's weights were not before it, such as "
+                f"{error.weights[0]}: the samples are not the cause. {last} Go on from a checkpoint before the loss "
+                "rose, with a lower optimizer.lr or clip_norm."
+            )
+        if error.samples:
+            return UserError(
+                f"{begin}, because the latents or text states of these samples are not: "
+                f"{self._list(error.samples, error)}. The weights are not the cause. {unchanged} {last} Prepare these "
+                "samples again, or leave them out."
+            )
         return UserError(
-            f"The {error.what} of step {error.step + 1} is not finite, with the samples {keys}. The weights were not "
-            f"changed by this step. {self.checkpointer.describe_last()} Look at these samples, lower optimizer.lr or "
-            "clip_norm, or use train.precision=fp32."
+            f"{begin}, with the samples {self._list(error.keys, error)}. Weights and samples are finite: it is the "
+            f"computing that overflows. {unchanged} {last} Lower optimizer.lr or clip_norm, or use "
+            "train.precision=fp32."
         )
+
+    def _list(self, names: Sequence[str], error: NonFiniteError) -> str:
+        """The names of samples; all of them go to a file when they are many."""
+        listed = ", ".join(names[:NAMED_KEYS])
+        if len(names) <= NAMED_KEYS:
+            return listed
+        path = self.checkpointer.run_dir / f"not_finite_step_{error.step + 1}.txt"
+        if rank() == 0:
+            path.write_text("\n".join(names) + "\n")
+        return f"{listed} and {len(names) - NAMED_KEYS} more, all in {path}"

@@ -68,11 +68,22 @@ class StepResult(NamedTuple):
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or the gradient of a step is not a number; the weights were not touched."""
+    """The loss or the gradient of a step is not a number; the weights were not touched.
 
-    def __init__(self, what: str, step: int, keys: Sequence[str]) -> None:
+    `keys` are the samples of the packs where it was seen; `weights` and `samples` those that are not finite themselves.
+    """
+
+    def __init__(self, what: str, step: int, keys: Sequence[str], cause: "Cause") -> None:
         super().__init__(f"the {what} of step {step} is not finite")
         self.what, self.step, self.keys = what, step, list(keys)
+        self.weights, self.samples = cause
+
+
+class Cause(NamedTuple):
+    """Names of what is not finite before a step computes with it; neither, when it is the computing that overflows."""
+
+    weights: list[str]
+    samples: list[str]
 
 
 def build_input(items: Sequence[Item], objective: Objective) -> Input:
@@ -167,11 +178,22 @@ def train_step(
     *sums, weighted_sum, plain_sum, grad = torch.cat([weighted, totals, norm[None]]).tolist()  # the one wait
     if not math.isfinite(weighted_sum):
         bad = [key for i, value in enumerate(sums) if not math.isfinite(value) for key in batch.keys[i]]
-        raise NonFiniteError("loss", batch.step, unique(gather(bad)))
+        raise NonFiniteError("loss", batch.step, unique(gather(bad)), find_cause(model, batch))
     if not math.isfinite(grad):
         bad = [key for keys in batch.keys for key in keys]
-        raise NonFiniteError("gradient", batch.step, unique(gather(bad)))
+        raise NonFiniteError("gradient", batch.step, unique(gather(bad)), find_cause(model, batch))
     return StepResult(weighted_sum / batch.num_elements, plain_sum / batch.num_elements, grad)
+
+
+def find_cause(model: nn.Module, batch: Batch) -> Cause:
+    """Which weights and samples of any rank are not finite; all ranks ask together."""
+    weights = [name for name, p in model.named_parameters() if not local(p.detach()).isfinite().all()]
+    samples = []
+    for (pack, target, _), keys in zip(batch.inputs, batch.keys, strict=True):
+        parts = [values.split(lens) for values, lens in ((target, pack.video_lens), (pack.text, pack.text_lens))]
+        finite = [all(bool(part.isfinite().all()) for part in of_sample) for of_sample in zip(*parts, strict=True)]
+        samples += [key for key, is_finite in zip(keys, finite, strict=True) if not is_finite]
+    return Cause(unique(gather(weights)), unique(gather(samples)))
 
 
 def unique(keys: Sequence[Sequence[str]]) -> list[str]:
