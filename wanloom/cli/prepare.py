@@ -123,6 +123,23 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--seed": {"type": int, "metavar": "N", "help": "of the random crops and the validation share (0)"},
         "--strict": {"action": "store_true", "help": "a file that would be dropped is an error"},
     },
+    "limits of one file, beyond which it is dropped": {
+        "--max-pixels": {
+            "type": int,
+            "metavar": "N",
+            "help": "of a picture as it is stored; reading one takes 12 to 20 bytes for each (100000000)",
+        },
+        "--max-pictures": {
+            "type": int,
+            "metavar": "N",
+            "help": "to be decoded, or looked through, for one sample (1000000)",
+        },
+        "--max-seconds": {
+            "type": float,
+            "metavar": "X",
+            "help": "of one core's time for decoding one sample (600)",
+        },
+    },
     "speed": {
         "--workers": {
             "type": int,
@@ -141,6 +158,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 TIMING = ("mode", "frames", "fps", "clips", "clips_per_video", "frames_per_video")
 FRAMING = ("height", "width", "crop", "keep_aspect", "max_area", "max_aspect")
+LIMITS = ("max_pixels", "max_pictures", "max_seconds")
 OTHER = (
     "caption_key",
     "max_text_length",
@@ -158,6 +176,7 @@ def read_config(arguments: argparse.Namespace) -> "PrepareConfig":
     """The settings of the command line; what was not given keeps its default."""
     from wanloom.data.encode import PrepareConfig
     from wanloom.data.framing import FramingConfig
+    from wanloom.data.limits import LimitsConfig
     from wanloom.data.video import TimingConfig
 
     def given(names: tuple[str, ...]) -> dict[str, Any]:
@@ -166,6 +185,7 @@ def read_config(arguments: argparse.Namespace) -> "PrepareConfig":
     values = {**given(OTHER), "strict": arguments.strict}
     values["timing"] = build_config(TimingConfig, given(TIMING))
     values["framing"] = build_config(FramingConfig, given(FRAMING))
+    values["limits"] = build_config(LimitsConfig, given(LIMITS))
     return build_config(PrepareConfig, values)
 
 

@@ -113,6 +113,7 @@ def scan(file: MediaFile) -> Extent:
         track, _ = choose_track(container)
         base, interval = Fraction(track.time_base), frame_interval(track)
         for packet in decodable(container.demux(track)):
+            file.budget.spend()
             stamp = packet.pts if packet.pts is not None else packet.dts
             time = end if stamp is None else stamp * base  # raw streams have no clock
             key = time if key is None else key

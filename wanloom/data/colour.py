@@ -26,7 +26,7 @@ SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), D65)
 WIDE = {9: ("BT.2020", ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), D65))}
 WIDE[12] = ("Display P3", ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), D65))
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
-BAND = 1 << 20  # pixels that are converted at a time: what this takes in floats does not grow with the picture
+BAND = 1 << 18  # pixels that are converted at a time: what this takes in floats does not grow with the picture
 Chromaticities = tuple[tuple[float, float], ...]  # x and y of red, green, blue and white
 Curve = Callable[[np.ndarray], np.ndarray]
 

@@ -24,6 +24,7 @@ from wanloom.data.content import Content
 from wanloom.data.decoding import MediaError
 from wanloom.data.framing import Frame, FramingConfig, aspect_change, choose_frame
 from wanloom.data.ledger import Ledger
+from wanloom.data.limits import LimitsConfig
 from wanloom.data.picture import Clip
 from wanloom.data.plan import Entry
 from wanloom.data.readers import read_ahead
@@ -40,6 +41,7 @@ class PrepareConfig(Config):
 
     timing: TimingConfig = TimingConfig()
     framing: FramingConfig = FramingConfig()
+    limits: LimitsConfig = LimitsConfig()
     caption_key: str | None = None
     max_text_length: int = 512
     val_fraction: float = 0.05
@@ -152,7 +154,9 @@ def encode_blocks(
 
         content = Content(entry.stamp, entry.sha256)
         try:
-            yield from read_clips(source / entry.source, entry.kind, config.timing, choose, content.check)
+            yield from read_clips(
+                source / entry.source, entry.kind, config.timing, choose, content.check, config.limits
+            )
         except MediaError as error:
             yield error
         yield None

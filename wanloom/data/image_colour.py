@@ -49,14 +49,13 @@ def image_to_rgb(image: Image.Image, kind: str | None, head: bytes) -> tuple[np.
     if image.mode.startswith("I"):
         image = Image.fromarray(_upper_bytes(np.asarray(image)))
         said += ", 16 bits"
-    alpha = None
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        alpha = np.asarray(image.getchannel("A"))
-        if (alpha < 255).any():
-            notes.append("alpha on black")
-    pixels = np.asarray(convert(image))
-    if alpha is not None:
+    if not image.has_transparency_data:
+        return np.asarray(convert(image)), Colour(said, notes=tuple(notes))
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    rgba = np.asarray(image)
+    pixels, alpha = rgba[..., :3] if convert is _plain else np.asarray(convert(image)), rgba[..., 3]
+    if (alpha < 255).any():
+        notes.append("alpha on black")
         pixels = on_black(pixels, alpha)
     return pixels, Colour(said, notes=tuple(notes))
 
@@ -103,13 +102,13 @@ def _meaning(image: Image.Image, kind: str | None, head: bytes, notes: list[str]
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _other_gamut(name: str, points: Chromaticities, curve: Curve, notes: list[str]) -> tuple[str, ToRgb]:
     notes.append(f"{name} to sRGB")
     gamut = Gamut(points, curve)
-    return name, lambda image: gamut.convert(np.asarray(image.convert("RGB")))
+    return name, lambda image: gamut.convert(np.asarray(_plain(image)))
 
 
 def _measured(gamma: float | None, points: tuple[float, ...] | None, notes: list[str]) -> tuple[str, ToRgb]:

@@ -17,6 +17,7 @@ import av
 from av.stream import Disposition
 
 from wanloom.data.decoding import MediaError, unreadable
+from wanloom.data.limits import USUAL, Budget, LimitsConfig
 
 READ_BYTES = 1 << 16  # at once
 GENERATE_STAMPS = 1  # AVFMT_FLAG_GENPTS, which PyAV sets: it takes decode stamps for moments of showing
@@ -27,14 +28,15 @@ MOST_RATE = 300  # pictures per second; beyond it a header gives the ticks of it
 
 
 class MediaFile(FileIO):
-    """A file to be read, under a name that only says its type."""
+    """A file to be read, under a name that only says its type; `budget` is what it may take."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: LimitsConfig = USUAL) -> None:
         try:
             super().__init__(path, "rb")
         except OSError as error:
             raise unreadable(path, error) from error
         self.name = f"media{path.suffix}"
+        self.budget = Budget(limits)
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
         """Damaged files ask for places before the start: the decoder takes a negative number for the error to tell."""
@@ -49,7 +51,8 @@ def open_container(file: MediaFile) -> Iterator[Any]:
     """The container in an open file, which stays open."""
     file.seek(0)
     # tags in odd encodings are none of our business
-    with av.open(file, metadata_errors="replace", buffer_size=READ_BYTES, options=NO_OTHER_FILE) as container:
+    options = {**NO_OTHER_FILE, "max_pixels": str(file.budget.limits.max_pixels)}  # of pictures decoded for the header
+    with av.open(file, metadata_errors="replace", buffer_size=READ_BYTES, options=options) as container:
         container.flags &= ~GENERATE_STAMPS
         yield container
 
@@ -71,16 +74,26 @@ def choose_track(container: Any) -> tuple[Any, list[str]]:
     return chosen, [f"{len(tracks)} video tracks, the {which} taken"]
 
 
-def choose_decoder(track: Any) -> Any:
-    """What decodes a track: its own decoder, or one that also takes the transparency which WebM has beside pictures."""
+def choose_decoder(track: Any, budget: Budget) -> Any:
+    """What decodes a track: its own decoder, or one that also takes the transparency which WebM has beside pictures.
+
+    Raises MediaError for pictures that are too large; those that a header does not tell it will not decode.
+    """
+    budget.check_size(track.width, track.height)
+    decoder = _own_or_beside(track)
+    context = track.codec_context if decoder is track else decoder
+    context.thread_count = 1  # files are decoded side by side; what a damaged one gives must not vary
+    context.options = {"max_pixels": str(budget.limits.max_pixels)}
+    return decoder
+
+
+def _own_or_beside(track: Any) -> Any:
     if track.metadata.get("alpha_mode", "0") == "0":
         return track
     name = BESIDE.get(track.codec.name)
     if name not in av.codecs_available:
         raise MediaError("colour", "has transparency beside its pictures, which is not decoded: lay it on black first")
-    decoder = av.CodecContext.create(name, "r")
-    decoder.thread_count = 1  # as for any track
-    return decoder
+    return av.CodecContext.create(name, "r")
 
 
 def _area(track: Any) -> int:

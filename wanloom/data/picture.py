@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from av.video.reformatter import VideoReformatter
@@ -23,6 +23,7 @@ from wanloom.data.colour import UNKNOWN, UNTAGGED, Colour, on_black, video_colou
 from wanloom.data.decoding import MediaError
 from wanloom.data.framing import Frame
 from wanloom.data.image_colour import image_to_rgb
+from wanloom.data.media import MediaFile
 
 SWS_FLAGS = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC, SWS_ACCURATE_RND, SWS_FULL_CHR_H_INT
 EXIF_ORIENTATION, TURNS = 0x0112, range(2, 9)
@@ -54,11 +55,11 @@ class Clip:
     colour: Colour = UNKNOWN
 
 
-def read_image(file: BinaryIO, choose: ChooseFrame) -> Clip:
+def read_image(file: MediaFile, choose: ChooseFrame) -> Clip:
     """An image as a clip of one frame, turned as its EXIF orientation says."""
     notes, head = [], file.read(HEAD)
     file.seek(0)
-    with Image.open(file, formats=FORMATS) as image:
+    with _open_image(file) as image:
         stored = image.size
         if getattr(image, "n_frames", 1) > 1:
             notes.append("animated image: first picture only")
@@ -71,6 +72,17 @@ def read_image(file: BinaryIO, choose: ChooseFrame) -> Clip:
     frame = _choose(choose, width, height, 0)
     cut = _cut(_resize_rgb(pixels, frame.resized), frame)
     return Clip(0, cut[None], 0.0, 0.0, None, stored, (width, height), frame, [*notes, *colour.notes], colour=colour)
+
+
+def _open_image(file: MediaFile) -> Image.Image:
+    """The header read, nothing decoded. Raises MediaError for too many pixels."""
+    Image.MAX_IMAGE_PIXELS = most = file.budget.limits.max_pixels  # it is also asked about tiles, which may be larger
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # before a size is told
+        raise MediaError("too large", f"has more pixels than --max-pixels {most}") from error
+    file.budget.check_size(*image.size)
+    return image
 
 
 class Screen:

@@ -13,6 +13,7 @@ import av.error
 
 from wanloom.data.clock import Clock, decodable
 from wanloom.data.decoding import MediaError
+from wanloom.data.limits import Budget
 from wanloom.data.media import choose_decoder
 
 TICK = Fraction(1, 1000)  # containers with millisecond clocks (Matroska) round by up to half of this
@@ -30,15 +31,22 @@ class Shown(NamedTuple):
 class Player:
     """Plays one track forward."""
 
-    def __init__(self, container: Any, track: Any, can_seek: bool = False) -> None:
+    def __init__(self, container: Any, track: Any, budget: Budget, can_seek: bool = False) -> None:
         self.container = container
         self.track = track
-        self.decoder = choose_decoder(track)
+        self.budget = budget
+        self.decoder = choose_decoder(track, budget)
         self.clock = Clock(track)
         self.end = Fraction(0)  # of the last picture met so far
         self.can_seek = can_seek
         self._pictures = self._play()
-        self.now = next(self._pictures, None)
+        try:
+            self.now = next(self._pictures, None)
+        except av.error.ArgumentError as error:
+            if track.width:
+                raise
+            reason = f"has pictures of a size that is damaged, or of more than --max-pixels {budget.limits.max_pixels}"
+            raise MediaError("too large", reason) from error
         if self.now is None:
             raise MediaError("broken", "has no pictures")
         self.last = self.now  # on the screen; stays at the end
@@ -75,6 +83,7 @@ class Player:
         previous: Any = None
         begin = Fraction(0)
         for picture in self._decode():
+            self.budget.spend()
             time = self.clock.time(picture)
             if previous is not None and time > begin:  # of two with one stamp the second is shown
                 self.end = time

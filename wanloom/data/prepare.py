@@ -203,7 +203,7 @@ def _plan(request: Request, crew: Crew, settings: dict[str, Any], saved: Path) -
 def settings_of(config: PrepareConfig) -> dict[str, Any]:
     """The settings that decide the result, flat, by the names of the options."""
     values = config.model_dump()
-    flat = {**values.pop("timing"), **values.pop("framing"), **values}
+    flat = {**values.pop("timing"), **values.pop("framing"), **values.pop("limits"), **values}
     return {name.replace("_", "-"): value for name, value in flat.items() if name not in FREE}
 
 

@@ -20,6 +20,7 @@ from pydantic import model_validator
 from wanloom.config import Config
 from wanloom.data.clock import JUMPS, Extent, scan
 from wanloom.data.decoding import Decoding, MediaError
+from wanloom.data.limits import USUAL, LimitsConfig
 from wanloom.data.media import MediaFile, choose_track, open_container, picture_rate
 from wanloom.data.picture import ChooseFrame, Clip, Screen, read_image
 from wanloom.data.player import FAR, TICK, Player
@@ -82,13 +83,18 @@ Same = Callable[[MediaFile], None]  # raises MediaError when an open file is not
 
 
 def read_clips(
-    path: Path, kind: str, timing: TimingConfig, choose: ChooseFrame, same: Same = lambda file: None
+    path: Path,
+    kind: str,
+    timing: TimingConfig,
+    choose: ChooseFrame,
+    same: Same = lambda file: None,
+    limits: LimitsConfig = USUAL,
 ) -> Iterator[Clip]:
     """The samples of one file, in order of time. Raises MediaError where it can give no more.
 
     `same` is asked before a clip is handed out, or an error: every byte that counted was read by then.
     """
-    with MediaFile(path) as file:
+    with MediaFile(path, limits) as file:
         try:
             with Decoding(path):
                 clips = _read_video(file, timing, choose) if kind == "video" else iter([read_image(file, choose)])
@@ -162,19 +168,21 @@ def _read_video(file: MediaFile, timing: TimingConfig, choose: ChooseFrame) -> I
 
 def _decode(file: MediaFile, timing: TimingConfig) -> Iterator[Due]:
     """The pictures of every clip, in order of time."""
+    budget = file.budget
+    budget.renew()
     spread = timing.mode == "frames" or timing.clips == "uniform"
     extent = scan(file) if spread or 1 / timing.fps > FAR else None
     if extent is not None and not extent.whole:
         extent = play_through(file)
     with open_container(file) as container:
         track, notes = choose_track(container)
-        track.codec_context.thread_count = 1  # files are decoded side by side; what a damaged one gives must not vary
-        player = Player(container, track, can_seek=extent is not None and extent.can_seek)
+        player = Player(container, track, budget, can_seek=extent is not None and extent.can_seek)
         header = Track(track.sample_aspect_ratio, picture_rate(track), _stated(container, track))
         duration, pictures = _whole(extent, player) if extent else (Fraction(0), 0)
         held = 0
         for number, moments in enumerate(plan_times(timing, duration, pictures)):
             if _is_held(player, moments):
+                budget.spend()
                 held += 1
                 continue
             for k, moment in enumerate(moments):
@@ -187,6 +195,7 @@ def _decode(file: MediaFile, timing: TimingConfig) -> Iterator[Due]:
                     _check_enough(number, k, timing, moments, player)
                     return
                 yield Due(picture, k, number, moments, header, (*notes, *player.clock.notes))
+            budget.renew()
         _check_held(held, timing)
 
 
@@ -194,8 +203,7 @@ def play_through(file: MediaFile) -> Extent:
     """The extent of a track whose clock is broken: only the order of its pictures tells."""
     with open_container(file) as container:
         track, _ = choose_track(container)
-        track.codec_context.thread_count = 1
-        player = Player(container, track)
+        player = Player(container, track, file.budget)
         begin = player.clock.origin or Fraction(0)
         pictures = player.play_out()
         return Extent(begin, player.end, pictures, whole=False, can_seek=False)
