@@ -6,6 +6,7 @@ every control character as a visible escape (`\\x1b`), on stdout or stderr. The 
 """
 
 import io
+import logging
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.logging import RichHandler
 from rich.segment import Segment
 from rich.text import Text
 
@@ -32,6 +34,11 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def plural(number: int, noun: str) -> str:
+    """`1 frame`, `5 frames`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def is_text(word: str) -> bool:
     """Whether a word of the command line is UTF-8: Python holds its bytes as halves of characters where it is not."""
     return not any("\ud800" <= character <= "\udfff" for character in word)
@@ -40,6 +47,13 @@ def is_text(word: str) -> bool:
 def say(text: str = "", file: TextIO | None = None, end: str = "\n") -> None:
     """Print a line, at once, on stdout if no other file is given."""
     print(printable(text), file=file or sys.stdout, end=end, flush=True)
+
+
+def show_log(console: Console) -> None:
+    """What the parts have to say, such as a folder that is scanned for its index, goes to a terminal too."""
+    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("wanloom").setLevel(logging.INFO)
 
 
 class Terminal(Console):

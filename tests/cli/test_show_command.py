@@ -1,6 +1,8 @@
 """`wanloom show` on a recipe, a run and a prepared folder."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -60,8 +62,10 @@ def test_runs_and_folders_are_summarised(tmp_path, prepared, capsys):
     folder, _ = prepared
     assert main(["show", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "12 samples to train on, 3 held out" in out
-    assert "4 x 17 frames of 64 x 64 (80 tokens)" in out and "train-000: clip 0" in out
+    assert f"'{folder}' has 12 samples to train on, 3 held out, 448 tokens" in out
+    assert "4 x 17 frames of 64x64 (80 tokens)" in out and "4 x 1 frame of 64x64 (16 tokens)" in out
+    assert "4 x 5 frames of 64x32 (16 tokens)" in out and "sizes are width x height" in out
+    assert "train-002: clip 2\n  and 9 samples more" in out
     run_dir = tmp_path / "run"
     words = ["--mock=1x64x64", "batch.samples=2", f"run_dir={run_dir}", "train.steps=2", "log.validate_every=2"]
     assert main(["train", "tiny", *words]) == 0
@@ -78,9 +82,17 @@ def test_runs_and_folders_are_summarised(tmp_path, prepared, capsys):
 
 def test_what_is_not_there_is_said(tmp_path, capsys):
     assert main(["show", "nothing"]) == 2
-    assert "There is no recipe 'nothing'." in capsys.readouterr().err
+    assert "There is no recipe, file or folder 'nothing'. The recipes are tiny, " in capsys.readouterr().err
+    (tmp_path / "data").mkdir()
+    for wrong, near in ((str(tmp_path / "datta"), str(tmp_path / "data")), ("tinny", "tiny")):
+        assert main(["show", wrong]) == 2
+        assert f"'{wrong}'. Did you mean '{near}'?" in capsys.readouterr().err
     assert main(["show", str(tmp_path)]) == 2
     assert "holds no prepared data" in capsys.readouterr().err
+    (tmp_path / "my clips").mkdir()
+    (tmp_path / "my clips/a.mp4").write_bytes(b"x")
+    assert main(["show", str(tmp_path / "my clips")]) == 2
+    assert f"make data of them with `wanloom prepare '{tmp_path}/my clips' OUT`." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "{}"])
@@ -90,3 +102,14 @@ def test_a_damaged_note_of_a_data_set_is_a_sentence(tmp_path, prepared, capsys, 
     (folder / "prepare.json").write_text(damage)
     assert main(["show", str(folder)]) == 2
     assert "prepare.json is damaged" in capsys.readouterr().err
+
+
+def test_a_missing_index_is_a_note(tmp_path, prepared):
+    folder = tmp_path / "data"
+    shutil.copytree(prepared[0], folder)
+    (folder / "index.parquet").unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "wanloom", "show", str(folder)], capture_output=True, text=True, check=True
+    )
+    assert "has no index: reading the headers of 2 shards" in " ".join(done.stderr.split())
+    assert "12 samples" in done.stdout and "reading" not in done.stdout

@@ -29,6 +29,7 @@ from wanloom.data.report import print_report
 from wanloom.data.shards import Dataset
 from wanloom.data.spool import Spool
 from wanloom.data.video import TimingConfig
+from wanloom.files import write_atomic
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["wanloom.data.prepare", "pytest"])
@@ -152,7 +153,7 @@ def test_every_file_is_a_sample_or_in_the_report(expected: dict[str, bytes], mix
     assert reasons["videos/v3copy.mp4"] == "the same file as videos/v3.mp4, with another caption"
     assert report["ignored"] == [".hidden.mp4", "notes.md"]
     assert report["samples"]["total"] == 59 + sum((8 + 7 * (i % 3)) // 5 for i in range(6))
-    assert report["sizes"] == {"1 frames 48x32": 59, "5 frames 48x32": report["samples"]["total"] - 59}
+    assert report["sizes"] == {"1 frame of 48x32": 59, "5 frames of 48x32": report["samples"]["total"] - 59}
     assert sum(name.startswith("train/") and name.endswith(".tar") for name in expected) > 2
 
 
@@ -379,7 +380,7 @@ def test_a_changed_input_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_strict_names_the_files(mixed: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--strict: 2 files would be dropped:\n  videos/mute.mp4: captionless"):
+    with pytest.raises(UserError, match=r"before any is decoded, 2 files would be dropped:\n  videos/mute.mp4: capt"):
         run(mixed, tmp_path / "out", strict=True)
     source = tmp_path / "in"
     put_video(source, "short.mp4", "too short", count=3)
@@ -402,7 +403,7 @@ def test_modes(tmp_path: Path) -> None:
     images = run(source, tmp_path / "images", timing={"mode": "image"}).report
     assert images["samples"]["total"] == 1 and images["dropped_by_kind"] == {"not taken": 1}
     frames = run(source, tmp_path / "frames", timing={"mode": "frames", "frames_per_video": 3}).report
-    assert frames["samples"]["total"] == 4 and frames["sizes"] == {"1 frames 48x32": 4}
+    assert frames["samples"]["total"] == 4 and frames["sizes"] == {"1 frame of 48x32": 4}
 
 
 def test_random_crops_and_mixed_sizes(tmp_path: Path) -> None:
@@ -444,10 +445,39 @@ def test_folders_in_each_others_way(tmp_path: Path) -> None:
 def test_nothing_usable_is_an_error_and_can_be_mended(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     put_video(source, "a.mp4", None)
-    with pytest.raises(UserError, match=r"No sample could be made from 1 files.*report.json"):
+    with pytest.raises(UserError, match=r"1 file: 1 captionless\. a\.mp4: no caption found\. .*report\.json\."):
         run(source, out)
     (source / "a.txt").write_text("now it has one")
     assert run(source, out).report["samples"]["total"] == 1
+
+
+def test_nothing_usable_says_the_reason_of_most_files(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for i in range(3):
+        put_video(source, f"{i}.mp4", "short", first=i, count=3)
+    put_image(source, "mute.png", "x", 10)
+    (source / "mute.txt").unlink()
+    with pytest.raises(UserError) as caught:
+        run(source, tmp_path / "out")
+    said = str(caught.value)
+    assert said.startswith("No sample could be made from 4 files: 3 too short, 1 captionless. 0.mp4: has 3 ")
+    assert said.endswith(f"All are in {tmp_path}/out/report.json.")
+
+
+def test_inputs_that_are_no_folder_of_media(tmp_path: Path, mixed: Path, expected: dict[str, bytes]) -> None:
+    file = mixed / "videos/v0.mp4"
+    with pytest.raises(UserError, match="is a file: give the folder that it is in"):
+        run(file, tmp_path / "out")
+    prepared = tmp_path / "prepared"
+    put_image(tmp_path / "in", "a.png", "x", 10)
+    run(tmp_path / "in", prepared)
+    with pytest.raises(UserError, match="is prepared already: train on it"):
+        run(prepared, tmp_path / "out")
+    (prepared / "prepare.json").unlink()
+    write_atomic(prepared / ".work/prepare.json", b"{}")
+    with pytest.raises(UserError, match="is being prepared from another folder"):
+        run(prepared, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_at_once(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanloom.terminal import say
+from wanloom.terminal import Terminal, plural, say, show_log
 
 if TYPE_CHECKING:
     from wanloom.data.loader import Source
@@ -44,13 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from wanloom.config import UserError
+    from wanloom.config import UserError, nearest
     from wanloom.recipes.run import load_run, recipe_names, use_mock
 
     path = Path(arguments.target)
     if arguments.per_node and not arguments.world:
         raise UserError("--per-node is for a layout: say with --world how many processes there are.")
-    if arguments.target in recipe_names() or not path.is_dir():
+    if arguments.target not in (names := recipe_names()) and not path.exists():
+        beside = [str(other) for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+        raise UserError(
+            f"There is no recipe, file or folder '{path}'.{nearest(str(path), [*names, *beside])} "
+            f"The recipes are {', '.join(names)}."
+        )
+    show_log(Terminal(stderr=True))
+    if arguments.target in names or not path.is_dir():
         recipe = load_run(arguments.target, use_mock(arguments.settings, arguments.mock), arguments.training_mode)
         for name in ("world", "per_node"):
             if (number := getattr(arguments, name)) is not None and number < 1:
@@ -161,7 +168,8 @@ def describe(source: "Source") -> str:
     """One line on a source."""
     train, val = source.rows("train"), source.rows("val")
     return (
-        f"{source.path}: {len(train):,} samples to train on, {len(val):,} held out, {int(train.tokens.sum()):,} tokens"
+        f"'{source.path}' has {plural(len(train), 'sample')} to train on, {len(val):,} held out, "
+        f"{plural(int(train.tokens.sum()), 'token')}"
     )
 
 
@@ -195,11 +203,14 @@ def show_data(path: Path) -> None:
     source = Dataset.open(path)
     say(describe(source))
     index = source.rows("train")
+    say("  sizes are width x height, captions those of the first samples")
     for (frames, height, width), count in index.count_shapes().items():
-        pixels = f"{4 * (frames - 1) + 1} frames of {height * 8} x {width * 8}"
+        pixels = f"{plural(4 * (frames - 1) + 1, 'frame')} of {width * 8}x{height * 8}"
         say(f"  {count:,} x {pixels} ({frames * height * width // 4:,} tokens)")
     for i in range(min(NUM_CAPTIONS, len(index))):
         say(f"  {index[i].key}: {index[i].caption}")
+    if len(index) > NUM_CAPTIONS:
+        say(f"  and {plural(len(index) - NUM_CAPTIONS, 'sample')} more")
     settings = path / "prepare.json"
     if settings.is_file():
         try:

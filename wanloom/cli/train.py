@@ -1,7 +1,6 @@
 """`wanloom train`: put a run together and start it, or go on with it where its newest checkpoint is."""
 
 import argparse
-import logging
 import shlex
 from contextlib import ExitStack
 from functools import partial
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import wanloom
 from wanloom.cli import launch
 from wanloom.cli.hints import generate_command
-from wanloom.terminal import say
+from wanloom.terminal import say, show_log
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
     from collections.abc import Callable
@@ -114,7 +113,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
         if state.step >= run.train.steps:
             progress.say(f"{run_dir} is complete at step {state.step}; a higher train.steps goes on from there.")
             return None
-        show_log(progress)
+        show_log(progress.console)
         check_origins(run, progress.say)
         note_unhashed(sources, progress.say)
         where = device.type if layout.world == 1 else f"{layout.world} x {device.type} ({layout.describe()})"
@@ -151,15 +150,6 @@ def start(run: "Run", run_dir: Path) -> int | None:
     if stopped is None:
         progress.say(f"Done: {checkpointer.last()}. To make a video: {generate_command(run_dir, plan.indices[0][0])}")
     return stopped
-
-
-def show_log(progress: "ProgressLine") -> None:
-    """What the parts have to say, such as a folder that is scanned for its index, goes above the progress line."""
-    from rich.logging import RichHandler
-
-    handler = RichHandler(console=progress.console, show_time=False, show_level=False, show_path=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("wanloom").setLevel(logging.INFO)
 
 
 def check_validation(run: "Run", sources: "list[Source]") -> None:

@@ -26,12 +26,13 @@ from wanloom.data.energon import write_energon
 from wanloom.data.index import INDEX, build_table, encode_index
 from wanloom.data.ledger import Ledger
 from wanloom.data.plan import Plan, build_plan, read_entries
-from wanloom.data.report import Report
+from wanloom.data.report import Report, explain_nothing
 from wanloom.data.shards import DONE, WORK, index_rows
 from wanloom.data.spool import SPLITS, Spool
 from wanloom.data.tar import scan_tar
 from wanloom.dist import rank, together, world_size
 from wanloom.files import parse_json, write_atomic
+from wanloom.terminal import plural
 
 FREE = {"workers", "strict", "follow_links"}  # settings that change no byte of the result
 REPORT = "report.json"
@@ -97,8 +98,14 @@ def _told(out: Path) -> Iterator[None]:
 def check_folders(source: Path, out: Path) -> None:
     """Raise UserError when the two folders are in each other's way or `out` holds something else."""
     here, there = source.resolve(), out.resolve()
+    if source.is_file():
+        raise UserError(f"'{source}' is a file: give the folder that it is in.")
     if not source.is_dir():
         raise UserError(f"There is no folder '{source}'.")
+    if (source / DONE).is_file():
+        raise UserError(f"'{source}' is prepared already: train on it, or give the folder of the videos and images.")
+    if (source / WORK / DONE).is_file():
+        raise UserError(f"'{source}' is being prepared from another folder: give the folder of the videos and images.")
     if here == there or here.is_relative_to(there):
         raise UserError(f"The output folder '{out}' would hold the input '{source}': give another output folder.")
     if out.exists() and not out.is_dir():
@@ -267,7 +274,7 @@ def refuse_drops(plan: Plan) -> None:
     lines = [f"{entry.source}: {entry.drop}, {entry.reason}" for entry in plan.entries if entry.drop]
     if lines:
         shown = "\n  ".join(lines[:20]) + (f"\n  and {len(lines) - 20} more" if len(lines) > 20 else "")
-        raise UserError(f"--strict: {len(lines)} files would be dropped:\n  {shown}")
+        raise UserError(f"--strict: before any is decoded, {plural(len(lines), 'file')} would be dropped:\n  {shown}")
 
 
 def _complete(spool: Spool, plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
@@ -288,7 +295,8 @@ def _complete(spool: Spool, plan: Plan, settings: dict[str, Any]) -> dict[str, A
     write_atomic(out / REPORT, _dump(summary))
     if not starts:
         spool.remove()
-        raise UserError(f"No sample could be made from {len(plan.entries)} files: see {out / REPORT}.")
+        files = plural(len(plan.entries), "file")
+        raise UserError(f"No sample could be made from {files}: {explain_nothing(summary)} All are in {out / REPORT}.")
     write_atomic(out / INDEX, encode_index(pa.concat_tables(tables)))
     write_energon(out, starts)
     versions = {"wanloom": wanloom.__version__, "torch": torch.__version__}

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from wanloom.data.advice import advise
 from wanloom.data.plan import Plan
-from wanloom.terminal import printable
+from wanloom.terminal import plural, printable
 
 NAMES = 5  # file names shown for one line of the table; report.json has all
 
@@ -41,7 +41,7 @@ class Report:
         if record["fps"] and record.get("source_s"):
             self.taken[file] = (record["end_s"] + 1 / record["fps"], record["source_s"])  # clips come in order of time
         self.splits[record["split"]] += 1
-        self.sizes[f"{record['frames']} frames {record['size'][0]}x{record['size'][1]}"] += 1
+        self.sizes[f"{plural(record['frames'], 'frame')} of {record['size'][0]}x{record['size'][1]}"] += 1
         for name, tell in FACTS.items():
             if text := tell(record):
                 self.facts[name][file] = text
@@ -116,8 +116,19 @@ def summarise(report: dict[str, Any]) -> str:
     """What became of the files, in a few words."""
     samples, files = report["samples"]["total"], report["files"]["found"]
     lost = sum(not drop["samples"] for drop in report["dropped"])
-    text = f"{samples:,} {'sample' if samples == 1 else 'samples'} from {files - lost:,} of {files:,} files"
+    text = f"{plural(samples, 'sample')} from {files - lost:,} of {plural(files, 'file')}"
     return f"{text}, {lost:,} dropped" if lost else text
+
+
+def explain_nothing(report: dict[str, Any]) -> str:
+    """Why there is no sample: how many files for each reason, one of the most frequent in full, and what helps."""
+    kinds = Counter(report["dropped_by_kind"]).most_common()
+    numbers = ", ".join(f"{number:,} {kind}" for kind, number in kinds)
+    first = next(drop for drop in report["dropped"] if drop["kind"] == kinds[0][0])
+    sentences = [f"{numbers}. {first['file']}: {first['reason']}.", *report.get("advice", [])]
+    if kinds[0][0] == "captionless":
+        sentences.append("A caption is a text beside its file, such as clip.txt beside clip.mp4.")
+    return " ".join(sentences)
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
@@ -130,7 +141,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_row("files in", str(files["found"]), f"{files['videos']} videos, {files['images']} images")
     table.add_row("samples out", str(samples["total"]), f"{samples['train']} train, {samples['val']} val")
     for size, number in sorted(report["sizes"].items()):
-        table.add_row("", str(number), size)
+        table.add_row("", str(number), f"{size} (width x height)")
     for kind, number in sorted(report["dropped_by_kind"].items()):
         drops = [drop for drop in report["dropped"] if drop["kind"] == kind]
         lines = [f"{d['file']}: {d['reason']}{_partly(d)}" for d in drops]
