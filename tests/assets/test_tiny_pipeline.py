@@ -41,6 +41,24 @@ def test_its_settings_are_how_the_demo_samples():
     assert (found.height, found.width, found.frames, found.shift) == (demo.SIZE, demo.SIZE, demo.FRAMES, 3.0)
 
 
+@pytest.mark.parametrize("name", ["Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B"])
+def test_the_original_repository_is_told_from_the_one_that_is_read(name):
+    """Before anything is fetched: there is no network here, and its files are pickles."""
+    with pytest.raises(UserError, match=f"whose VAE and text encoder are pickles: give {name}-Diffusers"):
+        find_pipeline(name, ("vae",))
+
+
+def test_a_folder_in_the_original_layout_says_what_it_is(tmp_path):
+    with pytest.raises(UserError, match="has no vae, tokenizer: give a whole pipeline in diffusers layout"):
+        find_pipeline(str(tmp_path), ("vae", "tokenizer", "transformer"))
+    (tmp_path / "Wan2.1_VAE.pth").touch()
+    with pytest.raises(
+        UserError, match=r"is in the layout of Wan's own code, .*: give the same model in diffusers layout"
+    ):
+        find_pipeline(str(tmp_path), ("vae", "tokenizer"))
+    assert find_pipeline(str(tmp_path), ("transformer",)) == tmp_path, "its transformer can be read"
+
+
 def test_diffusers_loads_it_whole():
     pipeline = WanPipeline.from_pretrained(TINY)
     assert pipeline.vae.config.z_dim == 16

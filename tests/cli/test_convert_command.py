@@ -156,7 +156,8 @@ def test_mistakes_are_one_sentence_and_leave_nothing(trained, tiny_pipeline, tmp
     expect([str(tmp_path / "no"), out], "There is no folder")
     expect([str(tmp_path / "there"), out], "holds no checkpoint")
     expect(
-        [str(trained), out, "--model", str(tmp_path / "half")], "has no model_index.json, vae, text_encoder, scheduler"
+        [str(trained), out, "--model", str(tmp_path / "half")],
+        "half' has no vae, text_encoder, scheduler: give a whole",
     )
 
     def full(source, place):

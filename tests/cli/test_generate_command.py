@@ -15,14 +15,18 @@ from PIL import Image
 
 from wanloom.cli import main
 from wanloom.cli.generate_files import write_result
+from wanloom.cli.generate_plan import check_jobs
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
+from wanloom.config import UserError
 from wanloom.files import folder_for_one
 from wanloom.model.dit import WanDiT
 from wanloom.model.weights import load_dit, save_weights
+from wanloom.recipes.trained import open_trained
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import GenerateConfig, Request, draw_request_noise, generate, latents_shape
 from wanloom.sample.media import read_mp4
+from wanloom.sample.prompts import PromptLine, build_jobs
 from wanloom.sample.settings import PUBLISHED
 from wanloom.train.checkpoint import Checkpointer
 from wanloom.train.settings import CheckpointConfig
@@ -222,7 +226,7 @@ def test_what_is_done_stays_when_stopped(tiny_pipeline, tmp_path, capsys, monkey
     monkeypatch.setattr(VaeCodec, "decode", decode)
     words = ["--model", str(tiny_pipeline), "--prompt", "x", "--prompt", "y", *SMALL, *out_at(tmp_path)]
     assert main(["generate", *words]) == 130
-    assert f"1 of 2 are written to {tmp_path / 'out'}; the same command makes the others." in capsys.readouterr().err
+    assert f"1 of 2 are written to {tmp_path / 'out'}; the same command makes the rest." in capsys.readouterr().err
     assert names(tmp_path / "out") == ["000-x.json", "000-x.mp4", "000-x.png"]
 
 
@@ -247,7 +251,7 @@ def test_a_stopped_call_goes_on_where_it_was(tiny_pipeline, tmp_path, capsys, mo
     out, third = str(tmp_path / "out"), ["--prompt", "z"]
     assert main([*words, out, *third]) == 143
     said = capsys.readouterr()
-    assert f"\n2 of 3 are written to {out}; the same command makes the others.\n" in said.err
+    assert f"\n2 of 3 are written to {out}; the same command makes the rest.\n" in said.err
     assert names(tmp_path / "out") == [f"{stem}.{end}" for stem in ("000-x", "001-y") for end in ("json", "png")]
     assert main([*words, out, *third]) == 130, "stopped once more"
     assert main([*words, out, *third]) == 0
@@ -349,6 +353,26 @@ def test_an_untrained_model_is_said_to_be_one(tiny_pipeline, tmp_path, capsys):
     words = ["--model", str(folder), "--prompt", "x", *SMALL, *out_at(tmp_path)]
     assert main(["generate", *words]) == 0
     assert "is untrained, it will give noise" in capsys.readouterr().err
+
+
+def test_without_guidance_the_negative_prompt_is_not_encoded(tiny_pipeline, tmp_path, capsys):
+    words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, "--frames", "1", *out_at(tmp_path)]
+    assert main(["generate", *words, "--guidance", "1"]) == 0
+    assert "text: 1 prompts encoded, " in capsys.readouterr().out
+
+
+def test_an_empty_prompt_is_noted(capsys):
+    lines = [PromptLine(prompt=text) for text in (" ", "x")]
+    check_jobs(lines, build_jobs(lines, "", 0, 32, 32, 5), 16)
+    assert capsys.readouterr().err == "note: the prompt of '000' is empty, so it shows anything.\n"
+
+
+@pytest.mark.parametrize(("given", "found"), [("checkpoints", "step_0000030"), (".", "step_0000030")])
+def test_a_run_is_found_by_the_folder_of_its_checkpoints_too(trained, given, found):
+    assert open_trained(trained / given).path.name == found
+    (piece,) = (trained / "checkpoints" / found).glob("*model*.safetensors")
+    with pytest.raises(UserError, match=f"is a piece of a checkpoint: give the folder, .*{found}"):
+        open_trained(piece)
 
 
 def test_a_long_prompt_is_cut_and_said_so(tiny_pipeline, tmp_path, capsys):

@@ -71,8 +71,8 @@ def test_a_mistake_of_the_first_is_said_once(tiny_pipeline, tmp_path):
     words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, "--out", str(tmp_path), "--nproc", "2"]
     command = [sys.executable, "-m", "wanloom", "generate", *words]
     result = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    said = f"1 of the files are there already, such as {tmp_path / '000-x.png'}: give another --out, or"
-    assert result.returncode == 2 and result.stderr == f"wanloom: {said} --overwrite.\n"
+    said = f"1 of the files are there already, made otherwise, such as {tmp_path / '000-x.png'}: give another"
+    assert result.returncode == 2 and result.stderr == f"wanloom: {said} --seed or --out, or --overwrite.\n"
     assert [path.name for path in tmp_path.iterdir()] == ["000-x.png"]
 
 
@@ -91,7 +91,7 @@ def test_ctrl_c_is_a_sentence(tiny_pipeline, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert errors == f"\n0 of 1 are written to {tmp_path}.\nwanloom: Stopped.\n"
+    assert errors == f"\n0 of 1 are written to {tmp_path}; the same command makes the rest.\nwanloom: Stopped.\n"
     assert not list(tmp_path.iterdir())
 
 

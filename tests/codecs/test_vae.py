@@ -1,5 +1,6 @@
 """The VAE codec against diffusers called directly."""
 
+import io
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
+from wanloom.codecs.identity import folder_identity
+from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError
 
@@ -82,3 +85,33 @@ def test_identity_follows_the_weights(codec: VaeCodec, tiny_pipeline: Path, tmp_
     state["quant_conv.bias"] += 1e-3
     save_file(state, file)
     assert VaeCodec.load(tmp_path, "cpu").identity != codec.identity
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_identity_covers_every_file_that_is_read(part: str, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """Whatever is read of a folder, its bytes are part of the identity: what Python opens, and the weights."""
+    shutil.copytree(tiny_pipeline, tmp_path / "model")
+    folder = tmp_path / "model" / part
+    if part == "tokenizer":
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    opened: set[str] = set()
+    real = io.open
+
+    def watched(file, *words, **more):
+        opened.add(str(file))
+        return real(file, *words, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for place in ("builtins.open", "io.open"):
+            patch.setattr(place, watched)
+        (VaeCodec if part == "vae" else TextCodec).load(tmp_path / "model", "cpu")
+    read = {path for path in folder.iterdir() if str(path) in opened} | set(folder.glob("*.safetensors"))
+    assert len(read) >= (3 if part == "tokenizer" else 2)
+    before = folder_identity(folder)
+    for path in read:
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert folder_identity(folder) != before, path
+        path.write_bytes(data)
+    assert folder_identity(folder) == before

@@ -16,6 +16,7 @@ def find_pipeline(name: str, parts: tuple[str, ...] = ()) -> Path:
         return TINY
     path = Path(name).expanduser()
     if path.exists():
+        check_parts(path, parts)
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
@@ -42,6 +43,21 @@ def find_pipeline(name: str, parts: tuple[str, ...] = ()) -> Path:
     except expected as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"The model '{name}' is no folder here and could not be fetched: {reason}") from error
+
+
+def check_parts(folder: Path, parts: tuple[str, ...]) -> None:
+    """Raises UserError when a part is missing; a transformer may also lie in the folder itself."""
+    missing = [part for part in parts if part != "transformer" and not (folder / part).is_dir()]
+    if not missing:
+        return
+    if any(folder.glob("*.pth")) or (folder / "google").is_dir():
+        raise UserError(
+            f"'{folder}' is in the layout of Wan's own code, whose VAE and text encoder are pickles, which are not "
+            "read: give the same model in diffusers layout, on the hub under a name that ends in -Diffusers."
+        )
+    raise UserError(
+        f"'{folder}' has no {', '.join(missing)}: give a whole pipeline in diffusers layout, or its name on the hub."
+    )
 
 
 def find_local(name: str, parts: tuple[str, ...]) -> Path | None:

@@ -142,7 +142,8 @@ def make(plan: Plan, overwrite: bool, stop: StopSignal) -> int:
                 text = encode_texts(plan) if is_first else []
             text = hand_out(plan, text)
             took = time.monotonic() - began
-            tell(f"text: {len(text)} prompts encoded, negative ones included, {took:.1f} s with loading")
+            both = "" if plan.config.guidance == 1 else ", negative ones included"
+            tell(f"text: {len(text)} prompts encoded{both}, {took:.1f} s with loading")
             mesh = Mesh(plan.layout, plan.device)
             model = load_model(plan, mesh)
             with together():
@@ -151,7 +152,7 @@ def make(plan: Plan, overwrite: bool, stop: StopSignal) -> int:
         denoise, decode = make_all(plan, mesh, model, Writer(plan, vae, facts, stop, tell), text, written)
     except KeyboardInterrupt:
         if is_first:
-            more = "; the same command makes the others." if len(written) < len(plan.jobs) else "."
+            more = "; the same command makes the rest." if len(written) < len(plan.jobs) else "."
             say(f"\n{len(written)} of {len(plan.jobs)} are written to {plan.out}{more}", sys.stderr)
         if stop.received in (None, signal.SIGINT):
             raise
@@ -273,7 +274,7 @@ def make_all(
         Request(
             draw_request_noise(latents_shape(channels, job.frames, job.height, job.width), job.seed),
             text[job.prompt],
-            text[job.negative],
+            text.get(job.negative, text[job.prompt]),  # not read without guidance
         )
         for job in plan.jobs
     ]

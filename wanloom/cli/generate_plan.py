@@ -50,8 +50,9 @@ class Plan(NamedTuple):
 
     @property
     def prompts(self) -> list[str]:
-        """Every different prompt, negative ones included."""
-        return list(dict.fromkeys(text for job in self.jobs for text in (job.prompt, job.negative)))
+        """Every different prompt that is read, negative ones included where there is guidance."""
+        own = dict.fromkeys(job.prompt for job in self.jobs)
+        return list(own if self.config.guidance == 1 else own | dict.fromkeys(job.negative for job in self.jobs))
 
     @property
     def where(self) -> str:
@@ -112,7 +113,7 @@ def find_weights(arguments: argparse.Namespace) -> "tuple[str, Path, Weights]":
     from wanloom.assets import find_pipeline
     from wanloom.recipes.trained import is_published, open_published, open_trained
 
-    given, name = arguments.checkpoint, arguments.model
+    given, name = arguments.checkpoint and arguments.checkpoint.expanduser(), arguments.model
     if not given and name and (folder := Path(name).expanduser()).exists() and not (folder / "transformer").is_dir():
         given, name = folder, None  # a transformer alone, as the original layout has it: its parts are elsewhere
         if not is_published(given):

@@ -74,7 +74,7 @@ def read_prompts(path: Path) -> list[PromptLine]:
             raise UserError(f"'{path}' is larger than {MOST_BYTES >> 20} MiB: it is no file of prompts.")
         lines = data.decode("utf-8-sig").split("\n")  # other separators, such as U+2028, are part of a prompt
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = error.strerror if isinstance(error, OSError) else f"they are no UTF-8 (byte {error.start})"
         raise UserError(f"The prompts in '{path}' cannot be read: {reason}.") from error
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
