@@ -26,7 +26,7 @@ from torch import Tensor
 
 from wanloom.config import UserError, build_config, sentence_of
 from wanloom.dist import gather, rank, together, world_size
-from wanloom.files import write_atomic
+from wanloom.files import remove, write_atomic
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.params import local
 from wanloom.threads import one_thread
@@ -275,14 +275,6 @@ def allocate_copies(pieces: Mapping[str, Tensor], files: Mapping[str, int]) -> d
         block = blocks[files[name]][begins[name] : begins[name] + piece.nbytes]
         out[name] = block.view(piece.dtype).view(piece.shape)
     return out
-
-
-def remove(path: Path) -> None:
-    """Delete a folder with what it holds; of a link only the link, as what it leads to may be of others."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def sync_folder(path: Path) -> None:
