@@ -107,7 +107,7 @@ def test_samples_hold_what_the_files_show(tmp_path: Path) -> None:
     dataset = Dataset.open(tmp_path / "out")
     rows = dataset.rows("train")
     assert [row.caption for row in rows] == ["a picture", "a gray video", "a gray video"]
-    assert rows.keys == [sample_key("b.png", 0), *(sample_key("sub/a clip.mp4", n) for n in (0, 1))]
+    assert list(rows.keys) == [sample_key("b.png", 0), *(sample_key("sub/a clip.mp4", n) for n in (0, 1))]
     for number in (0, 1):
         pixels = np.stack([np.full((32, 48, 3), 8 * (3 + 5 * number + k)) for k in range(5)]).astype(np.uint8)
         sample = dataset.read(rows[1 + number])
