@@ -231,6 +231,39 @@ def test_alpha_beside_the_pictures_that_no_decoder_takes_is_a_drop(
     assert caught.value.kind == "colour"
 
 
+@pytest.mark.parametrize("pix_fmt", ["yuva420p", "yuva444p"])
+def test_alpha_does_not_darken_or_blur_colours(pix_fmt: str) -> None:
+    """Opaque, against the formula: the mean error shows a bias that rounding down would make."""
+    picture = gradient()
+    planes = [*to_yuv(picture, 6, False), np.full((48, 64), 255.0)]
+    if pix_fmt == "yuva420p":
+        planes[1:3] = [plane.reshape(24, 2, 32, 2).mean((1, 3)) for plane in planes[1:3]]
+    frame = av.VideoFrame(64, 48, pix_fmt)
+    for plane, values in zip(frame.planes, planes, strict=True):
+        lines = np.zeros((plane.height, plane.line_size), dtype=np.uint8)
+        lines[:, : values.shape[1]] = np.round(values)
+        plane.update(lines)
+    error = Screen(None, None, native).convert(frame, 0).astype(int) - picture
+    assert np.abs(error).mean() < 0.6
+    assert np.abs(error.mean((0, 1))).max() < 0.1
+
+
+@pytest.mark.parametrize(("pix_fmt", "channels"), [("gbrp10le", 3), ("rgb48le", 3), ("gbrap12le", 4), ("rgba64le", 4)])
+def test_deep_rgb_goes_to_the_nearest_level(pix_fmt: str, channels: int) -> None:
+    frame = av.VideoFrame(64, 48, pix_fmt)
+    bits = frame.format.components[0].bits
+    deep = np.random.default_rng(0).integers(0, 1 << bits, (48, 64, channels)).astype(np.uint16)
+    planes = [deep[..., i] for i in (1, 2, 0, 3)[:channels]] if frame.format.is_planar else [deep.reshape(48, -1)]
+    for plane, values in zip(frame.planes, planes, strict=True):
+        lines = np.zeros((plane.height, plane.line_size // 2), dtype=np.uint16)
+        lines[:, : values.shape[1]] = values
+        plane.update(lines)
+    found = Screen(None, None, native).convert(frame, 0)
+    levels = np.round(deep / ((1 << bits) - 1) * 255)
+    expected = levels if channels == 3 else np.round(levels[..., :3] * levels[..., 3:] / 255)
+    assert worst(found, expected) <= (0 if bits != 12 else 1)
+
+
 def test_what_is_done_in_bands_is_what_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     rgba = rng.integers(0, 256, (97, 33, 4), dtype=np.uint8)

@@ -146,6 +146,14 @@ def bands(*arrays: np.ndarray) -> Any:
     return (tuple(array[i : i + rows] for array in arrays) for i in range(0, height, rows))
 
 
+def to_8_bits(deep: np.ndarray) -> np.ndarray:
+    """16 bits to the nearest of 8."""
+    out = np.empty(deep.shape, dtype=np.uint8)
+    for part, into in bands(deep, out):
+        into[...] = np.clip(np.round(part.astype(np.float64) / 257), 0, 255).astype(np.uint8)
+    return out
+
+
 def on_black(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """`(H, W, 3)` with opacities `(H, W)`, not multiplied in before, on a black ground."""
     out = np.empty(rgb.shape, dtype=np.uint8)

@@ -24,9 +24,9 @@ from wanloom.data.colour import (
     Colour,
     Curve,
     Gamut,
-    bands,
     on_black,
     srgb_to_linear,
+    to_8_bits,
 )
 from wanloom.data.decoding import MediaError
 
@@ -47,7 +47,7 @@ def image_to_rgb(image: Image.Image, kind: str | None, head: bytes) -> tuple[np.
         what = "floating point" if image.mode == "F" else "whole numbers of 32 bits or with a sign"
         raise MediaError("colour", f"has {what}, which do not say what is white: save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        image = Image.fromarray(_upper_bytes(np.asarray(image)))
+        image = Image.fromarray(to_8_bits(np.asarray(image)))
         said += ", 16 bits"
     if not image.has_transparency_data:
         return np.asarray(convert(image)), Colour(said, notes=tuple(notes))
@@ -63,13 +63,6 @@ def image_to_rgb(image: Image.Image, kind: str | None, head: bytes) -> tuple[np.
 def _is_16_bit(mode: str, kind: str | None) -> bool:
     """16-bit gray has a mode of its own, but for PPM, which Pillow spreads to 16 bits in wider numbers."""
     return mode.startswith("I;16") or kind == "PPM"
-
-
-def _upper_bytes(gray: np.ndarray) -> np.ndarray:
-    out = np.empty(gray.shape, dtype=np.uint8)
-    for part, into in bands(gray, out):
-        into[...] = np.clip(np.round(part.astype(np.float64) / 257), 0, 255).astype(np.uint8)
-    return out
 
 
 ToRgb = Callable[[Image.Image], "Image.Image | np.ndarray"]

@@ -19,7 +19,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
-from wanloom.data.colour import UNKNOWN, UNTAGGED, Colour, on_black, video_colour
+from wanloom.data.colour import UNKNOWN, UNTAGGED, Colour, on_black, to_8_bits, video_colour
 from wanloom.data.decoding import MediaError
 from wanloom.data.framing import Frame
 from wanloom.data.image_colour import image_to_rgb
@@ -166,11 +166,18 @@ class Screen:
 
     def _resized_rgb(self, picture: Any, size: tuple[int, int]) -> np.ndarray:
         layout = picture.format
-        if layout.has_palette or any(component.is_alpha for component in layout.components):
-            rgba = picture.to_ndarray(format="rgba")
-            return _resize_rgb(on_black(rgba[..., :3], rgba[..., 3]), size)
-        if layout.is_rgb:
-            return _resize_rgb(picture.to_ndarray(format="rgb24"), size)
+        has_alpha = any(component.is_alpha for component in layout.components)
+        if layout.is_rgb and layout.components[0].bits > 8:  # in one step the library would not round to the nearest
+            pixels = to_8_bits(picture.to_ndarray(format="rgba64le" if has_alpha else "rgb48le"))
+        elif layout.has_palette or has_alpha:
+            pixels = picture.reformat(format="rgba", interpolation=SWS_FLAGS, threads=1).to_ndarray()
+        elif layout.is_rgb:
+            pixels = picture.to_ndarray(format="rgb24")
+        else:
+            return self._resized_yuv(picture, size)
+        return _resize_rgb(on_black(pixels[..., :3], pixels[..., 3]) if pixels.shape[2] == 4 else pixels, size)
+
+    def _resized_yuv(self, picture: Any, size: tuple[int, int]) -> np.ndarray:
         planes = self.scale.reformat(picture, *size, format="gbrp", interpolation=SWS_FLAGS, threads=1)
         return self.interleave.reformat(planes, format="rgb24", threads=1).to_ndarray()
 
