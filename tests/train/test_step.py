@@ -260,6 +260,6 @@ def test_weights_and_samples_are_told_apart(tiny_pipeline):
     batch = build_batch(step, objective())
     assert find_cause(model, batch) == ([], [])
     with torch.no_grad():
-        model.blocks[0].ffn[0].weight[3, 3] = float("inf")
+        dict(model.named_parameters())["blocks.0.ffn.0.weight"][3, 3] = float("inf")
     batch.inputs[1].pack.text[-1, 0] = float("nan")
     assert find_cause(model, batch) == (["blocks.0.ffn.0.weight"], [step.packs[1][-1].sample.key])
