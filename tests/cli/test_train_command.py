@@ -16,7 +16,8 @@ import yaml
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
-from wanloom.cli import main
+from wanloom import memory
+from wanloom.cli import main, train
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order
 from wanloom.data.tar import END, tar_pair
@@ -25,6 +26,8 @@ from wanloom.model.dit import WanDiT
 from wanloom.model.flops import forward_flops
 from wanloom.model.weights import state_dict_as
 from wanloom.objective.noise import draw_noise, draw_uniform
+from wanloom.train import loop
+from wanloom.train import step as step_module
 from wanloom.train.checkpoint import load_weights
 from wanloom.train.loop import Trainer
 from wanloom.train.metrics import read_metrics
@@ -327,6 +330,48 @@ def test_a_log_that_nobody_reads_any_more_costs_no_step(tmp_path, monkeypatch, c
         assert main(words(tmp_path, "train.steps=8", "checkpoint.every=100")) == 2
     assert "no longer be printed (Broken pipe), so it saved step 5 and ended." in capsys.readouterr().err
     assert find_checkpoint(tmp_path).name == "step_0000005"
+
+
+@pytest.mark.parametrize("place", ["train_step", "build_batch"])
+def test_a_step_that_memory_does_not_suffice_for_costs_none(tmp_path, monkeypatch, capsys, place):
+    """In the passes over the model, and where samples are read; what torch says is its own sentence."""
+    module = loop if place == "train_step" else step_module
+    original, number = getattr(module, place), []
+
+    def fail(*words, **options):
+        number.append(1)
+        if len(number) == 4:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+        return original(*words, **options)
+
+    monkeypatch.setattr(module, place, fail)
+    assert main(words(tmp_path, "train.steps=9", "checkpoint.every=100")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "wanloom: The memory of this machine is not enough to take step 4. What helps, the best first:"
+    )
+    assert "recompute=full (about 0.0 GiB less)" in error and error.count("\n") == 1
+    assert f"Step 3 was saved before the run ended: {tmp_path}/checkpoints/step_0000003." in error
+    monkeypatch.undo()
+    assert main(words(tmp_path, "train.steps=4")) == 0
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(tmp_path, tiny_pipeline, monkeypatch, capsys):
+    """The 14B on a CPU: 266 GiB for its states, and 213 GiB for the copies of a checkpoint."""
+    folder = tmp_path / "model" / "transformer"
+    folder.mkdir(parents=True)
+    config = json.loads((tiny_pipeline / "transformer" / "config.json").read_text())
+    config |= {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 450 << 30)
+    monkeypatch.setattr(train, "build_model", None)
+    run_dir, model = tmp_path / "run", f"model={tmp_path / 'model'}"
+    assert main([*words(run_dir, "train.steps=1"), model]) == 2
+    error = capsys.readouterr().err
+    assert "is not enough to train " in error and ", which takes at least 4" in error and " of 450 GiB. What h" in error
+    assert not (run_dir / "run.yaml").exists()
 
 
 def test_a_run_that_diverges_stops_before_the_weights_are_harmed(tmp_path, capsys):

@@ -154,6 +154,8 @@ def watch(ranks: Sequence[subprocess.Popen[bytes]], inbox: Inbox) -> int:
     if code >= 0:
         return code
     say(f"wanloom: rank {rank} was ended by {signal.Signals(-code).name}.", file=sys.stderr)
+    if -code == signal.SIGKILL:
+        say("wanloom: If nobody did that by hand, this machine ran out of memory.", file=sys.stderr)
     return 128 - code
 
 

@@ -81,11 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
 def start(run: "Run", run_dir: Path) -> int | None:
     """Train to the end, or to a signal, whose number is returned."""
     from wanloom.data.loader import Loader, Plan, open_sources
-    from wanloom.dist import pick_device, rank, together, world_size
+    from wanloom.dist import local_world_size, pick_device, rank, together, world_size
     from wanloom.files import write_atomic
+    from wanloom.memory import enough_memory
     from wanloom.model.flops import train_flops
     from wanloom.parallel.mesh import Mesh, resolve_layout
     from wanloom.recipes.empty_text import FILE, check_same, empty_text
+    from wanloom.recipes.memory import check_run
     from wanloom.recipes.origin import check_origins, note_unhashed
     from wanloom.recipes.run import dump_run, model_config
     from wanloom.train.checkpoint import Checkpointer
@@ -103,6 +105,8 @@ def start(run: "Run", run_dir: Path) -> int | None:
         plan = Plan(sources, run.data.resolved(), run.batch, run.seed, flops, layout.data_ranks)
         check_validation(run, sources)
         kernel = choose_kernel(run, device)
+        largest = max(int(index.tokens.max()) for index in plan.indices)
+        helps = check_run(run, config, layout, largest, device, local_world_size())
     mesh = Mesh(layout, device)
     peak = find_peak(device, run.train.precision == "bf16")
     checkpointer = Checkpointer(run_dir, run.checkpoint)
@@ -131,7 +135,8 @@ def start(run: "Run", run_dir: Path) -> int | None:
     with together():
         empty = empty if rank() == 0 else empty_text(run, run_dir, config.text_dim, device)
         check_same(empty, read_state(newest) if newest else {}, run_dir / FILE)
-    parts = build_parts(run, config, mesh, newest, state, plan, sources, progress, empty)
+    with enough_memory(f"hold {run.model}", helps):
+        parts = build_parts(run, config, mesh, newest, state, plan, sources, progress, empty)
     objective = Objective(
         flow=run.flow,
         seed=run.seed,
@@ -141,10 +146,13 @@ def start(run: "Run", run_dir: Path) -> int | None:
         channels=config.in_channels,
         text_dim=config.text_dim,
     )
-    settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log, peak.tflops)
+    settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log, peak.tflops, helps)
     assemble = partial(build_batch, objective=objective)
     metrics = Metrics(run_dir, state.step) if rank() == 0 else None
-    with Loader(sources, plan, state.step, assemble, run.data.prefetch, mesh.data_rank) as batches:
+    with (
+        enough_memory(f"train in packs of {run.batch.tokens_per_pack:,} tokens", helps),
+        Loader(sources, plan, state.step, assemble, run.data.prefetch, mesh.data_rank) as batches,
+    ):
         trainer = Trainer(parts, settings, state, batches, checkpointer, metrics, progress)
         stopped = trainer.run()
     if stopped is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wanloom.config import UserError, sentence_of
 from wanloom.dist import gather, highest, is_lost, rank, together, world_size
+from wanloom.memory import out_of, short_of
 from wanloom.model.dit import WanDiT
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import Mesh
@@ -73,6 +74,7 @@ class Settings:
     clip_norm: float | None
     log: LogConfig
     peak_tflops: float | None = None  # of a GPU of the run; without it there is no MFU
+    helps: Sequence[str] = ()  # which settings take less memory, the best first
 
 
 @dataclass
@@ -150,6 +152,24 @@ class Trainer:
             yield
         except (UserError, OSError) as error:
             raise UserError(f"{sentence_of(error)} {self._keep()}") from error
+        except (MemoryError, RuntimeError) as error:
+            if (told := self._explain_memory(error)) is None:
+                raise
+            raise told from error
+
+    def _explain_memory(self, error: MemoryError | RuntimeError) -> UserError | None:
+        """What to tell when memory runs out before the optimizer's step; the weights are whole then, and saved.
+
+        Of several ranks the others do not know of it, and wait for this one: nothing can be saved. None for any other
+        error.
+        """
+        where = out_of(error)
+        if where is None:
+            return None
+        for param in self.parts.model.parameters():
+            param.grad = None
+        kept = self._keep() if world_size() == 1 else self.checkpointer.describe_last()
+        return UserError(f"{short_of(where, f'take step {self.state.step + 1}', self.settings.helps)} {kept}")
 
     def _keep(self) -> str:
         """Save the last step, if that can be done; returns what to tell of it."""
@@ -172,6 +192,10 @@ class Trainer:
         except NonFiniteError as error:
             self.checkpointer.wait()
             raise self._explain(error) from error
+        except (MemoryError, RuntimeError) as error:
+            if (told := self._explain_memory(error)) is None:
+                raise
+            raise told from error
         parts.optimizer.step(self._learning_rate(done))
         if parts.ema is not None:
             parts.ema.update(done)

@@ -1,0 +1,75 @@
+"""What a run takes of memory at least, and which of its settings make it less.
+
+In: a run, its layout, and the tokens of its largest sample. Out: a UserError before anything is loaded, or what helps,
+with numbers. The one decision: what is refused is refused by a lower bound: weights, gradients, moments and average,
+which are exact, and half of the estimate of what the largest sample keeps until its backward pass.
+"""
+
+from typing import TYPE_CHECKING
+
+from wanloom.memory import check_memory, in_gib
+from wanloom.parallel.memory import activation_bytes, held_params, state_bytes
+from wanloom.recipes.run import Run
+
+if TYPE_CHECKING:
+    import torch
+
+    from wanloom.model.dit import DiTConfig
+    from wanloom.parallel.memory import States
+    from wanloom.parallel.mesh import Layout
+
+MOST_HELPS = 3
+
+
+def rank_states(run: Run, config: "DiTConfig", layout: "Layout") -> "States":
+    """What a rank of the first stage holds from step to step."""
+    import torch
+
+    from wanloom.model.dit import WanDiT
+
+    with torch.device("meta"):
+        model = WanDiT(config)
+    return state_bytes(held_params(model, layout, 0), layout, bool(run.ema.decay), run.train.precision == "bf16")
+
+
+def check_run(
+    run: Run, config: "DiTConfig", layout: "Layout", largest: int, device: "torch.device", local_ranks: int
+) -> list[str]:
+    """What helps where memory runs out later. Raises UserError when the run cannot fit this machine."""
+    states = rank_states(run, config, layout)
+    helps = find_helps(run, config, layout, largest, device.type, states)
+    doing = f"train {run.model} in packs of {run.batch.tokens_per_pack:,} tokens"
+    copies = states.parameters + states.moments + states.average  # for the checkpoint, on the host
+    own = copies + states.gradients
+    own += 0 if run.offload else activation_bytes(config, layout, largest, run.recompute, is_bf16(run)) // 2
+    if device.type == "cuda":
+        check_memory(own, str(device), doing, helps)
+    check_memory(local_ranks * (copies + (0 if device.type == "cuda" else own)), "cpu", doing, helps)
+    return helps
+
+
+def is_bf16(run: Run) -> bool:
+    return run.train.precision == "bf16"
+
+
+def find_helps(
+    run: Run, config: "DiTConfig", layout: "Layout", largest: int, device: str, states: "States"
+) -> list[str]:
+    """The settings that save most here, the best first, with what they save of a rank's memory."""
+    pack, bf16 = max(run.batch.tokens_per_pack, largest), is_bf16(run)
+
+    def kept(tokens: int = pack, recompute: str = run.recompute, half: bool = bf16) -> int:
+        return activation_bytes(config, layout, tokens, recompute, half)  # pyright: ignore[reportArgumentType]
+
+    on_gpu = device == "cuda"
+    found = [
+        (kept() - kept(largest), f"batch.tokens_per_pack={largest} in place of {pack}"),
+        (kept() - kept(recompute="full"), "recompute=full"),
+        (kept() if on_gpu and not run.offload else 0, "offload=true"),
+        (kept() - kept(half=True), "train.precision=bf16"),
+        (states.average, "ema.decay=null"),
+        (states.total // 2 if on_gpu else 0, f"twice as many GPUs (--nproc {2 * layout.world})"),
+        (kept(largest) - kept(largest // 2), f"smaller or shorter clips, as the largest sample has {largest:,} tokens"),
+    ]
+    best = sorted((entry for entry in found if entry[0] > 0), reverse=True)[:MOST_HELPS]
+    return [f"{words} (about {in_gib(saved)} less)" for saved, words in best]
