@@ -378,16 +378,16 @@ MUTANTS = (
 )
 
 
-def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
+def run_tests(tree: Path, tests: tuple[str, ...], patience: float = PATIENCE) -> tuple[bool, str]:
     """Whether the tests pass in a tree, and the last line that they print."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--durations=0"]
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
-            [*command, *tests], cwd=tree, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+            [*command, *tests], cwd=tree, env=environment, capture_output=True, text=True, timeout=patience, check=False
         )
     except subprocess.TimeoutExpired:
-        return False, f"no end after {PATIENCE:.0f} s"
+        return False, f"no end after {patience:.0f} s"
     if done.returncode not in (0, 1):  # of pytest itself: a test that is not there proves nothing
         raise SystemExit(f"The tests {', '.join(tests)} cannot be run:\n{done.stdout}{done.stderr}")
     lines = done.stdout.strip().splitlines()
@@ -417,7 +417,7 @@ def main() -> int:
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, tree / part)
         tests = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
-        passed, last = run_tests(tree, tests) if tests else (True, "")
+        passed, last = run_tests(tree, tests, 10 * PATIENCE) if tests else (True, "")
         if not passed:
             raise SystemExit(f"The tests do not pass before anything is broken: {last}")
         for number, mutant in enumerate(chosen, 1):

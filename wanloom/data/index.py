@@ -69,9 +69,9 @@ class Strings(Sequence[str]):
     def __getitem__(self, i: int | slice) -> str | list[str]:
         if isinstance(i, slice):
             return [self[one] for one in range(len(self))[i]]
-        i = range(len(self))[i]
-        start = self._ends[i - 1] if i else 0
-        return self._data[start : self._ends[i]].tobytes().decode()
+        i = range(len(self._ends))[i]
+        start, end = self._ends[i - 1 : i + 1].tolist() if i else (0, self._ends[0])
+        return self._data[start:end].tobytes().decode()
 
     def count_empty(self) -> int:
         """How many are empty."""

@@ -14,6 +14,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wanloom.config import UserError
@@ -98,6 +99,7 @@ def _make(file: Path, path: str, folder: Path) -> None:
             "digests": {split: found.splits[split].digest for split in SPLITS},
         }
         write_atomic(folder / FACTS, json.dumps(facts).encode())
+        pa.default_memory_pool().release_unused()  # else this process keeps what reading took
         whole = True
     finally:
         for name in () if whole else names:

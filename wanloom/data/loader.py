@@ -128,8 +128,7 @@ class Plan:
         packs = pack_samples(tokens, self.batch.tokens_per_pack, [self._flops(n) for n in tokens], self.ranks)
 
         def place(i: int) -> tuple[int, int, str, int]:
-            index = self.indices[entries[i].source]
-            row = entries[i].index
+            index, row = self.indices[entries[i].source], entries[i].index
             return tokens[i], int(index.text_lens[row]), index.keys[row], i
 
         return [[first + i for i in sorted(pack, key=place)] for pack in packs]

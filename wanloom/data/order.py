@@ -19,6 +19,8 @@ import numpy as np
 from wanloom.config import UserError
 from wanloom.data.settings import SourceConfig
 
+RECENT = 2**13  # positions: a step is looked at several times, by those who pack, read and count
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -50,11 +52,12 @@ class Order:
         scale = math.lcm(*(w.denominator for w in weights))
         whole = [int(w * scale) for w in weights]
         self._sums = [sum(whole[: i + 1]) for i in range(len(whole))]
+        self.at = lru_cache(maxsize=RECENT)(self._at)
         # two passes of each source may be in use at a border
         self._permutation = lru_cache(maxsize=2 * len(self.sizes))(self._build_permutation)
 
-    def at(self, position: int) -> Entry:
-        """The entry at `position`, which counts from 0 and never ends."""
+    def _at(self, position: int) -> Entry:
+        """The entry at `position`, which counts from 0 and never ends; `at` remembers those of the last steps."""
         source, number = self._place(position)
         draw, offset = divmod(number, self.sizes[source])
         return Entry(source, int(self._permutation(source, draw)[offset]), draw)
