@@ -33,7 +33,7 @@ SAMPLE = 1_700_000  # bytes
 BATCH = 250_000
 TOKENS_PER_PACK = 65_536
 STEPS = {"64 samples, one rank": (64, 1), "256 samples, 8 ranks": (256, 8), "1,024 samples, 64 ranks": (1024, 64)}
-CAPTION = "Clip {}: someone walks along a street in the rain, stops where fruit is sold, looks up and goes on into the crowd."
+CAPTION = "Clip {}: someone walks along a street in the rain, stops where fruit is sold, then goes on into the crowd."
 TURNS = 5
 PATIENCE = 600.0  # seconds for a process
 

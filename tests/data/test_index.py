@@ -149,6 +149,7 @@ def open_and_count(file: Path, cache_home: str, counted: Path) -> None:
     assert len(open_index(file, "data").splits["train"]) == sum(row.split == "train" for row in draw_rows())
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_of_many_processes_one_makes_the_columns(tmp_path):
     file = write(tmp_path / "data", draw_rows())
     words = (file, str(tmp_path / "cache"), tmp_path / "made")

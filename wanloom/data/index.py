@@ -62,6 +62,11 @@ class Strings(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all strings together."""
+        return len(self._data)
+
     @overload
     def __getitem__(self, i: int) -> str: ...
     @overload
