@@ -26,6 +26,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PARTS = ("wanloom", "tests", "benchmarks", "tools", "pyproject.toml")
 LOADED = ("torch", "diffusers.pipelines.wan.pipeline_wan", "transformers.models.umt5.modeling_umt5")  # before all tests
+QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # what is loaded before cannot be rewritten
 PATIENCE = 300.0  # seconds for the tests of one break
 
 DIT = "tests/model/test_dit.py"
@@ -404,18 +405,19 @@ def run_tests(tree: Path, tests: tuple[str, ...], patience: float = PATIENCE) ->
 def run_here(tree: Path, tests: tuple[str, ...], output: Path) -> None:
     """The tests in this process, which is a copy of one that has the large libraries loaded and nothing of the tree."""
     os.setsid()
-    with output.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    file = output.open("w", encoding="utf-8")  # for as long as this process lives
+    sys.stdout = sys.stderr = file
+    for stream in (1, 2):
+        os.dup2(file.fileno(), stream)
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True
     os.environ["PYTHONPATH"] = str(tree)  # of what the tests start
-    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:anyio", "--no-header", "--durations=0", *tests])
+    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *QUIET, "--durations=0", *tests])
     module = sys.modules.get("wanloom")
     if module is not None and not str(module.__file__).startswith(str(tree)):
         code = 70  # another tree was tested
-    sys.stdout.flush()
+    file.flush()
     os._exit(code)
 
 
