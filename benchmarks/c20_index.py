@@ -24,8 +24,7 @@ import pyarrow.parquet as pq
 from benchmarks.measure import Row, main
 from wanloom.data.index import INDEX, SCHEMA
 from wanloom.data.loader import Plan
-from wanloom.data.order import SourceConfig
-from wanloom.data.packing import BatchConfig
+from wanloom.data.settings import BatchConfig, SourceConfig
 from wanloom.data.shards import Dataset
 
 PER_SHARD = 600
