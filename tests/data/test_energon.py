@@ -1,20 +1,22 @@
 """A prepared folder is an Energon dataset: Energon itself reads every sample, and would write the same metadata."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import megatron.energon as energon
 import pytest
 import torch
+from click.testing import CliRunner
 from fake_encoders import IDENTITY, build_encoders
-from safetensors.torch import load
 from test_prepare import config, put_image, put_video, small_shards
 
 from wanloom.data import prepare as prepare_module
 from wanloom.data.prepare import prepare
 from wanloom.data.shards import Dataset
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
 
@@ -34,16 +36,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "out"
 
 
-@energon.stateless
-def cook(sample: dict) -> dict:
-    tensors = load(sample["safetensors"])
-    return {**energon.basic_sample_keys(sample), **tensors, "caption": sample["json"]["caption"]}
-
-
-class TaskEncoder(energon.DefaultTaskEncoder):
-    """As a user would write it: one cooker, samples of any size one by one."""
-
-    cookers = (energon.Cooker(cook),)
+def of_docs() -> dict:
+    """What the code in the docs defines."""
+    (code,) = re.findall(r"```python\n(import megatron.*?)```", (ROOT / "docs/prepare.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    return names
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -51,22 +49,42 @@ def test_energon_reads_every_sample(folder: Path, split: str) -> None:
     dataset = Dataset.open(folder)
     rows = dataset.rows(split)
     assert len(rows) > 3 and len({row.shard for row in rows}) >= 1
-    keywords = {"worker_config": energon.WorkerConfig(rank=0, world_size=1, num_workers=0), "batch_size": None}
+    names = of_docs()
     if split == "train":
         # one pass: the train set of Energon repeats for ever unless told otherwise
-        loader = energon.get_train_dataset(
-            folder, split_part="train", shuffle_buffer_size=None, max_samples_per_sequence=None,
-            task_encoder=TaskEncoder(), repeat=False, **keywords,
+        loader = energon.get_loader(
+            energon.get_train_dataset(
+                folder, split_part="train", shuffle_buffer_size=None, max_samples_per_sequence=None, batch_size=None,
+                worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0),
+                task_encoder=names["TaskEncoder"](), repeat=False,
+            )
         )  # fmt: skip
     else:
-        loader = energon.get_val_dataset(folder, split_part="val", task_encoder=TaskEncoder(), **keywords)
-    got = {sample["__key__"].split("/")[-1]: sample for sample in energon.get_loader(loader)}
+        loader = names["open_energon"](folder, split)
+    got = {sample["__key__"].split("/")[-1]: sample for sample in loader}
     assert sorted(got) == sorted(rows.keys)
     for i, key in enumerate(rows.keys):
         mine = dataset.read(rows[i])
         assert torch.equal(got[key]["latents"], mine.latents)
         assert torch.equal(got[key]["text"], mine.text)
         assert got[key]["caption"] == mine.caption
+
+
+def test_energons_command_line_shows_the_folder(folder: Path) -> None:
+    """As the docs have it: its two commands that look into a data set, on the captions."""
+    from megatron.energon.cli.main import main
+
+    text = (ROOT / "docs/prepare.md").read_text()
+    samples = len(Dataset.open(folder).rows("train")) + len(Dataset.open(folder).rows("val"))
+    for command, words in (("info", f"{samples} samples"), ("preview", "Sample 1\n")):
+        line = f"energon {command} data --dataset-config captions.yaml"
+        assert line in text
+        arguments = [str(folder) if word == "data" else word for word in line.split()[1:]]
+        done = CliRunner().invoke(main, arguments, input="y\nn\n")
+        assert done.exit_code == 0, done.output
+        assert words in done.output
+    captions = Dataset.open(folder).rows("train")
+    assert f"- text (<class 'str'>): '{captions[0].caption}'" in done.output
 
 
 def test_energons_own_preparation_finds_the_same(folder: Path, tmp_path: Path) -> None:
