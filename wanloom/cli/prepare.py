@@ -30,10 +30,10 @@ captions   beside the file: NAME.json (key "caption" or --caption-key), NAME.jso
            metadata.parquet in INPUT with a file column (file_name, file, path or video) and a caption column (caption,
            text or prompt). The first of these that has a caption counts; if another says something else, the report
            lists the file. A picture beside a video of the same NAME needs a caption of its own (clip.jpg.txt).
-sizes      without --height and --width each file keeps its aspect in at most --max-area pixels and is not enlarged.
-           With both, every sample has that size: --crop center and random resize to cover it and cut the rest,
-           --crop none fits the whole picture inside it. Sizes are multiples of 16; nothing is squashed but by the
-           rounding of --crop none, which the report lists.
+sizes      written as width x height. Without --height and --width each file keeps its aspect in at most --max-area
+           pixels and is not enlarged. With both, every sample has that size: --crop center and random resize to cover
+           it and cut the rest, --crop none fits the whole picture inside it. Sizes are multiples of 16; nothing is
+           squashed but by the rounding of --crop none, which the report lists.
 time       frame k of a clip is what a player shows at k / fps seconds, whatever the rate of the file. A video that is
            shorter than a clip is dropped, and the report says which --frames takes it; less than one frame's time
            is made up by holding the last picture."""
@@ -69,7 +69,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "default": None,
             "help": "each file keeps its aspect, in as many pixels as --height times --width",
         },
-        "--max-area": {"type": int, "metavar": "N", "help": "most pixels of a picture (399360, which is 480x832)"},
+        "--max-area": {"type": int, "metavar": "N", "help": "most pixels of a picture (399360, which is 832x480)"},
         "--max-aspect": {
             "type": float,
             "metavar": "X",

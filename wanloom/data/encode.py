@@ -32,7 +32,7 @@ from wanloom.data.tar import tar_pair
 from wanloom.data.video import TimingConfig, read_clips
 from wanloom.dist import local_world_size, world_size
 
-MOST_CLIPS, MOST_PIXELS = 16, 4_000_000  # of a batch; one clip of 81 frames 480x832 has 32 million pixels
+MOST_CLIPS, MOST_PIXELS = 16, 4_000_000  # of a batch; one clip of 81 frames of 832x480 has 32 million pixels
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

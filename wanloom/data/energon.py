@@ -3,8 +3,8 @@
 In: the shards with their samples. Out: `.nv-meta/` (dataset.yaml, captions.yaml, split.yaml, .info.json) and one
 `<shard>.tar.idx` each. The one decision: these few files are written here and not by Energon's own preparation, so they
 are there without the extra installed and are the same bytes every time; a test opens the folder with Energon itself.
-Samples are crude, no type of Energon's has latents; captions.yaml shows them as texts to its command line. Not written is
-index.sqlite, which only its joins and random access by key read: `energon prepare` adds it.
+Samples are crude, no type of Energon's has latents; captions.yaml shows them as texts to its command line. Not
+written is index.sqlite, which only its joins and random access by key read: `energon prepare` adds it.
 Format: Megatron-Energon 7 (https://nvidia.github.io/Megatron-Energon).
 """
 
