@@ -41,6 +41,7 @@ IMAGES = ("png", "jpg", "webp", "avif", "tiff")
 TIMINGS = (
     TimingConfig(frames=5),
     TimingConfig(frames=5, clips="uniform", clips_per_video=2),
+    TimingConfig(frames=1, clips="all"),
     TimingConfig(mode="frames", frames_per_video=2),
 )
 LIMITS = LimitsConfig(max_pixels=4_000_000, max_seconds=30.0)  # a header with any size at all must not take long
