@@ -1,14 +1,24 @@
 """`wanloom show` on a recipe, a run and a prepared folder."""
 
+import base64
+import io
+import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
+from wanloom.assets import TINY
 from wanloom.cli import main
+from wanloom.codecs.vae import VaeCodec
+from wanloom.data.shards import Dataset
 from wanloom.recipes.run import load_run
+from wanloom.report.data import size_of
+from wanloom.sample.media import write_png
 
 
 def test_a_recipe_is_printed_as_a_recipe(tmp_path, capsys):
@@ -113,3 +123,59 @@ def test_a_missing_index_is_a_note(tmp_path, prepared):
     )
     assert "has no index: reading the headers of 2 shards" in " ".join(done.stderr.split())
     assert "12 samples" in done.stdout and "reading" not in done.stdout
+
+
+def test_the_page_of_a_folder_shows_its_latents_decoded(tmp_path, capsys, monkeypatch):
+    """Made with tiny, which is found by itself; every picture is what its VAE makes of the stored latents."""
+    clips, data, file = tmp_path / "clips", tmp_path / "da<ta", tmp_path / "page.html"
+    clips.mkdir()
+    for i in range(5):
+        write_png(clips / f"{i}.png", np.full((64, 64, 3), 40 * i, dtype=np.uint8))
+        (clips / f"{i}.txt").write_text(f"shade {i} <b>")
+    assert main(["prepare", str(clips), str(data), "--model", "tiny", "--mode", "image", "--val-fraction", "0.2"]) == 0
+    monkeypatch.setattr("wanloom.report.data.NUM_SAMPLES", 3)
+    capsys.readouterr()
+    assert main(["show", str(data), "--page", "--out", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["decoded 3 of 3", str(file)]
+    page, index = file.read_text(), Dataset.open(data).rows("train")
+    assert len(index) == 4 and "the VAE of tiny, which they were made with" in page and "da&lt;ta" in page
+    pictures = [base64.b64decode(text) for text in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    assert len(pictures) == 3 and "<b>" not in page
+    vae = VaeCodec.load(TINY, "cpu")
+    for picture, number in zip(pictures, (0, 1, 2), strict=True):  # 0, 4/3, 8/3 rounded down
+        row = index[number]
+        assert row.caption.replace("<b>", "&lt;b&gt;") in page and f"<code>{row.key}</code>, 64x64<" in page
+        want = vae.decode(Dataset.open(data).read(row).latents)[0].numpy()
+        shown = np.asarray(Image.open(io.BytesIO(picture)))
+        np.testing.assert_array_equal(shown[::2, ::2], want)  # enlarged by whole pixels
+    assert main(["show", str(data), "--page", "--out", str(file)]) == 0  # its own page is replaced
+    file.write_text("a diary")
+    assert main(["show", str(data), "--page", "--out", str(file)]) == 2
+    assert "is there and is no such page" in capsys.readouterr().err and file.read_text() == "a diary"
+
+
+def test_a_long_clip_is_shown_by_its_first_frames():
+    assert size_of(9, 60, 104) == "832x480, 33 frames, the first 17 shown"
+    assert size_of(5, 60, 104) == "832x480, 17 frames" and size_of(1, 60, 104) == "832x480"
+
+
+def test_a_page_is_decoded_by_the_vae_of_the_data_only(tmp_path, prepared, tiny_pipeline, capsys):
+    """A folder of others does not say which VAE made it; one that says is not shown by another."""
+    folder = tmp_path / "data"
+    shutil.copytree(prepared[0], folder)
+    file = ["--page", "--out", str(tmp_path / "page.html")]
+    (folder / "prepare.json").write_text('{"settings": {"vae": "of somebody"}}')
+    for words, message in (
+        ([str(folder), *file], "--model names the model that it was prepared for"),
+        ([str(folder), *file, "--model", str(tiny_pipeline)], "prepared with another VAE than that of"),
+        ([str(folder), "--model", "tiny"], "give --page too"),
+        (["tiny", "--page"], "--page is for a prepared folder"),
+    ):
+        assert main(["show", *words]) == 2
+        assert message in capsys.readouterr().err
+    (folder / "prepare.json").unlink()
+    assert main(["show", str(folder), *file]) == 2
+    assert "cannot be told here" in capsys.readouterr().err
+    assert main(["show", str(folder), *file, "--model", "tiny"]) == 0
+    assert "Whether these latents were made with this VAE is not known" in (tmp_path / "page.html").read_text()
+    assert (tmp_path / "page.html").read_text().count("17 frames") == 4

@@ -18,6 +18,7 @@ HELP = """Print what a recipe, a run or a prepared folder holds.
   wanloom show tiny data.path=prepared     every setting, with parameters, data and FLOPs; itself a valid recipe
   wanloom show runs/first                  how far a run is, and its checkpoints
   wanloom show prepared                    samples, sizes and captions of a training set
+  wanloom show prepared --page             pictures of its samples as training will see them: page.html
   wanloom show wan2.1-t2v-14b --world 64   the layout of 64 processes, and what each of them holds
 """
 NUM_CAPTIONS = 3
@@ -41,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mock", metavar="SHAPES", help="as for `wanloom train`")
     parser.add_argument("--world", type=int, metavar="N", help="show the layout of a recipe over N processes")
     parser.add_argument("--per-node", type=int, metavar="N", help="processes of a machine, for --world (8)")
+    parser.add_argument(
+        "--page", action="store_true", help="of a prepared folder: write a page with its latents decoded"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="for --page: its file (page.html)")
+    parser.add_argument("--model", help="for --page: the model that the folder was prepared for, where it is not found")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.target)
     if arguments.per_node and not arguments.world:
         raise UserError("--per-node is for a layout: say with --world how many processes there are.")
+    if (arguments.model or arguments.out) and not arguments.page:
+        raise UserError("--model and --out are for the page of a prepared folder: give --page too.")
     if arguments.target not in (names := recipe_names()) and not path.exists():
         beside = [str(other) for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
         raise UserError(
@@ -58,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     show_log(Terminal(stderr=True))
     if arguments.target in names or not path.is_dir():
+        if arguments.page:
+            raise UserError(f"--page is for a prepared folder, which '{arguments.target}' is not.")
         recipe = load_run(arguments.target, use_mock(arguments.settings, arguments.mock), arguments.training_mode)
         for name in ("world", "per_node"):
             if (number := getattr(arguments, name)) is not None and number < 1:
@@ -67,7 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.settings or arguments.mock or arguments.training_mode or arguments.world:
         raise UserError(f"{path} is a folder: settings can only be given for a recipe.")
     if (path / "checkpoints").is_dir():
+        if arguments.page:
+            raise UserError(f"--page is for a prepared folder, '{path}' is a run.")
         show_run(path)
+    elif arguments.page:
+        from wanloom.cli.show_page import show_page
+
+        show_page(path, arguments.out or Path("page.html"), arguments.model)
     else:
         show_data(path)
     return 0

@@ -1,0 +1,91 @@
+"""One self-contained HTML page of a prepared folder: what training will see of it.
+
+In: the samples and the VAE that made them. Out: the page as text, with a contact sheet of decoded latents for each of a
+few samples, spread evenly. The one decision: latents are decoded, not files shown, so what the codec loses is seen for
+what it is. A long clip is decoded for its first frames only: the VAE is causal, so they are those of the whole.
+Captions and names come from outside and are escaped.
+"""
+
+import base64
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from wanloom.codecs.vae import SPATIAL, TEMPORAL, VaeCodec
+from wanloom.config import UserError
+from wanloom.data.shards import Dataset
+from wanloom.sample.media import write_sheet
+
+NUM_SAMPLES = 24
+LATENT_FRAMES = 5  # of a clip, at most: 17 frames
+GENERATOR = b'<meta name="generator" content="wanloom show --page">'  # in the first bytes of every such page
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One sample on the page."""
+
+    key: str
+    caption: str
+    size: str
+    picture: str  # data URI
+
+
+@dataclass(frozen=True)
+class DataPage:
+    """Everything the page shows."""
+
+    name: str
+    summary: str
+    num_samples: int
+    vae: str  # whose it is, in words
+    note: str  # what could not be checked
+    sheets: Sequence[Sheet]
+
+
+def draw_sheets(source: Dataset, vae: VaeCodec, on_sheet: Callable[[int, int], None]) -> list[Sheet]:
+    """Contact sheets of samples to train on; `on_sheet` gets how many are made, and of how many.
+
+    Raises UserError for latents that the VAE does not take.
+    """
+    index = source.rows("train")
+    count = min(NUM_SAMPLES, len(index))
+    sheets = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sheet.png"
+        for number in range(count):
+            row = index[number * len(index) // count]
+            latents = source.read(row).latents
+            if len(latents) != vae.channels:
+                raise UserError(
+                    f"The latents of '{row.key}' have {len(latents)} channels, those of this VAE have {vae.channels}: "
+                    "--model names the model that the folder was prepared for."
+                )
+            write_sheet(path, vae.decode(latents[:, :LATENT_FRAMES].float()))
+            picture = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+            sheets.append(Sheet(row.key, row.caption, size_of(row.frames, row.height, row.width), picture))
+            on_sheet(number + 1, count)
+    return sheets
+
+
+def size_of(latent_frames: int, height: int, width: int) -> str:
+    """Pixels of a sample with latents of this size, width first, and which of its frames are shown."""
+    pixels = f"{width * SPATIAL}x{height * SPATIAL}"
+    if latent_frames == 1:
+        return pixels
+    frames = TEMPORAL * (latent_frames - 1) + 1
+    shown = TEMPORAL * (min(latent_frames, LATENT_FRAMES) - 1) + 1
+    return f"{pixels}, {frames} frames" + (f", the first {shown} shown" if shown < frames else "")
+
+
+def build_data_page(page: DataPage) -> str:
+    """The page as HTML text."""
+    room = files("wanloom.report")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(room.joinpath("data.html").read_text(encoding="utf-8"))
+    return template.render(page=page, css=Markup(room.joinpath("page.css").read_text(encoding="utf-8")))
