@@ -43,7 +43,19 @@ def test_pictures_come_in_the_order_of_showing(tmp_path: Path, suffix: str) -> N
     spread = read(path, frames=5, clips="uniform", clips_per_video=3)
     assert [numbers(c)[0] for c in spread] in ([0, 12, 25], [0, 12, 24])
     assert all(np.diff(numbers(c)).tolist() == [1] * 4 for c in spread)
-    assert [numbers(c) for c in read(path, mode="frames", frames_per_video=3)] == [[5], [15], [25]]
+    assert [numbers(c) for c in read(path, mode="frames", frames_per_video=30)] == [[n] for n in range(30)]
+
+
+@pytest.mark.parametrize("suffix", ["avi", "wmv", "h264"])
+def test_jumps_by_decode_stamps_or_none(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In open groups of pictures the first ones after a key picture are not shown when decoding begins there."""
+    options = {**B_FRAMES, "x264-params": "open-gop=1:keyint=12:min-keyint=12"}
+    whole = write_numbers(tmp_path / "a.mp4", 31, options=options)
+    path = remux(remux(whole, tmp_path / "a.ts"), tmp_path / f"b.{suffix}")
+    expected = read(path, mode="frames", frames_per_video=4)
+    monkeypatch.setattr(player_module, "FAR", 0.3)
+    found = read(path, mode="frames", frames_per_video=4)
+    assert [numbers(c) for c in found] == [numbers(c) for c in expected] == [[3], [11], [19], [27]]
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -101,11 +113,12 @@ def test_a_leap_in_other_containers(tmp_path: Path) -> None:
         assert clips[0].notes == [] and clips[-1].notes == [JUMPS], suffix
 
 
-def test_a_pause_is_no_jump(tmp_path: Path) -> None:
-    times = [i / 16 + (0.9 if i > 9 else 0) for i in range(20)]
-    (clip,) = read(write_numbers(tmp_path / "a.mkv", 20, times=times), frames=33)
+@pytest.mark.parametrize("rate", [16, 60])
+def test_a_pause_is_no_jump(tmp_path: Path, rate: int) -> None:
+    times = [i / rate + (0.9 if i > 9 else 0) for i in range(20)]
+    (clip,) = read(write_numbers(tmp_path / "a.mkv", 20, fps=rate, times=times), frames=17)
     assert clip.notes == []
-    assert numbers(clip) == [*range(10), *[9] * 15, *range(10, 18)]
+    assert numbers(clip) == [int(np.searchsorted(times, k / 16 + 0.0011, side="right")) - 1 for k in range(17)]
 
 
 def test_no_clip_is_one_held_picture(tmp_path: Path) -> None:
@@ -157,8 +170,8 @@ def test_a_cut_shows_what_its_edit_list_says(tmp_path: Path) -> None:
     assert not any(c.notes for c in clips)
 
 
-@pytest.mark.parametrize("parts", [[(2, 5), (17, 9)], [(17, 9), (2, 5)], [(2, 5), (2, 5)]])
-def test_edit_lists_of_two_parts(tmp_path: Path, parts: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize("parts", [[(2, 5)], [(2, 5), (17, 9)], [(17, 9), (2, 5)], [(2, 5), (2, 5)]])
+def test_edit_lists_of_parts(tmp_path: Path, parts: list[tuple[int, int]]) -> None:
     whole = write_numbers(tmp_path / "a.mp4", 30, options=B_FRAMES)
     ahead = 2  # frames by which the first picture's stamp lies after the first decode stamp
     edits = [(Fraction(ahead + first, 16), Fraction(count, 16)) for first, count in parts]
@@ -166,7 +179,7 @@ def test_edit_lists_of_two_parts(tmp_path: Path, parts: list[tuple[int, int]]) -
     expected = [first + i for first, count in parts for i in range(count)]
     found = read(path, mode="frames", frames_per_video=len(expected))
     assert [n for clip in found for n in numbers(clip)] == expected
-    (clip,) = read(path, frames=len(expected) // 4 * 4 + 1 if len(expected) % 4 else 9)
+    (clip,) = read(path, frames=len(expected) // 4 * 4 + 1 if len(expected) > 9 else 5)
     assert numbers(clip) == expected[: len(clip.pixels)]
     assert clip.notes == []
 
@@ -188,6 +201,19 @@ def test_a_start_before_the_first_key_picture(tmp_path: Path, suffix: str, codec
         read(headless, frames=5)
 
 
+def test_a_start_that_needs_pictures_which_are_gone(tmp_path: Path) -> None:
+    """With intra refresh a picture is whole some pictures after the place where decoding may begin."""
+    options = {"x264-params": "intra-refresh=1:keyint=10:bframes=0"}
+    whole = write_video(tmp_path / "a.ts", [numbered(i, 320, 240) for i in range(30)], options=options)
+    path = remux(whole, tmp_path / "b.ts", lambda i, packet: i >= 5)
+    shown = numbers(read(path, frames=9)[0])
+    first = shown[0]
+    assert first > 12 and shown == list(range(first, first + 9))
+    assert [numbers(c) for c in read(path, mode="frames", frames_per_video=30 - first)] == [
+        [n] for n in range(first, 30)
+    ]
+
+
 def test_the_last_picture_is_held_for_less_than_a_frame(tmp_path: Path) -> None:
     exact = write_numbers(tmp_path / "a.mp4", 20)  # 20 frames' time: the 21st is due when the last one ends
     for clips in ("first", "uniform", "all"):
@@ -196,6 +222,8 @@ def test_the_last_picture_is_held_for_less_than_a_frame(tmp_path: Path) -> None:
         assert clip.notes == [HELD]
     assert [numbers(c) for c in read(exact, frames=5, clips="all")] == [list(range(5 * i, 5 * i + 5)) for i in range(4)]
     assert not any(c.notes for c in read(exact, frames=5, clips="all"))
+    rest = write_numbers(tmp_path / "e.mp4", 24)  # the rest at the end is not made up
+    assert len(read(rest, frames=5, clips="all")) == 4
     quick = write_video(tmp_path / "b.mp4", [numbered(i % 31) for i in range(70)], fps=60)  # 1.167 s, needs 1.25
     with pytest.raises(
         MediaError, match=r"^has 19 frames at 16 fps, 21 are asked for; --frames 17 takes it$"

@@ -37,10 +37,22 @@ def run(source: Path, out: Path, between: Callable[[], None] = lambda: None, **v
         between()
         return build_encoders()
 
-    config = PrepareConfig(
-        timing=TimingConfig(frames=5), framing=FramingConfig(height=32, width=48), val_fraction=0, **values
-    )
+    values = {"timing": TimingConfig(frames=5), **values}
+    config = PrepareConfig(framing=FramingConfig(height=32, width=48), val_fraction=0, **values)
     return prepare(source, out, config, IDENTITY, load).report
+
+
+def count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets an entry for each hash that is made while decoding; files count as having lain there for long."""
+    hashed: list[int] = []
+
+    def count(descriptor: int) -> str:
+        hashed.append(descriptor)
+        return hash_file(descriptor)
+
+    monkeypatch.setattr(content_module, "SETTLED_NS", 0)
+    monkeypatch.setattr(content_module, "hash_file", count)
+    return hashed
 
 
 def replaced(path: Path, other: Path) -> None:
@@ -74,9 +86,14 @@ def test_a_file_that_changes_after_hashing_is_dropped(
     assert (drop["file"], drop["kind"]) == ("2.png", "changed") and "others than those" in drop["reason"]
 
 
-def test_other_times_alone_change_nothing(tmp_path: Path) -> None:
-    path = picture(tmp_path / "in/a.png", 10)
-    assert run(tmp_path / "in", tmp_path / "out", lambda: os.utime(path, (5, 5)))["samples"]["total"] == 1
+def test_other_times_alone_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = count_hashes(monkeypatch)
+    path = write_numbers(tmp_path / "in/a.mp4", 20)
+    path.with_suffix(".txt").write_text("a")
+    timing = TimingConfig(frames=5, clips="all")
+    report = run(tmp_path / "in", tmp_path / "out", lambda: os.utime(path, (5, 5)), timing=timing)
+    assert report["samples"]["total"] == 4
+    assert len(hashed) == 1  # once for all clips
 
 
 def test_a_video_that_changes_while_it_is_read_keeps_the_clips_before(tmp_path: Path) -> None:
@@ -99,14 +116,7 @@ def test_a_video_that_changes_while_it_is_read_keeps_the_clips_before(tmp_path: 
 
 
 def test_unchanged_files_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed: list[int] = []
-
-    def count(descriptor: int) -> str:
-        hashed.append(descriptor)
-        return hash_file(descriptor)
-
-    monkeypatch.setattr(content_module, "SETTLED_NS", 0)
-    monkeypatch.setattr(content_module, "hash_file", count)
+    hashed = count_hashes(monkeypatch)
     for i in range(3):
         picture(tmp_path / f"in/{i}.png", 10 * i)
     assert run(tmp_path / "in", tmp_path / "out")["samples"]["total"] == 3

@@ -43,24 +43,19 @@ def test_names_are_never_addresses(tmp_path: Path, name: str, monkeypatch: pytes
         assert read(Path(image))[0].pixels.max() == 9
 
 
-def test_names_are_no_patterns(tmp_path: Path) -> None:
-    for i in range(3):
-        Image.new("L", (16, 16), 60 * i).save(tmp_path / f"a{i}.gif")
-    shutil.copy(tmp_path / "a1.gif", tmp_path / "a%d.gif")
-    (clip,) = read(tmp_path / "a%d.gif", mode="frames", frames_per_video=3)
-    assert abs(clip.pixels.mean() - 60) < 1
-
-
-def test_a_file_opens_no_other_file(tmp_path: Path) -> None:
+def test_a_file_opens_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     write_numbers(tmp_path / "a.mp4", 6)
     write_numbers(tmp_path / "b.ts", 6)
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
     playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1,\nb.ts\n#EXT-X-ENDLIST\n"
     (tmp_path / "list.ts").write_text(playlist)
     (tmp_path / "drawing.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    for name in ("list.mp4", "list.ts", "drawing.png"):
-        with pytest.raises(MediaError, match=r"cannot be decoded|is no image"):
-            read(tmp_path / name, frames=5)
+    for name in ("list.mp4", "list.ts"):
+        with pytest.raises(MediaError, match="cannot be decoded"):
+            read(Path(name), frames=5)
+    with pytest.raises(MediaError, match="is no image that can be read"):
+        read(Path("drawing.png"))
     with pytest.raises(UserError, match=r"gone\.mp4' cannot be read any more: No such file"):
         read(tmp_path / "gone.mp4", frames=5)
 

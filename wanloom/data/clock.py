@@ -100,13 +100,12 @@ class Extent(NamedTuple):
     seconds: Fraction
     pictures: int
     whole: bool  # the clock does not jump
-    can_seek: bool
 
 
 def scan(file: MediaFile) -> Extent:
     """The extent of what will be shown, from the packets alone: nothing is decoded."""
     key: Any = None
-    end, stamped, whole = Fraction(0), True, True
+    end, whole = Fraction(0), True
     shown: list[Fraction] = []
     latest: Fraction | None = None  # decode stamp
     with open_container(file) as container:
@@ -123,13 +122,11 @@ def scan(file: MediaFile) -> Extent:
             if decoding is not None:
                 whole = whole and (latest is None or decoding - latest > -interval / 2)
                 latest = decoding
-            stamped = stamped and packet.pts is not None
             length = packet.duration * base
             end = max(end, time + (max(length, interval) if packet.pts is None else length or interval))
             shown.append(time)
-        by_order = stamped or not track.codec_context.has_b_frames
     if not shown:
         raise MediaError("broken", "has no pictures")
     shown.sort()
     whole = whole and all(after - before <= longest_step(interval) for before, after in pairwise(shown))
-    return Extent(shown[0], end - shown[0], len(shown), whole, whole and by_order)
+    return Extent(shown[0], end - shown[0], len(shown), whole)

@@ -28,14 +28,13 @@ MOST_RATE = 300  # pictures per second; beyond it a header gives the ticks of it
 
 
 class MediaFile(FileIO):
-    """A file to be read, under a name that only says its type; `budget` is what it may take."""
+    """A file to be read; `budget` is what it may take."""
 
     def __init__(self, path: Path, limits: LimitsConfig = USUAL) -> None:
         try:
             super().__init__(path, "rb")
         except OSError as error:
             raise unreadable(path, error) from error
-        self.name = f"media{path.suffix}"
         self.budget = Budget(limits)
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
@@ -103,6 +102,8 @@ def _area(track: Any) -> int:
 def picture_rate(track: Any) -> Fraction | None:
     """Pictures per second by the header, None when it says nothing. Absurd averages give way to the guessed rate."""
     rates = [Fraction(rate) for rate in (track.average_rate, track.guessed_rate) if rate and rate > 0]
+    if track.start_time is None:  # a raw stream has no clock: its average is a default
+        rates.reverse()
     return next((rate for rate in rates if rate <= MOST_RATE), min(rates, default=None))
 
 

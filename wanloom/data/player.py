@@ -38,7 +38,6 @@ class Player:
         self.decoder = choose_decoder(track, budget)
         self.clock = Clock(track)
         self.end = Fraction(0)  # of the last picture met so far
-        self.can_seek = can_seek
         self._pictures = self._play()
         try:
             self.now = next(self._pictures, None)
@@ -47,10 +46,10 @@ class Player:
                 raise
             reason = f"has pictures of a size that is damaged, or of more than --max-pixels {budget.limits.max_pixels}"
             raise MediaError("too large", reason) from error
+        self.can_seek = can_seek and self.clock.origin is not None  # raw streams have no stamps
         if self.now is None:
             raise MediaError("broken", "has no pictures")
         self.last = self.now  # on the screen; stays at the end
-
         self.begin = self.clock.origin if self.now.picture.pts is not None else None  # the first stamp of showing
 
     def at(self, time: Fraction) -> Any:
@@ -99,7 +98,7 @@ class Player:
     def _jump(self, time: Fraction) -> None:
         """To a picture at or before `time`, or back to the first one for good."""
         origin = self.clock.origin
-        assert origin is not None, "a stream without stamps is not known to allow it"
+        assert origin is not None, "checked at the start"
         try:
             self.container.seek(int((origin + time) / self.clock.base), stream=self.track)
         except av.error.FFmpegError:

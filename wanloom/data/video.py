@@ -176,7 +176,7 @@ def _decode(file: MediaFile, timing: TimingConfig) -> Iterator[Due]:
         extent = play_through(file)
     with open_container(file) as container:
         track, notes = choose_track(container)
-        player = Player(container, track, budget, can_seek=extent is not None and extent.can_seek)
+        player = Player(container, track, budget, can_seek=extent is not None and extent.whole)
         header = Track(track.sample_aspect_ratio, picture_rate(track), _stated(container, track))
         duration, pictures = _whole(extent, player) if extent else (Fraction(0), 0)
         held = 0
@@ -206,7 +206,7 @@ def play_through(file: MediaFile) -> Extent:
         player = Player(container, track, file.budget)
         begin = player.clock.origin or Fraction(0)
         pictures = player.play_out()
-        return Extent(begin, player.end, pictures, whole=False, can_seek=False)
+        return Extent(begin, player.end, pictures, whole=False)
 
 
 def _stated(container: Any, track: Any) -> float | None:
