@@ -56,6 +56,8 @@ def note(text: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError for anything else."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no file.")
     try:
         size = path.stat().st_size
         if size > MAX_JSON:
@@ -97,7 +99,7 @@ def files_in(folder: Path, stem: str | None = None) -> list[Path]:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
         raise UserError(f"{folder} has several indices; give the path of one: {', '.join(i.name for i in indices)}.")
-    files = files_of_index(indices[0]) if indices else sorted(folder.glob("*.safetensors"))
+    files = files_of_index(indices[0]) if indices else sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if not files:
         others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf"))
         why = f", only {shorten(others)}: such files can run code or are quantised, and are not read." if others else ""

@@ -1,6 +1,7 @@
 """Model folders that are broken or meant to harm: each ends in one sentence, at once, and takes no memory."""
 
 import json
+import os
 import resource
 import shutil
 import time
@@ -80,6 +81,16 @@ def own_code(part: Path) -> None:
     config(auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil")(part)
 
 
+def as_pipe(name: str) -> Change:
+    """A pipe in place of a file: who opens it waits for ever."""
+
+    def change(part: Path) -> None:
+        (part / name).unlink(missing_ok=True)
+        os.mkfifo(part / name)
+
+    return change
+
+
 def adapter(part: Path) -> None:
     (part / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/etc", "peft_type": "LORA"}))
     config(num_heads=-1)(part)
@@ -125,6 +136,8 @@ VAE: dict[str, Change] = {
     "nan": tensors(lambda state: next(iter(state.values())).view(-1)[:1].fill_(float("nan"))),
     "int8": tensors(lambda state: state.update({k: v.to(torch.int8) for k, v in state.items()})),
     "another": tensors(lambda state: (state.clear(), state.update(x=torch.zeros(2)))),
+    "config pipe": as_pipe("config.json"),
+    "weights pipe": as_pipe("diffusion_pytorch_model.safetensors"),
     "index out": text("diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {"a": "../../x.safetensors"}}'),
 }
 TEXT: dict[str, Change] = {
@@ -153,6 +166,8 @@ TEXT: dict[str, Change] = {
 }
 TOKENIZER: dict[str, Change] = {
     "own code": own_code,
+    "pipe": as_pipe("added_tokens.json"),
+    "vocabulary pipe": as_pipe("tokenizer.json"),
     "deep config": text("tokenizer_config.json", DEEP),
     "deep": text("tokenizer.json", DEEP),
     "deep other": text("special_tokens_map.json", DEEP),
