@@ -17,7 +17,8 @@ from wanloom.assets import find_pipeline
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.model.weights import load_dit
-from wanloom.sample.generate import GenerateConfig, Request, draw_request_noise, generate, latents_shape
+from wanloom.sample.generate import Request, draw_request_noise, generate
+from wanloom.sample.settings import GenerateConfig, latents_shape
 from wanloom.sample.solvers import build_scheduler
 
 PROMPT = "A red circle moves to the left across a dark background."

@@ -15,7 +15,8 @@ from wanloom.cli import main
 from wanloom.cli.convert import whole_folder
 from wanloom.codecs.text import TextCodec
 from wanloom.model.weights import load_dit
-from wanloom.sample.generate import GenerateConfig, Request, draw_request_noise, generate, latents_shape
+from wanloom.sample.generate import Request, draw_request_noise, generate
+from wanloom.sample.settings import GenerateConfig, latents_shape
 from wanloom.sample.solvers import build_scheduler
 from wanloom.train.checkpoint import Checkpointer
 from wanloom.train.settings import CheckpointConfig

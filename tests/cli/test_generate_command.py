@@ -4,6 +4,8 @@ import json
 import os
 import shlex
 import signal
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -24,10 +26,10 @@ from wanloom.model.dit import WanDiT
 from wanloom.model.weights import load_dit, save_weights
 from wanloom.recipes.trained import open_trained
 from wanloom.sample import generate as sampling
-from wanloom.sample.generate import GenerateConfig, Request, draw_request_noise, generate, latents_shape
+from wanloom.sample.generate import Request, draw_request_noise, generate
 from wanloom.sample.media import read_mp4
 from wanloom.sample.prompts import PromptLine, build_jobs
-from wanloom.sample.settings import PUBLISHED
+from wanloom.sample.settings import PUBLISHED, GenerateConfig, latents_shape
 from wanloom.train.checkpoint import Checkpointer
 from wanloom.train.settings import CheckpointConfig
 
@@ -363,7 +365,7 @@ def test_without_guidance_the_negative_prompt_is_not_encoded(tiny_pipeline, tmp_
 
 def test_an_empty_prompt_is_noted(capsys):
     lines = [PromptLine(prompt=text) for text in (" ", "x")]
-    check_jobs(lines, build_jobs(lines, "", 0, 32, 32, 5), 16)
+    check_jobs(lines, build_jobs(lines, "", 0, 32, 32, 5))
     assert capsys.readouterr().err == "note: the prompt of '000' is empty, so it shows anything.\n"
 
 
@@ -387,8 +389,8 @@ def test_a_long_prompt_is_cut_and_said_so(tiny_pipeline, tmp_path, capsys):
         (["--height", "60"], "The height is 60, it must be a multiple of 16: try 48 or 64."),
         (["--width", "8"], "The width is 8, it must be a multiple of 16: try 16."),
         (["--frames", "16"], "The number of frames is 16, it must be 4n+1: try 13 or 17."),
-        (["--steps", "0"], "The number of steps is 0"),
-        (["--shift", "-1"], "The shift is -1.0"),
+        (["--steps", "0"], "The setting 'steps' is 0: it must be at least 1."),
+        (["--shift", "-1"], "The setting 'shift' is -1.0: it must be above 0."),
         (["--guidance", "1e30"], "The setting 'guidance' is 1e+30: it must be at most 100."),
         (["--guidance", "0.5"], "The setting 'guidance' is 0.5: it must be at least 1."),
         (["--fps", "0"], "--fps is 0"),
@@ -441,6 +443,22 @@ def test_mistakes_in_prompt_files_name_the_line(tiny_pipeline, tmp_path, capsys,
     words = ["--model", str(tiny_pipeline), "--prompts", str(tmp_path / name), *SMALL, *out_at(tmp_path)]
     expect_mistake(capsys, words, message)
     expect_mistake(capsys, [*words[:2], "--prompts", str(tmp_path / "none.txt"), *SMALL], "read: No such file")
+
+
+def test_mistakes_in_the_words_are_told_before_torch_is_imported(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "height": 33, "width": 32}')
+    cases = [["--prompts", str(tmp_path / name)] for name in ("none.txt", "a.json", "a.jsonl")]
+    for words in (
+        ["--steps", "0"],
+        ["--height", "33", "--width", "32"],
+        ["--ema"],
+        ["--checkpoint", "no"],
+        ["--out", ""],
+    ):
+        cases.append(["--prompt", "x", *words])
+    code = f"import sys; from wanloom.cli import main; codes = [main(['generate', *words]) for words in {cases}]; "
+    code += "sys.exit('torch' in sys.modules or codes != [2] * len(codes))"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_a_negative_prompt_that_nothing_reads_is_an_error_in_a_file_too(tiny_pipeline, tmp_path, capsys):

@@ -22,6 +22,7 @@ from wanloom.cli.generate_plan import build_layout, build_plan, check_alike, che
 from wanloom.config import UserError
 from wanloom.model.settings import CONFIGS
 from wanloom.sample.media import read_mp4
+from wanloom.sample.prompts import PromptLine
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -138,7 +139,7 @@ def test_a_layout_that_cannot_be_is_one_sentence(monkeypatch, world, words, mess
 
 
 def test_processes_that_would_make_something_else_are_noticed(tiny_pipeline, monkeypatch):
-    plan = build_plan(parse("--model", str(tiny_pipeline), *SMALL))
+    plan = build_plan(parse("--model", str(tiny_pipeline), *SMALL), [PromptLine(prompt="x")])
     check_alike(plan)
     other = {"weights of the transformer": "of another step"}
     monkeypatch.setattr(dist, "gather", lambda own: [own, own, own | other])

@@ -22,7 +22,8 @@ from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import Layout, Mesh
 from wanloom.sample import generate as sampling
-from wanloom.sample.generate import GenerateConfig, Request, draw_request_noise, generate, latents_shape
+from wanloom.sample.generate import Request, draw_request_noise, generate
+from wanloom.sample.settings import GenerateConfig, latents_shape
 
 CPU = torch.device("cpu")
 SIZES = ((9, 48, 80), (1, 48, 48), (9, 48, 80), (5, 80, 80))  # 45, 9, 45 and 50 tokens

@@ -11,7 +11,8 @@ from generate_ranks import CASES, SIZES, make, requests
 from safetensors.torch import load_file
 
 from wanloom.parallel.mesh import ONE_PROCESS, Layout, Mesh
-from wanloom.sample.generate import GenerateConfig, generate
+from wanloom.sample.generate import generate
+from wanloom.sample.settings import GenerateConfig
 
 ROOT = Path(__file__).parents[2]
 RANKS = 4

@@ -14,15 +14,9 @@ from wanloom.config import UserError, build_config
 from wanloom.model.dit import WanDiT
 from wanloom.model.weights import load_dit
 from wanloom.sample import generate as sampling
-from wanloom.sample.generate import (
-    GenerateConfig,
-    Request,
-    draw_request_noise,
-    generate,
-    latents_shape,
-    plan_packs,
-)
+from wanloom.sample.generate import Request, draw_request_noise, generate, plan_packs
 from wanloom.sample.prompts import PromptLine, build_jobs
+from wanloom.sample.settings import GenerateConfig, latents_shape
 from wanloom.sample.solvers import build_scheduler
 
 PROMPT = "A red circle moves to the left across a dark background."

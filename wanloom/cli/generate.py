@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wanloom.cli import launch
 from wanloom.cli.generate_files import describe, find_done, write_result
-from wanloom.cli.generate_plan import Plan, build_plan, check_alike, helps_of
+from wanloom.cli.generate_plan import Plan, build_plan, check_alike, check_words, helps_of
 from wanloom.config import UserError
 from wanloom.files import folder_for_one
 from wanloom.memory import enough_memory
@@ -94,10 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make everything; rank 0 encodes, decodes, writes and prints, all share the denoising."""
+    lines = check_words(arguments)
     from wanloom.dist import rank, together
 
     with together():
-        plan = build_plan(arguments)
+        plan = build_plan(arguments, lines)
         try:
             plan.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -267,7 +268,8 @@ def make_all(
     from rich.progress import Progress
 
     from wanloom.dist import together
-    from wanloom.sample.generate import Request, draw_request_noise, generate, latents_shape
+    from wanloom.sample.generate import Request, draw_request_noise, generate
+    from wanloom.sample.settings import latents_shape
 
     channels = plan.model_config.in_channels
     requests = [

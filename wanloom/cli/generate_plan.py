@@ -20,9 +20,8 @@ if TYPE_CHECKING:  # torch is imported only when the command runs
     from wanloom.model.settings import DiTConfig
     from wanloom.parallel.mesh import Layout
     from wanloom.recipes.trained import Weights
-    from wanloom.sample.generate import GenerateConfig
     from wanloom.sample.prompts import Job, PromptLine
-    from wanloom.sample.settings import Settings
+    from wanloom.sample.settings import GenerateConfig, Settings
 
 PARTS = ("text_encoder", "tokenizer", "vae")
 
@@ -67,25 +66,55 @@ class Plan(NamedTuple):
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-def build_plan(arguments: argparse.Namespace) -> Plan:
-    """Read the prompts and fill in the defaults. Raises UserError for what can be seen to be wrong."""
+def check_words(arguments: argparse.Namespace) -> "list[PromptLine]":
+    """The prompts. Raises UserError for what is wrong by the words alone: told at once, before torch is imported."""
+    from wanloom.sample.prompts import MAX_SEED, PromptLine, read_prompts
+    from wanloom.sample.settings import Settings, check_frames, check_side
+
+    if arguments.ema and not arguments.checkpoint:
+        raise UserError("--ema asks for the averaged weights of a run: give the run with --checkpoint.")
+    if arguments.fps < 1:
+        raise UserError(f"--fps is {arguments.fps}, it must be at least 1.")
+    if not 0 <= arguments.seed < MAX_SEED:
+        raise UserError(f"--seed is {arguments.seed}, it must be at least 0 and below 2^63.")
+    if not arguments.out.strip():
+        raise UserError("--out is empty: give the folder for the videos, or leave it out for `generated`.")
+    if (arguments.height is None) != (arguments.width is None):
+        raise UserError("--height and --width belong together: give both or neither.")
+    if arguments.checkpoint and not arguments.checkpoint.expanduser().exists():
+        raise UserError(f"There is no folder {arguments.checkpoint}: give a run folder or one of its checkpoints.")
+    read_config_of(arguments, Settings.model_construct(**vars(arguments)))
+    lines = read_prompts(arguments.prompts) if arguments.prompts else [PromptLine(prompt=p) for p in arguments.prompt]
+    for line in (arguments, *lines):
+        try:
+            for name in ("height", "width"):
+                if (side := getattr(line, name)) is not None:
+                    check_side(name, side)
+            if line.frames is not None:
+                check_frames(line.frames)
+        except UserError as error:
+            raise UserError(f"{line.where}: {error}" if getattr(line, "where", "") else str(error)) from error
+    return lines
+
+
+def build_plan(arguments: argparse.Namespace, lines: "list[PromptLine]") -> Plan:
+    """Fill in the defaults. Raises UserError for what can be seen to be wrong; `lines` are those of `check_words`."""
     import torch
 
     from wanloom.dist import pick_device
     from wanloom.model.kernels import resolve_kernel
-    from wanloom.sample.prompts import PromptLine, build_jobs, read_prompts
+    from wanloom.sample.prompts import build_jobs
     from wanloom.sample.settings import read_settings
     from wanloom.sample.solvers import build_solver
 
     check_arguments(arguments)
-    lines = read_prompts(arguments.prompts) if arguments.prompts else [PromptLine(prompt=p) for p in arguments.prompt]
     name, pipeline, weights = find_weights(arguments)
     settings = fill_settings(arguments, read_settings(pipeline, weights.config), name)
     config = read_config_of(arguments, settings)
     check_negative(arguments, config, lines)
     sizes = (settings.height or 0, settings.width or 0, settings.frames or 0)
     jobs = build_jobs(lines, arguments.negative or "", arguments.seed, *sizes)
-    check_jobs(lines, jobs, weights.config.in_channels)
+    check_jobs(lines, jobs)
     build_solver(config.solver, config.steps, config.shift)
     device = pick_device(arguments.device)
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -133,28 +162,19 @@ def find_weights(arguments: argparse.Namespace) -> "tuple[str, Path, Weights]":
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     from wanloom.dist import world_size
-    from wanloom.sample.prompts import MAX_SEED
 
-    if arguments.ema and not arguments.checkpoint:
-        raise UserError("--ema asks for the averaged weights of a run: give the run with --checkpoint.")
-    if arguments.fps < 1:
-        raise UserError(f"--fps is {arguments.fps}, it must be at least 1.")
-    if not 0 <= arguments.seed < MAX_SEED:
-        raise UserError(f"--seed is {arguments.seed}, it must be at least 0 and below 2^63.")
-    if not arguments.out.strip():
-        raise UserError("--out is empty: give the folder for the videos, or leave it out for `generated`.")
     if world_size() > 1 and ":" in (arguments.device or ""):
         raise UserError(f"--device {arguments.device} is one device, and each process takes its own: leave it out.")
 
 
-def check_jobs(lines: "list[PromptLine]", jobs: "list[Job]", channels: int) -> None:
+def check_jobs(lines: "list[PromptLine]", jobs: "list[Job]") -> None:
     """Raises UserError for a size that cannot be, with the line that asks for it; notes a prompt that says nothing."""
     from wanloom.dist import rank
-    from wanloom.sample.generate import latents_shape
+    from wanloom.sample.settings import latents_shape
 
     for line, job in zip(lines, jobs, strict=True):
         try:
-            latents_shape(channels, job.frames, job.height, job.width)
+            latents_shape(1, job.frames, job.height, job.width)  # some may come from the model's own settings
         except UserError as error:
             raise UserError(f"{line.where}: {error}" if line.where else str(error)) from error
         if not job.prompt.strip() and rank() == 0:
@@ -185,7 +205,7 @@ def helps_of(plan: Plan) -> list[str]:
 
 def least_bytes(plan: Plan, job: "Job") -> int:
     """A lower bound of what a video takes beside the weights, on the fullest device."""
-    from wanloom.sample.generate import SPATIAL_STEP, TEMPORAL_STEP
+    from wanloom.sample.settings import SPATIAL_STEP, TEMPORAL_STEP
 
     config, half = plan.model_config, plan.precision == "bf16"
     frames, rows, cols = (job.frames - 1) // TEMPORAL_STEP + 1, job.height // SPATIAL_STEP, job.width // SPATIAL_STEP
@@ -248,7 +268,7 @@ def check_alike(plan: Plan) -> None:
 
 def read_config_of(arguments: argparse.Namespace, settings: "Settings") -> "GenerateConfig":
     """How to sample; what neither was given nor is the model's keeps the default of the config."""
-    from wanloom.sample.generate import GenerateConfig
+    from wanloom.sample.settings import GenerateConfig
 
     own = {"steps": settings.steps, "guidance": settings.guidance, "shift": settings.shift}
     asked = own | {"solver": arguments.solver}
@@ -276,6 +296,4 @@ def fill_settings(arguments: argparse.Namespace, own: "Settings", name: str) -> 
         raise UserError(
             f"'{name}' is of no known size, so nothing can be assumed: give --height, --width and --frames."
         )
-    if (arguments.height is None) != (arguments.width is None):
-        raise UserError("--height and --width belong together: give both or neither.")
     return filled

@@ -13,30 +13,17 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from wanloom.config import Config, UserError
 from wanloom.model.dit import WanDiT
 from wanloom.model.sequence import grid_of, patchify, unpatchify
 from wanloom.objective.noise import draw_noise
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.sample.guidance import build_branches, build_text_kv, guided_velocity
-from wanloom.sample.solvers import Solver, SolverName, build_solver
+from wanloom.sample.settings import GenerateConfig
+from wanloom.sample.solvers import Solver, build_solver
 
-SPATIAL_STEP = 16  # pixels of one token, rows and columns: 8 in the VAE times 2 in the patch
-TEMPORAL_STEP = 4  # frames of one latent frame, after the first
-PIXELS_PER_LATENT = 8
 TOKENS_PER_PACK = 16_384  # of both branches; past it, a call of the model gains nothing
-
-
-class GenerateConfig(Config):
-    """How latents are sampled."""
-
-    solver: SolverName = "unipc"
-    steps: int = 50
-    shift: float = 5.0
-    guidance: float = Field(5.0, ge=1, le=100)  # 1 leaves the negative prompt out; far above 20 all is one colour
 
 
 @dataclass(frozen=True)
@@ -46,26 +33,6 @@ class Request:
     noise: Tensor  # (C, F, H, W)
     text: Tensor  # (L, text_dim) states of the prompt
     negative: Tensor  # (L', text_dim) states of the negative prompt; not read when guidance is 1
-
-
-def latents_shape(channels: int, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Shape of the latents of a video in pixels. Raises UserError with the nearest legal values."""
-    for name, value in (("height", height), ("width", width)):
-        if value < SPATIAL_STEP or value % SPATIAL_STEP:
-            legal = _around(value, SPATIAL_STEP, 0)
-            raise UserError(f"The {name} is {value}, it must be a multiple of {SPATIAL_STEP}: {legal}.")
-    if frames < 1 or frames % TEMPORAL_STEP != 1:
-        legal = _around(frames, TEMPORAL_STEP, 1)
-        raise UserError(f"The number of frames is {frames}, it must be 4n+1: {legal}.")
-    latent_frames = (frames - 1) // TEMPORAL_STEP + 1
-    return channels, latent_frames, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
-
-
-def _around(value: int, step: int, rest: int) -> str:
-    """The legal values `step * n + rest` next to `value`, in words."""
-    below = (value - rest) // step * step + rest
-    smallest = rest or step
-    return f"try {smallest}" if below < smallest else f"try {below} or {below + step}"
 
 
 def draw_request_noise(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -15,16 +15,15 @@ Sources: UniPC, Zhao et al. 2023; DPM-Solver++, Lu et al. 2022; grids of Wan 2.1
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wanloom.config import UserError, nearest
+from wanloom.sample.settings import MAX_SHIFT, SolverName
 
-SolverName = Literal["unipc", "dpm++", "euler"]
-MAX_SHIFT = 100.0  # beyond it the first levels of UniPC are one number in fp32
 NUM_TIMESTEPS = 1000  # timestep = 1000 * sigma
 # Wan's UniPC starts at the last of 1000 discrete levels and keeps that number in fp32; its DPM++ starts at 1
 UNIPC_START = float(np.float32(0.999))
