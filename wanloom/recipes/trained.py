@@ -123,7 +123,8 @@ def is_published(path: Path) -> bool:
         if (path.parent / "state.json").is_file():
             raise UserError(f"{path} is a piece of a checkpoint: give the folder, {path.parent}.")
         return True
-    if (path / "state.json").is_file() or not path.is_dir():
+    # a run folder too holds a safetensors file, the states of the empty caption
+    if (path / "state.json").is_file() or (path / "checkpoints").is_dir() or not path.is_dir():
         return False
     return (path / "transformer").is_dir() or (path / "transformer_2").is_dir() or any(path.glob("*.safetensors"))
 
