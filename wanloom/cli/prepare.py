@@ -231,6 +231,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prepare, with a progress bar and the report on rank 0; 128 and the number of the signal when it was stopped."""
     config = read_config(arguments)
     from wanloom.assets import find_pipeline
+    from wanloom.data.memory import check_batch
     from wanloom.data.prepare import check_folders, prepare
     from wanloom.dist import pick_device, rank, together
     from wanloom.threads import one_thread
@@ -238,6 +239,7 @@ def run(arguments: argparse.Namespace) -> int:
     with together():
         check_folders(arguments.input, arguments.out)  # before a large model is fetched
         device = pick_device(arguments.device).type
+        check_batch(config, device)
         model = arguments.model or "tiny"
         pipeline = find_pipeline(model, PARTS)
         identity = identify(pipeline, device)
@@ -259,7 +261,7 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.out,
                 config,
                 identity,
-                lambda: load_encoders(pipeline, device),
+                lambda: load_with_room(pipeline, device),
                 bar.show,
             )
     except KeyboardInterrupt:
@@ -269,6 +271,15 @@ def run(arguments: argparse.Namespace) -> int:
     if rank() == 0:
         tell(done, arguments.out, model, console, time.monotonic() - started)
     return 0
+
+
+def load_with_room(pipeline: Path, device: str) -> "Encoders":
+    """The encoders. Raises UserError when the memory does not suffice for them alone."""
+    from wanloom.memory import enough_memory
+
+    helps = ["--device cpu"] if device == "cuda" else ["another machine, as the encoders alone need more"]
+    with enough_memory(f"load the VAE and the text encoder of {pipeline}", helps):
+        return load_encoders(pipeline, device)
 
 
 def tell(done: "Finished", out: Path, model: str, console: Any, seconds: float) -> None:

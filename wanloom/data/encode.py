@@ -25,12 +25,14 @@ from wanloom.data.decoding import MediaError
 from wanloom.data.framing import Frame, FramingConfig, aspect_change, choose_frame
 from wanloom.data.ledger import Ledger
 from wanloom.data.limits import LimitsConfig
+from wanloom.data.memory import describe_batch, find_helps
 from wanloom.data.picture import Clip
 from wanloom.data.plan import Entry
 from wanloom.data.readers import read_ahead
 from wanloom.data.tar import tar_pair
 from wanloom.data.video import TimingConfig, read_clips
 from wanloom.dist import local_world_size, world_size
+from wanloom.memory import enough_memory
 
 MOST_CLIPS, MOST_PIXELS = 16, 4_000_000  # of a batch; one clip of 81 frames of 832x480 has 32 million pixels
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -221,8 +223,12 @@ class Writer:
         """Encode the clips at hand and keep them as one unit."""
         if not self.clips:
             return
-        pixels = torch.from_numpy(np.stack([clip.pixels for _, _, clip in self.clips]))
-        self.ledger.keep(block.number, block.batches, self._encode(self.encoders.frames(pixels)))
+        count, (frames, height, width, _) = len(self.clips), self.clips[0][2].pixels.shape
+        shape = count, frames, height, width
+        with enough_memory(describe_batch(shape), find_helps(self.config, shape)):
+            pixels = torch.from_numpy(np.stack([clip.pixels for _, _, clip in self.clips]))
+            encoded = self._encode(self.encoders.frames(pixels))
+        self.ledger.keep(block.number, block.batches, encoded)
         block.batches += 1
         block.keys |= {key for key, _, _ in self.clips}
         self.clips = []

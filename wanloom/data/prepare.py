@@ -32,6 +32,7 @@ from wanloom.data.spool import SPLITS, Spool
 from wanloom.data.tar import scan_tar
 from wanloom.dist import rank, together, world_size
 from wanloom.files import parse_json, write_atomic
+from wanloom.memory import enough_memory
 from wanloom.terminal import plural
 
 FREE = {"workers", "strict", "follow_links"}  # settings that change no byte of the result
@@ -71,7 +72,9 @@ def prepare(
     """
     request = Request(source, out, config, identity, load_encoders, on_progress)
     finished = Finished({}, False)
-    with together(), _told(out), Crew() as crew:
+    halved = f"--workers {max(1, config.workers // 2)} in place of {config.workers}"
+    helps = [halved, "fewer --frames, in a new folder", "a smaller size, in a new folder"]
+    with together(), _told(out), enough_memory("hold the clips that are read ahead", helps), Crew() as crew:
         if rank() == 0:
             finished = _lead(request, crew)
         else:
@@ -89,10 +92,6 @@ def _told(out: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason += "; free some space and run the same command again, nothing is lost"
         raise UserError(f"'{out}' cannot be written: {reason}.") from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "The GPU has too little memory for a batch: lower --batch-size or the size of the clips in a new folder."
-        ) from error
 
 
 def check_folders(source: Path, out: Path) -> None:
