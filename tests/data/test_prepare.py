@@ -99,6 +99,13 @@ def small_shards(out: Path, shard_bytes: int) -> Spool:
     return Spool(out, 40_000)
 
 
+def test_files_whose_names_end_alike_have_keys_of_their_own():
+    """Two of a million and a half paths, of which 40 bits of a hash agree: noise is drawn for a key."""
+    one, other = (f"{number:08d}/{'a' * 48}.mp4" for number in (725_202, 1_555_197))
+    assert sample_key(one, 0)[:40] == sample_key(other, 0)[:40]
+    assert len({sample_key(one, 0), sample_key(other, 0), sample_key(one, 1)}) == 3
+
+
 def test_samples_hold_what_the_files_show(tmp_path: Path) -> None:
     source = tmp_path / "in"
     put_video(source, "sub/a clip.mp4", "a gray video", first=3, count=12)

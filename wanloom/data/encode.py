@@ -88,7 +88,7 @@ class Progress(NamedTuple):
 def sample_key(source: str, number: int) -> str:
     """A name for one sample that only follows from its file's path; readable, unique, safe in any tar reader."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", source.rsplit(".", 1)[0]).strip("-")[-48:]
-    return f"{stem}-{hashlib.blake2b(source.encode(), digest_size=5).hexdigest()}-{number:05d}"
+    return f"{stem}-{hashlib.blake2b(source.encode(), digest_size=8).hexdigest()}-{number:05d}"
 
 
 @dataclass
