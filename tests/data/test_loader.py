@@ -1,14 +1,18 @@
 """Steps from real shards and made-up data: membership, packing, reading ahead, errors."""
 
+import hashlib
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from wanloom.config import UserError
+from wanloom.data import index_cache
 from wanloom.data.index import INDEX, Row, build_table, encode_index, read_table
 from wanloom.data.loader import Loader, Plan, open_sources
 from wanloom.data.mock import MockDataset
+from wanloom.data.packing import pack_samples
 from wanloom.data.settings import BatchConfig, DataConfig, SourceConfig
 from wanloom.data.shards import Dataset
 from wanloom.data.tar import END, tar_pair
@@ -97,6 +101,46 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks(samples):
             sums.setdefault(ranks, []).append((totals.num_samples, totals.num_tokens, totals.flops))
     assert union[1] == union[2] == union[4] == union[8]
     assert sums[1] == sums[2] == sums[4] == sums[8]
+
+
+def plain_packs(rows: list[Row], plan: Plan, seed: int, step: int) -> list[list[int]]:
+    """The packs of a step over one source as they were before columns: by stable sorts, over rows in memory."""
+    passes: dict[int, list[int]] = {}
+    chosen = []
+    for position in range(step * plan.batch.samples, (step + 1) * plan.batch.samples):
+        draw, place = divmod(position, len(rows))
+        if draw not in passes:
+            digest = hashlib.blake2b(f"{seed}\x1forder\x1f0\x1f{draw}".encode(), digest_size=8).digest()
+            x = np.uint64(int.from_bytes(digest, "little"))
+            x = x + np.arange(1, len(rows) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            passes[draw] = np.argsort(x ^ (x >> np.uint64(31)), kind="stable").tolist()
+        chosen.append((position, rows[passes[draw][place]]))
+    tokens = [row.tokens for _, row in chosen]
+    packs = pack_samples(tokens, plan.batch.tokens_per_pack, [float(n * n) for n in tokens], plan.ranks)
+
+    def place_of(i: int) -> tuple[int, int, str, int]:
+        return tokens[i], chosen[i][1].text_len, chosen[i][1].key, i
+
+    return [[chosen[i][0] for i in sorted(pack, key=place_of)] for pack in packs]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_mapped_columns_give_the_steps_that_rows_in_memory_gave(tmp_path, monkeypatch, ranks):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(index_cache, "LARGE", 1)
+    rows = [*MockDataset("17x64x64*2,1x64x64*5,9x32x64", text_dim=8, size=700).rows("train")]
+    rows = [row._replace(text_len=5 + i % 2) for i, row in enumerate(rows)]  # many are equal but for their keys
+    (tmp_path / INDEX).write_bytes(encode_index(build_table(rows)))
+    source = MockDataset(MIX, 8)
+    source._indices = index_cache.open_index(tmp_path / INDEX, "data").splits
+    plan = build_plan([source], samples=24, budget=160, seed=9, ranks=ranks)
+    for step in (58, 0, 29, 1000, 28, 30):  # 29 crosses from one pass to the next
+        assert plan.packs(step) == plain_packs(rows, plan, 9, step)
+    for position in (0, 699, 700, 24_001):
+        entry = plan.order.at(position)
+        assert plan.indices[0][entry.index] == rows[entry.index] and plan.tokens(position) == rows[entry.index].tokens
 
 
 def test_a_step_may_take_a_small_source_several_times():
