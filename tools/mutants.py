@@ -376,7 +376,7 @@ MUTANTS = (
         (f"{LAYOUT}[ring 2]",),
     ),
     Mutant(
-        "wanloom/parallel/parts.py", "return (*lens, last - filler)", "return (*lens, last)", (f"{LAYOUT}[ring 2]",)
+        "wanloom/parallel/parts.py", "return (*lens, last - filler)", "return (*lens, last)", (f"{LAYOUT}[ring 3]",)
     ),
     Mutant(
         "wanloom/evaluate/validation.py", "torch.distributed.all_reduce(sums)", "sums.mul_(1)", (f"{LAYOUT}[dp 2]",)
