@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -39,6 +40,15 @@ def test_plain_colours_come_back(tmp_path):
     for color in ((225, 45, 45), (45, 190, 65), (50, 85, 235), (255, 255, 255), (0, 0, 0)):
         write_mp4(tmp_path / "c.mp4", torch.tensor(color, dtype=torch.uint8).expand(2, 32, 32, 3), 16)
         assert np.abs(read_mp4(tmp_path / "c.mp4")[1, 16, 16].astype(int) - color).max() <= 4
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "http:/a.mp4", "file:a.mp4"])
+def test_names_are_never_addresses(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    write_mp4(Path(name), np.full((5, 16, 32, 3), 90, dtype=np.uint8), 16)
+    assert read_mp4(Path(name)).shape == (5, 16, 32, 3)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.mp4")] == [name]
 
 
 def test_the_same_frames_are_the_same_bytes(tmp_path):

@@ -37,7 +37,8 @@ def write_mp4(path: Path, frames: "Tensor | np.ndarray", fps: int) -> None:
     if height % 2 or width % 2:
         raise ValueError(f"{height}x{width} pixels: H.264 with 4:2:0 colour needs even sizes")
     options = {"movflags": "+faststart"}
-    with written(path) as temporary, av.open(temporary, "w", format="mp4", options=options) as container:
+    # a whole path: `12:30.mp4` alone would be taken for an address
+    with written(path) as temporary, av.open(temporary.absolute(), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=fps, options=ENCODER)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.thread_count = ENCODER_THREADS
@@ -52,7 +53,7 @@ def write_mp4(path: Path, frames: "Tensor | np.ndarray", fps: int) -> None:
 
 def read_mp4(path: Path) -> np.ndarray:
     """Every frame of a file as it is stored: `(F, H, W, 3)` uint8 RGB."""
-    with av.open(path) as container:
+    with av.open(path.absolute(), options={"protocol_whitelist": "file"}) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
