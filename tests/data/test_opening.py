@@ -98,6 +98,13 @@ def test_the_track_that_a_player_shows(tmp_path: Path, tracks: list, taken: int,
     assert clip.notes == note
 
 
+def test_a_track_that_no_decoder_is_for_is_left_to_others(tmp_path: Path) -> None:
+    path = write_tracks(tmp_path / "a.mkv", [(3, SMALL, DEFAULT), (9, SMALL, None)])
+    path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_NONE4/ISO/AVC", 1))
+    (clip,) = read(path, frames=5)
+    assert read_number(clip.pixels[0]) == 9 and clip.notes == ["2 video tracks, the first taken"]
+
+
 def test_a_cover_is_no_track(tmp_path: Path) -> None:
     Image.new("RGB", (200, 200), (255, 0, 0)).save(tmp_path / "cover.jpg")
     cover = (tmp_path / "cover.jpg").read_bytes()

@@ -62,13 +62,14 @@ def choose_track(container: Any) -> tuple[Any, list[str]]:
     if not tracks:
         covers = len(container.streams.video)
         raise MediaError("broken", "has a cover picture, but no video in it" if covers else "has no video in it")
-    default = [track for track in tracks if track.disposition & Disposition.default]
-    chosen = max(default or tracks, key=_area)  # the first of equal ones
-    if chosen.codec_context is None:
+    usable = [track for track in tracks if track.codec_context is not None]
+    default = [track for track in usable if track.disposition & Disposition.default]
+    if not usable:
         raise MediaError("broken", "has pictures in a format that no decoder is for")
+    chosen = max(default or usable, key=_area)  # the first of equal ones
     if len(tracks) == 1:
         return chosen, []
-    sizes = {_area(track) for track in default or tracks}
+    sizes = {_area(track) for track in default or usable}
     which = "default one" if len(default) == 1 else "largest" if len(sizes) > 1 else "first"
     return chosen, [f"{len(tracks)} video tracks, the {which} taken"]
 
@@ -96,7 +97,7 @@ def _own_or_beside(track: Any) -> Any:
 
 
 def _area(track: Any) -> int:
-    return track.width * track.height if track.codec_context else -1
+    return track.width * track.height
 
 
 def picture_rate(track: Any) -> Fraction | None:
