@@ -129,11 +129,11 @@ def test_what_may_not_change_is_said_once(ranks, tmp_path, tiny_pipeline):
     (transformer / "config.json").write_text(json.dumps(config))
     words = [*WORDS, f"run_dir={tmp_path / 'run'}", f"model={tmp_path / 'model'}", "train.steps=1"]
     assert main(words) == 0
-    words = ["-m", "wanloom", *words, "train.steps=2"]
+    words = ["-m", "wanloom", *words[:-1], "train.steps=2"]
     others = ranks(2, *words, "optimizer.lr=1", "parallel.cp=2", "seed=3")
     codes, said = ends(others)
     assert codes == [2, 2] and said.count("\n") == 1, said
-    assert "was started with other settings: optimizer.lr, seed. Give the same ones" in said
+    assert "was started with other settings: optimizer.lr was" in said
     assert "(What may change: run_dir, train.steps, " in said and "parallel.*" in said
     (transformer / "config.json").write_text((transformer / "config.json").read_text().replace("256", "128"))
     codes, said = ends(ranks(2, *words))

@@ -10,7 +10,7 @@ from wanloom.cli import main
     [
         (["demo", "--out", "{file}"], "'{file}' cannot be used: Not a directory."),
         (["show", "{long}"], "cannot be used: File name too long."),
-        (["train", "{file}/x", "run_dir=y"], "There is no recipe '{file}/x'."),
+        (["train", "{file}/x", "run_dir=y"], "There is no file '{file}/x' (in "),
         (["train", "tiny", "--mock=1x64x64", "run_dir={file}/x"], "cannot be written: Not a directory."),
     ],
 )

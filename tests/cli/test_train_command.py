@@ -47,7 +47,9 @@ SMALL = [
 
 
 def words(run_dir: Path, *settings: str) -> list[str]:
-    return ["train", *SMALL, f"run_dir={run_dir}", *settings]
+    """The later of two settings of one name counts."""
+    given = [*SMALL, f"run_dir={run_dir}", *settings]
+    return ["train", *{word.partition("=")[0]: word for word in given}.values()]
 
 
 def assert_same_bits(run_dir: Path, other: Path) -> None:
@@ -390,7 +392,10 @@ def test_what_may_change_and_what_may_not(tmp_path, capsys):
     assert "is complete at step 2" in capsys.readouterr().out
     assert main(words(tmp_path, "train.steps=3", "optimizer.lr=1", "seed=4", "log.every=7")) == 2
     error = capsys.readouterr().err
-    assert "started with other settings: optimizer.lr, seed." in error and "log.every" not in error.split(".")[0]
+    assert (
+        "started with other settings: optimizer.lr was 0.004, now 1.0; seed was 0, now 4." in error
+        and "log.every" not in error.split(".")[0]
+    )
     assert main(["train", "tiny", "--mock=1x64x64", f"run_dir={tmp_path}", *SMALL[2:], "train.steps=3"]) == 2
     assert "The training data is not what" in capsys.readouterr().err
     changed = ["train.steps=3", "batch.tokens_per_pack=99", "checkpoint.keep=1", "log.every=1"]
@@ -408,7 +413,7 @@ def test_a_run_of_before_a_setting_was_added_goes_on(tmp_path, capsys):
     write_state(checkpoint, state)
     assert main(words(tmp_path, "train.steps=3", "optimizer.eps=1e-7")) == 2
     error = capsys.readouterr().err
-    assert "started with other settings: optimizer.eps." in error and "checkpoint.*" in error
+    assert "started with other settings: optimizer.eps was 1e-08, now 1e-07." in error and "checkpoint.*" in error
     write_state(checkpoint, state | {"data": "0" * 32})  # before it had the text's lengths
     assert main(words(tmp_path, "train.steps=3")) == 2
     assert "started by another version of wanloom, which recorded its data" in capsys.readouterr().err
@@ -474,7 +479,7 @@ SMALL_AT_X = ["train", *SMALL, "run_dir={tmp}/x", "train.steps=2"]
         (["train", "tiny", "run_dir={tmp}/x", "--mock", "1x64x60"], "is no shape"),
         (["train", "tiny", "--mock", "17x64x64", "run_dir={tmp}/x", "batch.tokens_per_pack=79"], "has 80 tokens"),
         (["train", "tiny", "run_dir=/proc/x", "--mock", "1x64x64"], "/proc/x cannot be written"),
-        (["train", "tyni", "run_dir={tmp}/x"], "Did you mean 'tiny'?"),
+        (["train", "tinny", "run_dir={tmp}/x"], "Did you mean 'tiny'?"),
         (["train", "tiny", "run_dir={tmp}/x", "optimizer.learning_rate=1"], "There is no setting"),
         (["train", "tiny", "run_dir={tmp}/x", "batch.samples=0"], "batch.samples"),
         ([*SMALL_AT_X, "train.kernel=sdpa"], "train.kernel"),
@@ -572,3 +577,69 @@ def test_prepared_data_is_compared_to_the_model_at_every_start(tmp_path, tiny_pi
     assert "was prepared with other text encoder files" in capsys.readouterr().out
     assert train(3, "log.validate_every=2") == 2
     assert "log.validate_every=2 asks for a held-out loss, but the data has no val split" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_the_weights_of_another_or_their_average(tmp_path, capsys):
+    """As by hand: a step at a rate that rounds to nothing, or nearly, leaves the weights of the checkpoint."""
+    assert main(words(tmp_path / "first", "train.steps=3")) == 0
+    checkpoint = find_checkpoint(tmp_path / "first")
+    still = ["train.steps=1", "optimizer.lr=1e-30", "optimizer.weight_decay=0", "schedule.warmup_steps=0"]
+    found = {}
+    for name, init in (("raw", "first"), ("ema", "first:ema"), ("step", f"first/checkpoints/{checkpoint.name}")):
+        assert main(words(tmp_path / name, *still, f"init={tmp_path}/{init}")) == 0
+        _, found[name] = load_weights(find_checkpoint(tmp_path / name), ema=False)
+    out = capsys.readouterr().out
+    assert f"tiny from {tmp_path}/first:ema weights" in out
+    for name, ema in (("raw", False), ("ema", True), ("step", False)):
+        _, wanted = load_weights(checkpoint, ema=ema)
+        assert all(torch.equal(found[name][key], value) for key, value in wanted.items()), name
+    assert not all(torch.equal(found["raw"][key], found["ema"][key]) for key in found["raw"])
+    assert main(words(tmp_path / "raw", *still, f"init={tmp_path}/first", "train.steps=2")) == 0, "it goes on"
+    for wrong, message in (
+        ("init=pretraned", "neither random nor pretrained nor the folder of a run"),
+        (f"init={tmp_path}", "holds no checkpoint"),
+    ):
+        assert main(words(tmp_path / "x", wrong, "train.steps=1")) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_says_how_long_it_is_before_it_starts(tmp_path, capsys):
+    assert main(words(tmp_path / "a", "train.epochs=0.0125", "checkpoint.minutes=1e-9")) == 0
+    out = capsys.readouterr().out
+    assert (
+        "4 steps pass over each sample 0.016 times; the first checkpoint comes after the last step or 1e-09 min" in out
+    )
+    assert [read_state(path)["step"] for path in list_checkpoints(tmp_path / "a")] == [3, 4], (
+        "minutes go by at each step"
+    )
+    recipe = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())
+    assert recipe["train"]["steps"] == 4 and recipe["train"]["epochs"] is None
+    assert main(words(tmp_path / "b", "train.steps=13")) == 0
+    out = capsys.readouterr().out
+    assert "A step takes " in out and " s: the run ends in about 0:0" in out
+
+
+def test_a_folder_of_other_things_is_no_run_dir(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(b"")
+    assert main(words(Path("clips"), "train.steps=1")) == 2
+    assert "'clips' is not empty and is no folder of a run (it holds 'a.mp4')" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "clips").iterdir()] == ["a.mp4"]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "train.log").write_text("")
+    assert main(words(Path("logs"), "train.steps=1")) == 0
+    assert main(["train", "tiny", "data.path=nothing", "run_dir=x"]) == 2
+    error = capsys.readouterr().err
+    assert f"There is no folder 'nothing' in {tmp_path}: relative paths begin where the command runs" in error
+    assert main(words(Path("x"), "offload=true")) == 2
+    assert "offload=true has no effect on a CPU" in capsys.readouterr().err
+
+
+def test_mock_needs_no_shapes_and_stands_anywhere(tmp_path, capsys):
+    settings = ["train.steps=1", "batch.samples=4", "caption_dropout=0"]
+    assert main(["train", "tiny", "--mock", f"run_dir={tmp_path}/a", *settings]) == 0
+    assert main(["train", "--mock", "tiny", f"run_dir={tmp_path}/b", *settings]) == 0
+    assert main(["train", "tiny", *settings, f"run_dir={tmp_path}/c", "--mock", "17x64x64,1x64x64*4"]) == 0
+    runs = [yaml.safe_load((tmp_path / name / "run.yaml").read_text())["data"] for name in "abc"]
+    assert runs[0] == runs[1] == runs[2] and runs[0]["mock"] == "17x64x64,1x64x64*4"

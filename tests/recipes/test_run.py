@@ -3,12 +3,22 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from wanloom.config import UserError, setting_paths
 from wanloom.model.settings import CONFIGS
 from wanloom.objective.settings import PRESETS
-from wanloom.recipes.run import MAY_CHANGE, Run, changed_keys, dump_run, load_run, model_config, recipe_names, use_mock
+from wanloom.recipes.layers import recipe_names
+from wanloom.recipes.run import (
+    MAY_CHANGE,
+    MIXES,
+    Run,
+    changed_settings,
+    dump_run,
+    load_run,
+    model_config,
+    settle_steps,
+    use_mock,
+)
 
 
 def test_every_shipped_recipe_loads_both_ways():
@@ -71,8 +81,11 @@ def test_mock_is_a_setting():
     ],
 )
 def test_what_may_change_when_a_run_goes_on(words, changed):
-    old, new = (yaml.safe_load(dump_run(load_run("tiny", w))) for w in ([], words))
-    assert changed_keys(old, new) == changed
+    old, new = (load_run("tiny", w) for w in ([], words))
+    found = changed_settings(old, new)
+    assert list(found) == changed
+    if "seed" in found:
+        assert found["seed"] == (0, 7) and found["optimizer.lr"] == (4e-3, 1)
 
 
 def test_what_may_change_is_documented():
@@ -85,7 +98,15 @@ def test_what_may_change_is_documented():
     [
         ("a: [", "is not valid YAML"),
         ("- 1", "holds no settings"),
-        ("model: tiny", "The setting 'batch' is required"),
+        ("model: tiny", "no whole recipe, it lacks batch, train, optimizer: begin it with `based_on: tiny`"),
+        ("based_on: tiny\ntrain: {epochs: 2, steps: 3}", "give one of them"),
+        ("based_on: 3", "`based_on` in .* is 3: it names a recipe"),
+        ("based_on: tinny", "no recipe 'tinny'. Did you mean 'tiny'"),
+        ("seed: 1\nseed: 2", "is not valid YAML: line 2: the key 'seed' is given twice"),
+        ("train:\n\tsteps: 3", "line 2: a tab stands before a value, where YAML takes spaces only"),
+        ("a: &a {b: *a}", "line 1: the alias '\\*a' stands inside"),
+        ("1: 2", "holds no settings"),
+        ("#" * 1_000_000, "is no recipe: it has 1,000,000 bytes"),
         ("{model: tiny, btach: 1}", "Did you mean 'batch'"),
         ("{model: tiny, modes: 3}", "`modes` in .* is 3: it holds settings for each mode, pretrain and finetune"),
         ("{model: tiny, modes: {finetune: 3}}", "it holds settings for each mode"),
@@ -165,3 +186,57 @@ def test_the_home_folder_is_meant_by_a_tilde_in_every_path(monkeypatch):
         "b~c",
     )
     assert load_run("tiny", ["data.path=~/d"]).data.path == "/home/u/d"
+
+
+def test_a_recipe_builds_on_another_and_wins_over_what_it_says_of_the_mode(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("based_on: wan2.1-t2v-1.3b\noptimizer: {lr: 1e-6}\nflow: {shift: 9}")
+    (tmp_path / "b.yaml").write_text(
+        "based_on: a.yaml\nmodes: {pretrain: {optimizer: {eps: 1e-9}}, finetune: {seed: 4}}"
+    )
+    below, run = load_run("wan2.1-t2v-1.3b", ["init=random"]), load_run("b.yaml", ["init=random"])
+    assert (run.optimizer.lr, run.optimizer.eps, run.seed, run.flow.shift) == (1e-6, 1e-9, 0, 9)
+    assert (run.optimizer.betas, run.batch, run.schedule) == (below.optimizer.betas, below.batch, below.schedule)
+    assert load_run("b.yaml", []).seed == 4 and load_run("b.yaml", []).init == "pretrained"
+    asked = load_run("b.yaml", ["init=random"], "pretrain")
+    assert asked.flow.shift == 2.5, "the preset of a mode that is asked for wins"
+    (tmp_path / "c.yaml").write_text("based_on: c.yaml")
+    with pytest.raises(UserError, match="and so on without end"):
+        load_run("c.yaml", [])
+
+
+def test_a_file_that_is_missing_is_no_recipe_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text("")
+    (tmp_path / "data").mkdir()
+    for name, message in (
+        ("mime.yaml", rf"There is no file 'mime.yaml' \(in {tmp_path}\)\. Did you mean 'mine.yaml'\?"),
+        ("deep/x.yml", "There is no file 'deep/x.yml'"),
+        ("datta", "There is no recipe 'datta'. Did you mean 'data'"),
+        ("run", "'run' is a folder, not a recipe: the recipe of that run is run/run.yaml"),
+        ("data", "'data' is a folder, not a recipe: give a YAML file or tiny, wan"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_run(name, [])
+
+
+def test_epochs_are_steps_once_the_samples_are_counted(tmp_path):
+    run = load_run("tiny", ["train.epochs=2.5"])
+    settled = settle_steps(run, 100)
+    assert (settled.train.steps, settled.train.epochs) == (16, None) and 16 * run.batch.samples >= 250
+    assert settle_steps(load_run("tiny", []), 100).train.steps == load_run("tiny", []).train.steps
+    (tmp_path / "r.yaml").write_text("based_on: tiny\ntrain: {epochs: 3}")
+    assert load_run(str(tmp_path / "r.yaml"), []).train.epochs == 3
+    assert load_run(str(tmp_path / "r.yaml"), ["train.steps=7"]).train.epochs is None, "the later word counts"
+
+
+def test_a_mix_fits_the_recipe():
+    from wanloom.data.mock import MockDataset
+
+    for tokens, shapes in MIXES.items():
+        assert max(MockDataset(shapes, 8).rows("train").tokens) == tokens
+    assert load_run("tiny", use_mock([], "mix")).data.mock == MIXES[80]
+    assert load_run("wan2.1-t2v-1.3b", use_mock([], "mix")).data.mock == MIXES[32760]
+    assert load_run("wan2.1-t2v-1.3b", ["data.mock=mix", "batch.tokens_per_pack=20000"]).data.mock == MIXES[14040]

@@ -104,3 +104,26 @@ def test_on_a_terminal_the_line_is_live():
 
 def test_seconds_read_well():
     assert [format_seconds(s) for s in (0, 75, 3700)] == ["0:00", "1:15", "1:01:40"]
+
+
+def test_on_a_terminal_held_out_losses_and_the_last_one_stay_in_view():
+    out = io.StringIO()
+    with ProgressLine(0, 30, Console(file=out, width=120, force_terminal=True, highlight=False)) as progress:
+        progress.show(record(10, 0.75))
+        progress.show(record(20, 0.25) | {"val_loss": 0.5})
+        progress.show(record(30, 0.125))
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "\n").splitlines()
+    kept = [line for line in lines if line.startswith("step ") and "tokens/s" in line and "\u2501" not in line]
+    assert [line.split()[1] for line in kept] == ["20/30", "30/30"] and kept[0].endswith("val loss 0.5000")
+
+
+def test_the_end_of_a_run_is_told_from_the_time_of_a_step():
+    out = io.StringIO()
+    progress = ProgressLine(0, 1000, Console(file=out, width=200))
+    progress.say_end(2.0, 989, 489)
+    progress.say_end(2.0, 989, 2000)
+    first, second = out.getvalue().splitlines()
+    assert first.startswith("A step takes 2 s: the run ends in about 32:58 (") and first.endswith(
+        "; it saves in 16:18."
+    )
+    assert "saves" not in second

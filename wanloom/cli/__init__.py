@@ -32,6 +32,8 @@ COMMANDS = {
     "demo": "run all of it on small made-up clips and write a report",
 }
 
+SLOW = ("prepare", "train", "generate", "convert", "demo")  # to start
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -76,7 +78,13 @@ def _read(words: list[str]) -> Callable[[], int] | None:
     command = importlib.import_module(f"wanloom.cli.{name}")
     parser = Parser(f"wanloom {name}", command.HELP)
     command.add_arguments(parser)
-    return _choose(command, parser.parse_words(words[1:]), words)
+    arguments = parser.parse_words(words[1:])
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        if hasattr(command, "check"):  # before torch is loaded, and before ranks are started
+            command.check(arguments)
+        if name in SLOW and "torch" not in sys.modules:
+            say(f"wanloom {name}: loading PyTorch takes some seconds.", file=sys.stderr)
+    return _choose(command, arguments, words)
 
 
 def _choose(command: ModuleType, arguments: argparse.Namespace, words: list[str]) -> Callable[[], int]:

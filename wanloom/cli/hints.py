@@ -71,7 +71,8 @@ def find_recipe(model: str, text_dim: int) -> tuple[str, list[str]] | None:
     """
     from wanloom.assets import find_local
     from wanloom.model.weights import read_config
-    from wanloom.recipes.run import load_run, model_config, recipe_names
+    from wanloom.recipes.layers import recipe_names
+    from wanloom.recipes.run import load_run, model_config
 
     runs = {name: load_run(name, []) for name in recipe_names()}
     if same := [name for name, run in runs.items() if run.model == model]:

@@ -19,6 +19,7 @@ HELP = """Print what a recipe, a run or a prepared folder holds.
   wanloom show runs/first                  how far a run is, and its checkpoints
   wanloom show prepared                    samples, sizes and captions of a training set
   wanloom show prepared --page             pictures of its samples as training will see them: page.html
+  wanloom show --explain                   every setting with what it means
   wanloom show wan2.1-t2v-14b --world 64   the layout of 64 processes, and what each of them holds
 """
 NUM_CAPTIONS = 3
@@ -36,11 +37,16 @@ AXIS_WORDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="a recipe, a YAML file, a run folder or a prepared folder")
+    parser.add_argument(
+        "target", metavar="TARGET", nargs="?", help="a recipe, a YAML file, a run folder or a prepared folder"
+    )
     parser.add_argument("settings", metavar="key.path=value", nargs="*", help="settings that replace the recipe's")
     parser.add_argument("--training-mode", choices=("pretrain", "finetune"), help="as for `wanloom train`")
-    parser.add_argument("--mock", metavar="SHAPES", help="as for `wanloom train`")
+    parser.add_argument("--mock", nargs="?", const="mix", metavar="SHAPES", help="as for `wanloom train`")
     parser.add_argument("--world", type=int, metavar="N", help="show the layout of a recipe over N processes")
+    parser.add_argument(
+        "--explain", action="store_true", help="what every setting means, or those of one TARGET such as data"
+    )
     parser.add_argument("--per-node", type=int, metavar="N", help="processes of a machine, for --world (8)")
     parser.add_argument(
         "--page", action="store_true", help="of a prepared folder: write a page with its latents decoded"
@@ -49,11 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="for --page: the model that the folder was prepared for, where it is not found")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    from wanloom.config import UserError, nearest
-    from wanloom.recipes.run import load_run, recipe_names, use_mock
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UserError for words that do not go together and a target that is not there."""
+    from wanloom.config import UserError, expand_home, nearest
+    from wanloom.recipes.layers import recipe_names
 
-    path = Path(arguments.target)
+    if arguments.explain:
+        return
+    if arguments.target is None:
+        raise UserError("`wanloom show` needs TARGET, a recipe, a YAML file, a run folder or a prepared folder.")
+    path = Path(expand_home(arguments.target))
     if arguments.per_node and not arguments.world:
         raise UserError("--per-node is for a layout: say with --world how many processes there are.")
     if (arguments.model or arguments.out) and not arguments.page:
@@ -64,6 +75,20 @@ def run(arguments: argparse.Namespace) -> int:
             f"There is no recipe, file or folder '{path}'.{nearest(str(path), [*names, *beside])} "
             f"The recipes are {', '.join(names)}."
         )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from wanloom.config import UserError, expand_home
+    from wanloom.recipes.layers import recipe_names
+    from wanloom.recipes.run import Run, load_run, use_mock
+
+    if arguments.explain:
+        from wanloom.cli.explain import explain_settings
+
+        say(explain_settings(Run, arguments.target), end="")
+        return 0
+    check(arguments)
+    path, names = Path(expand_home(arguments.target)), recipe_names()
     show_log(Terminal(stderr=True))
     if arguments.target in names or not path.is_dir():
         if arguments.page:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import wanloom
 from wanloom.cli import launch
 from wanloom.cli.hints import generate_command
+from wanloom.cli.train_checks import check, tell_outlook
 from wanloom.terminal import say, show_log
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # torch is imported only when the command runs
     from wanloom.data.loader import Plan, Source
     from wanloom.model.dit import WanDiT
     from wanloom.model.settings import DiTConfig
-    from wanloom.parallel.mesh import Mesh
+    from wanloom.parallel.mesh import Layout, Mesh
     from wanloom.recipes.run import Run
     from wanloom.train.loop import Parts, RunState
     from wanloom.train.metrics import ProgressLine
@@ -45,22 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mock",
+        nargs="?",
+        const="mix",
         metavar="SHAPES",
-        help="made-up data (frames x height x width), such as 81x480x832,1x480x832*4",
+        help="made-up data (frames x height x width), such as 81x480x832,1x480x832*4; without SHAPES clips and images "
+        "that fit the recipe",
     )
     launch.add_arguments(parser, restarts=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from wanloom.config import UserError
     from wanloom.dist import rank, together, world_size
     from wanloom.files import lock_folder
-    from wanloom.recipes.run import load_run, use_mock
 
-    config = load_run(arguments.recipe, use_mock(arguments.settings, arguments.mock), arguments.training_mode)
-    if config.run_dir is None:
-        raise UserError("Say where checkpoints and metrics go: run_dir=FOLDER.")
-    run_dir = Path(config.run_dir)
+    with together():
+        config = check(arguments)
+    run_dir = Path(config.run_dir or "")  # which `check` asked for
     taken = f"Another run is training in {run_dir}: wait for it or stop it, or choose another run_dir."
     with ExitStack() as held:
         with together():
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     words = ["wanloom", "train", arguments.recipe, *arguments.settings]
     words += ["--training-mode", arguments.training_mode] if arguments.training_mode else []
-    words += ["--mock", arguments.mock] if arguments.mock else []
+    words += [f"--mock={arguments.mock}"] if arguments.mock else []
     if rank() == 0:
         how = shlex.join(words) if world_size() == 1 else "the same command again"
         say(f"Stopped by a signal, and saved. To go on: {how}")
@@ -89,7 +90,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
     from wanloom.recipes.empty_text import FILE, check_same, empty_text
     from wanloom.recipes.memory import check_run
     from wanloom.recipes.origin import check_origins, note_unhashed
-    from wanloom.recipes.run import dump_run, model_config
+    from wanloom.recipes.run import dump_run, model_config, settle_steps
     from wanloom.train.checkpoint import Checkpointer
     from wanloom.train.loop import Settings, Trainer
     from wanloom.train.metrics import Metrics, ProgressLine
@@ -103,7 +104,9 @@ def start(run: "Run", run_dir: Path) -> int | None:
         sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
         flops = partial(train_flops, config)
         plan = Plan(sources, run.data.resolved(), run.batch, run.seed, flops, layout.data_ranks)
-        check_validation(run, sources)
+        sizes = [len(index) for index in plan.indices]
+        run = settle_steps(run, sum(sizes))
+        check_effects(run, sources, device)
         kernel = choose_kernel(run, device)
         largest = max(int(index.tokens.max()) for index in plan.indices)
         helps = check_run(run, config, layout, largest, device, local_world_size())
@@ -120,14 +123,12 @@ def start(run: "Run", run_dir: Path) -> int | None:
         show_log(progress.console)
         check_origins(run, progress.say)
         note_unhashed(sources, progress.say)
-        where = device.type if layout.world == 1 else f"{layout.world} x {device.type} ({layout.describe()})"
-        where += count_threads(device)
+        where = describe_place(layout, device)
         progress.say(
             f"{run.model} from {run.init} weights on {where} in {run.train.precision}, attention by {kernel}: "
-            f"{sum(len(index) for index in plan.indices):,} samples, {run.batch.samples} of them a step."
+            f"{sum(sizes):,} samples, {run.batch.samples} of them a step."
         )
-        if peak.unknown:
-            progress.say(f"The bf16 peak of {' and '.join(peak.unknown)} is not known: the log has no MFU.")
+        tell_outlook(run, sizes, plan.shares(), peak.unknown, progress.say)
         if rank() == 0:
             write_atomic(run_dir / "run.yaml", dump_run(run).encode())
     with together():
@@ -146,22 +147,21 @@ def start(run: "Run", run_dir: Path) -> int | None:
         channels=config.in_channels,
         text_dim=config.text_dim,
     )
-    settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log, peak.tflops, helps)
     assemble = partial(build_batch, objective=objective)
+    settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log, peak.tflops, helps)
     metrics = Metrics(run_dir, state.step) if rank() == 0 else None
     with (
         enough_memory(f"train in packs of {run.batch.tokens_per_pack:,} tokens", helps),
         Loader(sources, plan, state.step, assemble, run.data.prefetch, mesh.data_rank) as batches,
     ):
-        trainer = Trainer(parts, settings, state, batches, checkpointer, metrics, progress)
-        stopped = trainer.run()
+        stopped = Trainer(parts, settings, state, batches, checkpointer, metrics, progress).run()
     if stopped is None:
         progress.say(f"Done: {checkpointer.last()}. To make a video: {generate_command(run_dir, plan.indices[0][0])}")
     return stopped
 
 
-def check_validation(run: "Run", sources: "list[Source]") -> None:
-    """Raises UserError when a held-out loss is asked for and nothing is held out."""
+def check_effects(run: "Run", sources: "list[Source]", device: "torch.device") -> None:
+    """Raises UserError for what is asked for and cannot be: a held-out loss of nothing, offloading to where it is."""
     from wanloom.config import UserError
 
     if run.log.validate_every and not any(len(source.rows("val")) for source in sources):
@@ -169,6 +169,14 @@ def check_validation(run: "Run", sources: "list[Source]") -> None:
             f"log.validate_every={run.log.validate_every} asks for a held-out loss, but the data has no val split: "
             "prepare it with a larger --val-fraction, or leave the setting out."
         )
+    if run.offload and device.type == "cpu":
+        raise UserError("offload=true has no effect on a CPU, whose memory is the host's already: leave it out.")
+
+
+def describe_place(layout: "Layout", device: "torch.device") -> str:
+    """Where a run computes."""
+    where = device.type if layout.world == 1 else f"{layout.world} x {device.type} ({layout.describe()})"
+    return where + count_threads(device)
 
 
 def choose_kernel(run: "Run", device: "torch.device") -> str:
@@ -188,7 +196,7 @@ def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
 
     from wanloom.config import UserError, build_config, load_yaml
     from wanloom.keys import SCHEME
-    from wanloom.recipes.run import MAY_CHANGE, Run, changed_keys
+    from wanloom.recipes.run import MAY_CHANGE, Run, changed_settings
     from wanloom.train.loop import RunState
     from wanloom.train.saved import read_state
 
@@ -205,12 +213,13 @@ def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
         before = build_config(Run, load_yaml((newest / "run.yaml").read_text()))
     except (OSError, yaml.YAMLError, UserError) as error:
         raise UserError(f"{newest}/run.yaml cannot be read: {error}") from error
-    changed = changed_keys(before.model_dump(mode="json"), run.model_dump(mode="json"))
+    changed = changed_settings(before, run)
     if changed:
+        pairs = "; ".join(f"{name} was {was}, now {now}" for name, (was, now) in changed.items())
         raise UserError(
-            f"{run.run_dir} was started with other settings: {', '.join(changed)}. Give the same ones to go on, or "
-            f"another run_dir to start anew. (What may change: {', '.join(MAY_CHANGE)}, as long as the samples are the "
-            "same.)"
+            f"{run.run_dir} was started with other settings: {pairs}. Give the old values to go on, or start a new run "
+            f"from its weights: init={run.run_dir} run_dir=ANOTHER. (What may change: {', '.join(MAY_CHANGE)}, as long "
+            "as the samples are the same.)"
         )
     if (now := plan.fingerprint()).partition(":")[0] != stored["data"].rpartition(":")[0]:
         raise UserError(
@@ -304,10 +313,14 @@ def build_model(run: "Run", config: "DiTConfig", mesh: "Mesh", fill: bool) -> "W
     import torch
 
     from wanloom.assets import find_pipeline
+    from wanloom.config import UserError
+    from wanloom.dist import together
     from wanloom.model.dit import WanDiT, init_weights
     from wanloom.model.weights import load_dit
     from wanloom.parallel import params
     from wanloom.parallel.apply import apply_layout
+    from wanloom.recipes.run import split_init
+    from wanloom.recipes.trained import open_trained
 
     def apply(model: "WanDiT") -> None:
         apply_layout(model, mesh, run.train.precision == "bf16", run.recompute, run.offload, run.compile)
@@ -315,6 +328,13 @@ def build_model(run: "Run", config: "DiTConfig", mesh: "Mesh", fill: bool) -> "W
     if fill and run.init == "pretrained":
         path = find_pipeline(run.model, ("transformer",))
         return load_dit(path, device=mesh.device, kernel=run.train.kernel, apply=apply, fill=params.fill)
+    if fill and run.init != "random":
+        path, ema = split_init(run.init)
+        with together():
+            trained = open_trained(path, ema)
+            if trained.config != config:
+                raise UserError(f"{trained.path} has weights of another shape than those of {run.model}.")
+        return trained.load_model(ema, torch.float32, mesh.device, run.train.kernel, apply)
     with torch.device("meta"):
         model = WanDiT(config, run.train.kernel)
     apply(model)

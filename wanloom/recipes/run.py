@@ -3,35 +3,33 @@
 In: a recipe's name or a YAML file, `key.path=value` words, a training mode. Out: a `Run`. The one decision: values
 are laid over one another key by key in a fixed order, later ones win: the mode's preset of `flow`, the recipe, its
 values for the mode, the words of the command line. The preset of a mode that is asked for by name wins over the recipe.
+A recipe that is based on another one comes with its values for the mode after all of the other.
 """
 
+import math
 from fnmatch import fnmatch
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
-import yaml
 from pydantic import Field
 
 from wanloom.assets import find_pipeline
-from wanloom.config import (
-    Config,
-    UserError,
-    UserPath,
-    build_config,
-    dump_yaml,
-    load_yaml,
-    merge,
-    nearest,
-    parse_overrides,
-)
+from wanloom.config import Config, UserError, UserPath, build_config, dump_yaml, merge, parse_overrides
 from wanloom.data.settings import BatchConfig, DataConfig
 from wanloom.model.settings import CONFIGS, DiTConfig
 from wanloom.objective.settings import PRESETS, FlowConfig
 from wanloom.parallel.settings import Compile, ParallelConfig, Recompute
+from wanloom.recipes.layers import read_layers
+from wanloom.recipes.names import NAMES_ELSEWHERE
 from wanloom.train.settings import CheckpointConfig, EmaConfig, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
-RECIPES = files("wanloom.recipes")
+MIX = "mix"
+MIXES = {  # made-up shapes, by the tokens of the clip
+    32760: "81x480x832,1x480x832*4",
+    14040: "33x480x832,1x480x832*4",
+    5070: "49x240x416,1x240x416*4",
+    80: "17x64x64,1x64x64*4",
+}
 PUBLISHED = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-t2v-1.3b",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-t2v-14b",
@@ -41,6 +39,7 @@ PUBLISHED = {
 MAY_CHANGE = (
     "run_dir",
     "train.steps",
+    "train.epochs",
     "train.kernel",
     "batch.tokens_per_pack",
     "checkpoint.*",
@@ -51,75 +50,20 @@ MAY_CHANGE = (
     "offload",
     "compile",
 )
-# what other trainers call it: our setting, or what to say
-NAMES_ELSEWHERE = {
-    "data": "data.path",
-    "dataset": "data.path",
-    "data_dir": "data.path",
-    "dataset_path": "data.path",
-    "num_workers": "data.prefetch",
-    "workers": "data.prefetch",
-    "output": "run_dir",
-    "output_dir": "run_dir",
-    "out": "run_dir",
-    "learning_rate": "optimizer.lr",
-    "adam_epsilon": "optimizer.eps",
-    "batch_size": "batch.samples",
-    "global_batch_size": "batch.samples",
-    "train_batch_size": "batch.samples",
-    "gradient_accumulation_steps": "A step is batch.samples samples, in as many packs of batch.tokens_per_pack as that "
-    "takes.",
-    "max_steps": "train.steps",
-    "max_train_steps": "train.steps",
-    "num_steps": "train.steps",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "dtype": "train.precision",
-    "mixed_precision": "train.precision",
-    "attention": "train.kernel",
-    "gradient_checkpointing": "recompute",
-    "activation_checkpointing": "recompute",
-    "lr_scheduler": "schedule.kind",
-    "scheduler": "schedule.kind",
-    "warmup": "schedule.warmup_steps",
-    "lr_warmup_steps": "schedule.warmup_steps",
-    "max_grad_norm": "clip_norm",
-    "grad_clip": "clip_norm",
-    "ema_decay": "ema.decay",
-    "use_ema": "ema.decay",
-    "save_every": "checkpoint.every",
-    "save_steps": "checkpoint.every",
-    "checkpointing_steps": "checkpoint.every",
-    "validation_steps": "log.validate_every",
-    "eval_steps": "log.validate_every",
-    "resume": "The same command goes on from the newest checkpoint of its run_dir.",
-    "resume_from_checkpoint": "The same command goes on from the newest checkpoint of its run_dir.",
-    "device": "wanloom takes the GPU where there is one; CUDA_VISIBLE_DEVICES chooses it, and an empty one hides it.",
-    "gpus": "Several GPUs of a machine are used with --nproc N.",
-    "num_gpus": "Several GPUs of a machine are used with --nproc N.",
-    "lora": "LoRA is not there yet: all weights are trained.",
-    "lora_rank": "LoRA is not there yet: all weights are trained.",
-    "wandb": "There is no wandb: run_dir holds metrics.jsonl and files for TensorBoard.",
-    "report_to": "There is no choice of trackers: run_dir holds metrics.jsonl and files for TensorBoard.",
-    "width": "Sizes are those that `wanloom prepare` gave the data.",
-    "height": "Sizes are those that `wanloom prepare` gave the data.",
-    "resolution": "Sizes are those that `wanloom prepare` gave the data.",
-    "frames": "Sizes are those that `wanloom prepare` gave the data.",
-    "num_frames": "Sizes are those that `wanloom prepare` gave the data.",
-    "fps": "The frame rate is that which `wanloom prepare` gave the data.",
-}
 
 
 class Run(Config):
     """Everything that decides a run."""
 
-    ELSEWHERE = NAMES_ELSEWHERE
+    ELSEWHERE: ClassVar = NAMES_ELSEWHERE
     model: UserPath = Field(
         description="tiny, a folder in diffusers layout, or a name on the Hugging Face hub such as "
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     )
-    init: Literal["random", "pretrained"] = Field(
-        default="random", description="start from random weights or from those of the model"
+    init: UserPath = Field(
+        default="random",
+        description="where the weights come from: random, pretrained (those of model), or a run or checkpoint, such as "
+        "runs/first for its weights and runs/first:ema for the averaged ones",
     )
     run_dir: UserPath | None = Field(
         default=None, description="where checkpoints and metrics go; `wanloom train` needs it"
@@ -152,24 +96,58 @@ class Run(Config):
     )
 
 
-def recipe_names() -> list[str]:
-    """The shipped recipes."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
-
-
 def load_run(recipe: str, overrides: list[str], training_mode: str | None = None) -> Run:
     """A run from a shipped recipe or a YAML file. Raises UserError for what cannot be read or is not a setting.
 
-    Without `training_mode` it is `pretrain` for `init=random` and `finetune` for `init=pretrained`.
+    Without `training_mode` it is `pretrain` for `init=random`, else `finetune`.
     """
-    values = read_recipe(recipe)
-    by_mode = read_modes(recipe, values.pop("modes", {}))
-    words = parse_overrides(overrides)
-    init = words.get("init", values.get("init", "random"))
-    mode = training_mode or ("finetune" if init == "pretrained" else "pretrain")
-    preset = {"flow": PRESETS[mode]}
-    values = merge(values, preset) if training_mode else merge(preset, values)
-    return build_config(Run, merge(merge(values, by_mode.get(mode, {})), words))
+    layers, words = read_layers(recipe), parse_overrides(overrides)
+    inits = [values["init"] for values in (words, *(layer.values for layer in reversed(layers))) if "init" in values]
+    mode = training_mode or ("pretrain" if inits[:1] in ([], ["random"]) else "finetune")
+    values: dict[str, Any] = {"flow": PRESETS[mode]}
+    for layer in layers:
+        values = lay(lay(values, layer.values), layer.modes.get(mode, {}))
+    if training_mode:  # its preset wins over what the layers say for every mode
+        values = lay(values, {"flow": PRESETS[mode]})
+        for layer in layers:
+            values = lay(values, {"flow": layer.modes.get(mode, {}).get("flow", {})})
+    values = choose_mix(lay(values, words))
+    train = values.get("train")
+    if isinstance(train, dict) and train.get("epochs") is not None:
+        train.setdefault("steps", 1)  # they follow when the samples are counted
+    needed = [name for name, field in Run.model_fields.items() if field.is_required() and name not in values]
+    if needed and set(values) <= set(Run.model_fields):
+        raise UserError(
+            f"{recipe} is no whole recipe, it lacks {', '.join(needed)}: begin it with `based_on: tiny` (or "
+            "another recipe), which gives all that it does not say, or make it of one: wanloom show tiny > my.yaml"
+        )
+    return build_config(Run, values)
+
+
+def lay(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `values`; steps that are said later replace epochs that were said before, and the other way."""
+    train = over.get("train")
+    if not isinstance(train, dict) or not isinstance(values.get("train"), dict):
+        return merge(values, over)
+    if "epochs" in train and "steps" in train and train["epochs"] is not None:
+        raise UserError("train.steps and train.epochs are two ways to say how long: give one of them.")
+    if "steps" in train:
+        over = merge({"train": {"epochs": None}}, over)
+    return merge(values, over)
+
+
+def split_init(init: str) -> tuple[Path, bool]:
+    """The folder of a run or checkpoint that `init` names, and whether its averaged weights are meant."""
+    return Path(init.removesuffix(":ema")), init.endswith(":ema")
+
+
+def settle_steps(run: Run, num_samples: int) -> Run:
+    """The run with as many steps as its epochs are, over `num_samples` of all sources; they are said once."""
+    if run.train.epochs is None:
+        return run
+    steps = math.ceil(run.train.epochs * num_samples / run.batch.samples)
+    train = run.train.model_copy(update={"steps": max(steps, 1), "epochs": None})
+    return run.model_copy(update={"train": train})
 
 
 def use_mock(overrides: list[str], shapes: str | None) -> list[str]:
@@ -177,38 +155,14 @@ def use_mock(overrides: list[str], shapes: str | None) -> list[str]:
     return [*overrides, f'data.mock="{shapes}"'] if shapes else list(overrides)
 
 
-def read_recipe(recipe: str) -> dict[str, Any]:
-    """The values of a shipped recipe or of a YAML file."""
-    names = recipe_names()
-    path = Path(recipe)
-    if recipe in names:
-        text = (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")
-    elif path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{recipe} is no YAML file: it is not text in UTF-8.") from error
-    else:
-        raise UserError(
-            f"There is no recipe '{recipe}'.{nearest(recipe, names)} Give a YAML file or one of: {', '.join(names)}."
-        )
-    try:
-        values = load_yaml(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{recipe} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{recipe} holds no settings: a recipe is a YAML mapping.")
-    return values
-
-
-def read_modes(recipe: str, modes: Any) -> dict[str, dict[str, Any]]:
-    """What a recipe says of each training mode. Raises UserError when it is not settings by the name of a mode."""
-    if not isinstance(modes, dict) or not all(isinstance(values, dict) for values in modes.values()):
-        raise UserError(f"`modes` in {recipe} is {modes!r}: it holds settings for each mode, {' and '.join(PRESETS)}.")
-    unknown = [str(name) for name in modes if name not in PRESETS]
-    if unknown:
-        raise UserError(f"`modes` in {recipe} names '{unknown[0]}': the training modes are {' and '.join(PRESETS)}.")
-    return modes
+def choose_mix(values: dict[str, Any]) -> dict[str, Any]:
+    """The made-up shapes that `data.mock=mix` stands for: the largest clip of MIXES that fits in a pack, and images."""
+    data, batch = values.get("data"), values.get("batch")
+    if not isinstance(data, dict) or data.get("mock") != MIX:
+        return values
+    room = batch.get("tokens_per_pack") if isinstance(batch, dict) else None
+    fitting = [shapes for tokens, shapes in MIXES.items() if isinstance(room, int) and tokens <= room]
+    return merge(values, {"data": {"mock": fitting[0] if fitting else list(MIXES.values())[-1]}})
 
 
 def model_config(model: str) -> DiTConfig:
@@ -226,11 +180,15 @@ def dump_run(run: Run) -> str:
     return dump_yaml(run.model_dump(mode="json"))
 
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The settings that differ between two dumped runs and may not change when a run is resumed."""
-    before, after = _flatten(old), _flatten(new)
-    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    return [key for key in changed if not any(fnmatch(key, may) for may in MAY_CHANGE)]
+def changed_settings(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ between two runs and may not change when a run is resumed: before and now, by name."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    pairs = {key: (before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys())}
+    return {
+        key: (was, now)
+        for key, (was, now) in pairs.items()
+        if was != now and not any(fnmatch(key, may) for may in MAY_CHANGE)
+    }
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

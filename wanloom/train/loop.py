@@ -30,6 +30,7 @@ from wanloom.train.settings import LogConfig, ScheduleConfig, TrainConfig
 from wanloom.train.step import Batch, NonFiniteError, StepResult, train_step
 
 OUTPUT_CLOSED, SAVE_FAILED = 2**8, 2**16  # among numbers of signals
+TRIED = 10  # steps after the first, from which the end of the run is told
 NAMED_KEYS = 16  # samples named in the error; the file beside it has them all
 
 
@@ -100,7 +101,8 @@ class Trainer:
         try:
             with self.progress, StopSignal("this step and saving") as stop:
                 self.checkpointer.prepare(self.parts.tensors())
-                self._tick = time.monotonic()
+                self._tick = self._saved = time.monotonic()
+                self._first = self.state.step + 1, 0.0  # the first step of this start, and the seconds up to its end
                 return self._steps(iter(self.batches), stop)
         except RuntimeError as error:
             lost = is_lost(error)
@@ -117,7 +119,8 @@ class Trainer:
             self._count(batch, self._update(batch))
             # the ranks hear of these at different times
             wish = stop.received or (OUTPUT_CLOSED if self.progress.closed else 0)
-            wish = highest(SAVE_FAILED if self.checkpointer.failed else wish)
+            wish = SAVE_FAILED if self.checkpointer.failed else wish
+            wish, is_due = divmod(highest(2 * wish + self._is_due()), 2)  # in one exchange
             with self._saved_before_the_end():
                 record = self._record()
                 with together():
@@ -125,7 +128,7 @@ class Trainer:
             if wish == SAVE_FAILED:
                 self.checkpointer.wait()
             ends = self.state.step == self.settings.train.steps or wish
-            if ends or self.state.step % self.checkpointer.config.every == 0:
+            if ends or is_due or self.state.step % self.checkpointer.config.every == 0:
                 with self._saved_before_the_end(), together():
                     if self.metrics is not None:
                         self.metrics.sync()
@@ -134,6 +137,11 @@ class Trainer:
                 self.checkpointer.wait()
                 return self._leave(wish)
         return None
+
+    def _is_due(self) -> bool:
+        """Whether `checkpoint.minutes` have gone by since the last save, or the start."""
+        minutes = self.checkpointer.config.minutes
+        return minutes is not None and time.monotonic() - self._saved > 60 * minutes
 
     def _leave(self, wish: int) -> signal.Signals | None:
         """How the run ends, now that all is saved."""
@@ -257,11 +265,19 @@ class Trainer:
 
     def _report(self, record: dict[str, float] | None) -> None:
         self.progress.advance(self.state.step)
+        first, seconds = self._first
+        if self.state.step == first:  # which compiles, and fills what is read ahead
+            self._first = first, self.state.seconds
+        elif self.state.step == first + TRIED:
+            a_step, left = (self.state.seconds - seconds) / TRIED, self.settings.train.steps - self.state.step
+            every = self.checkpointer.config.every
+            self.progress.say_end(a_step, left, every - self.state.step % every)
         if record is not None and self.metrics is not None:
             self.metrics.write(record)
             self.progress.show(record)
 
     def _save(self) -> None:
+        self._saved = time.monotonic()
         state = {**asdict(self.state), **self.parts.facts}
         self.checkpointer.save(self.state.step, self.parts.tensors(), state, self.parts.recipe)
 

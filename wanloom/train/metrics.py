@@ -31,6 +31,7 @@ from wanloom.terminal import Outlet, Terminal
 
 FILE = "metrics.jsonl"
 Record = Mapping[str, float]
+KEPT_EVERY = 60.0  # seconds between the lines that stay on a terminal
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -133,6 +134,7 @@ class ProgressLine:
         self.console = console or Terminal(soft_wrap=True, quiet=quiet, file=self._outlet)
         self._num_steps, self._ranks = num_steps, ranks
         self._seen = start_step, time.monotonic()  # the last record's step, and when
+        self._kept = time.monotonic() if self.console.is_terminal else 0.0
         self._live: Progress | None = None
         if self.console.is_terminal:
             columns = (
@@ -175,14 +177,25 @@ class ProgressLine:
             text += f"  balance {record['balance']:.2f}"
         if "val_loss" in record:
             text += f"  val loss {record['val_loss']:.4f}"
-        if self._live:
-            self._live.update(self._task, completed=int(record["step"]), text=text)
-            return
         done = int(record["step"])
+        if self._live:
+            self._live.update(self._task, completed=done, text=text)
+            # the line is written over; some of its values stay above it
+            if "val_loss" in record or done == self._num_steps or time.monotonic() - self._kept >= KEPT_EVERY:
+                self._kept = time.monotonic()
+                self.say(f"step {done}/{self._num_steps}  {text}")
+            return
         before, then = self._seen
         self._seen = done, time.monotonic()
         left = (self._seen[1] - then) / (done - before) * (self._num_steps - done)  # at the speed of now
         self.say(f"step {done}/{self._num_steps}  {text}  {format_seconds(left)} left")
+
+    def say_end(self, a_step: float, left: int, until_saved: int) -> None:
+        """When the run ends, from the seconds of a step; and when it saves, where the first time is still to come."""
+        clock = time.strftime("%a %H:%M", time.localtime(time.time() + a_step * left))
+        ends = f"the run ends in about {format_seconds(a_step * left)} ({clock})"
+        saves = f"; it saves in {format_seconds(a_step * until_saved)}" if 0 < until_saved < left else ""
+        self.say(f"A step takes {a_step:.2g} s: {ends}{saves}.")
 
     def say(self, text: str) -> None:
         """Print a line above the progress."""

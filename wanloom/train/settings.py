@@ -14,6 +14,11 @@ class TrainConfig(Config):
     """How long and in which precision; weights, gradients and moments are fp32 in both."""
 
     steps: int = Field(gt=0, description="optimizer steps of the whole run")
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="passes over all samples, in place of steps, which follow from it when the run starts",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of the arithmetic; bf16 is torch.autocast, for GPUs from Ampere on"
     )
@@ -51,6 +56,9 @@ class CheckpointConfig(Config):
     """When to save and how many to keep; the last step is always saved."""
 
     every: int = Field(default=500, gt=0, description="steps from one checkpoint to the next")
+    minutes: float | None = Field(
+        default=None, gt=0, description="save too when so many minutes have gone by since the last checkpoint"
+    )
     keep: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
 
 
