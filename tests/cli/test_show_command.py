@@ -75,7 +75,7 @@ def test_runs_and_folders_are_summarised(tmp_path, prepared, capsys):
     assert f"'{folder}' has 12 samples to train on, 3 held out, 448 tokens" in out
     assert "4 x 17 frames of 64x64 (80 tokens)" in out and "4 x 1 frame of 64x64 (16 tokens)" in out
     assert "4 x 5 frames of 64x32 (16 tokens)" in out and "sizes are width x height" in out
-    assert "train-002: clip 2\n  and 9 samples more" in out
+    assert f"train-002: clip 2\n  and 9 samples more: `wanloom show {folder} --page` draws them\n" in out
     run_dir = tmp_path / "run"
     words = ["--mock=1x64x64", "batch.samples=2", f"run_dir={run_dir}", "train.steps=2", "log.validate_every=2"]
     assert main(["train", "tiny", *words]) == 0

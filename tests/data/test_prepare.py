@@ -1,5 +1,6 @@
 """Prepare end to end with quick encoders: what comes out, what is reported, and kills at every point of the way."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from wanloom.data import prepare as prepare_module
 from wanloom.data.encode import PrepareConfig, default_batch, sample_key
 from wanloom.data.framing import FramingConfig
 from wanloom.data.ledger import Ledger
+from wanloom.data.plan import read_entries
 from wanloom.data.prepare import Finished, prepare
 from wanloom.data.report import print_report
 from wanloom.data.shards import Dataset
@@ -485,6 +487,17 @@ def test_inputs_that_are_no_folder_of_media(tmp_path: Path, mixed: Path, expecte
     with pytest.raises(UserError, match="is being prepared from another folder"):
         run(prepared, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_report_of_an_older_folder_and_a_damaged_plan(expected: dict[str, bytes]) -> None:
+    report = json.loads(expected["report.json"])
+    old = {key: report[key] for key in ("files", "samples", "sizes", "dropped", "dropped_by_kind", "notes", "ignored")}
+    console = Console(width=120, record=True, file=io.StringIO())
+    print_report(old, console)
+    assert "10 videos, 59 images" in console.export_text()
+    for damage in (b"{", b'{"source": 1}\n', b"[]\n", b'{"nobody": 2}\n'):
+        with pytest.raises(UserError, match="The plan of the unfinished folder is damaged"):
+            read_entries(damage)
 
 
 def test_two_at_once(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`wanloom show`: what a recipe, a run or a prepared folder holds, without weights and without a GPU."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -251,7 +252,8 @@ def show_data(path: Path) -> None:
     for i in range(min(NUM_CAPTIONS, len(index))):
         say(f"  {index[i].key}: {index[i].caption}")
     if len(index) > NUM_CAPTIONS:
-        say(f"  and {plural(len(index) - NUM_CAPTIONS, 'sample')} more")
+        more = plural(len(index) - NUM_CAPTIONS, "sample")
+        say(f"  and {more} more: `wanloom show {shlex.quote(str(path))} --page` draws them")
     settings = path / "prepare.json"
     if settings.is_file():
         try:

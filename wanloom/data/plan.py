@@ -19,7 +19,7 @@ from wanloom.data.captions import Caption, Sidecars, read_captions
 from wanloom.data.content import Stamp, hash_file, read_stamp
 from wanloom.data.tables import TABLES
 from wanloom.data.video import kind_of
-from wanloom.files import is_special
+from wanloom.files import is_special, parse_json
 from wanloom.terminal import is_text
 
 
@@ -66,8 +66,11 @@ class Plan:
 
 
 def read_entries(data: bytes) -> list[Entry]:
-    """The entries of a saved plan."""
-    return [Entry(**json.loads(line)) for line in data.splitlines()]
+    """The entries of a saved plan. Raises UserError when it is damaged."""
+    try:
+        return [Entry(**parse_json(line)) for line in data.splitlines()]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The plan of the unfinished folder is damaged ({error}): prepare into a new one.") from error
 
 
 class Listing(NamedTuple):

@@ -138,7 +138,9 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
     table.add_column(overflow="fold")
-    table.add_row("files in", str(files["found"]), f"{files['videos']} videos, {files['images']} images")
+    table.add_row(
+        "files in", str(files["found"]), f"{plural(files['videos'], 'video')}, {plural(files['images'], 'image')}"
+    )
     table.add_row("samples out", str(samples["total"]), f"{samples['train']} train, {samples['val']} val")
     for size, number in sorted(report["sizes"].items()):
         table.add_row("", str(number), f"{size} (width x height)")
@@ -156,7 +158,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         ("enlarged", "enlarged"),
         ("colours_guessed", "colours guessed"),
     ):
-        if report[name]:
+        if report.get(name):  # folders of before have fewer
             lines = [f"{file}: {what}" for file, what in sorted(report[name].items())]
             table.add_row(title, str(len(lines)), _shorten(lines))
     for name, title in (
@@ -169,12 +171,12 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for note, names in sorted(report["notes"].items()):
         table.add_row(note, str(len(names)), _shorten(names))
     console.print(table)
-    for line in report.get("advice", []):  # folders of before have none
+    for line in report.get("advice", []):
         console.print(line, soft_wrap=True)
 
 
 def _partly(drop: dict[str, Any]) -> str:
-    return f" ({drop['samples']} samples of it are kept)" if drop["samples"] else ""
+    return f" ({plural(drop['samples'], 'sample')} of it kept)" if drop["samples"] else ""
 
 
 def _shorten(lines: list[str]) -> Text:

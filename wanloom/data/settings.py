@@ -49,6 +49,6 @@ class BatchConfig(Config):
     samples: int = Field(gt=0, description="samples of an optimizer step, over all GPUs")
     tokens_per_pack: int = Field(
         gt=0,
-        description="video tokens of one forward pass, at most; a clip of 81 x 480 x 832 has 32,760. Less takes less "
-        "memory and gives the same losses within rounding, but every sample must fit",
+        description="video tokens of one forward pass, at most; a clip of 81 frames of 832x480 has 32,760. Less takes "
+        "less memory and gives the same losses within rounding, but every sample must fit",
     )
