@@ -107,6 +107,26 @@ def test_an_untagged_matrix_is_guessed_by_the_size_and_said(
     assert clip.colour.guessed
 
 
+@pytest.mark.parametrize(("color_range", "said"), [(0, "full"), (1, "limited"), (2, "full")])
+@pytest.mark.parametrize("pix_fmt", ["gray", "gray10le"])
+def test_gray_is_full_unless_it_is_tagged_as_limited(pix_fmt: str, color_range: int, said: str) -> None:
+    picture = np.repeat(np.arange(64, dtype=np.uint8)[None] * 4, 48, axis=0)
+    frame = av.VideoFrame(64, 48, pix_fmt)
+    bits = frame.format.components[0].bits
+    full = picture * ((2**bits - 1) / 255)
+    values = (16 + 219 * (picture / 255)) * 2 ** (bits - 8) if said == "limited" else full
+    kind = np.uint8 if bits == 8 else np.uint16
+    (plane,) = frame.planes
+    lines = np.zeros((48, plane.line_size // np.dtype(kind).itemsize), dtype=kind)
+    lines[:, :64] = np.round(values)
+    plane.update(lines)
+    frame.color_range = color_range
+    screen = Screen(None, None, native)
+    found = screen.convert(frame, 0)
+    assert worst(found, np.repeat(picture[..., None], 3, axis=2)) <= 1
+    assert screen.colour.said == f"gray, {said} range, {bits} bits"
+
+
 def test_small_untagged_videos_keep_their_bytes() -> None:
     """The library's own guess is BT.601."""
     rng = np.random.default_rng(3)

@@ -27,6 +27,7 @@ WIDE = {9: ("BT.2020", ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), D65))}
 WIDE[12] = ("Display P3", ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), D65))
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 BAND = 1 << 18  # pixels that are converted at a time: what this takes in floats does not grow with the picture
+LIMITED = np.clip(np.round((np.arange(256) - 16) * 255 / 219), 0, 255).astype(np.uint8)
 Chromaticities = tuple[tuple[float, float], ...]  # x and y of red, green, blue and white
 Curve = Callable[[np.ndarray], np.ndarray]
 
@@ -39,6 +40,7 @@ class Colour(NamedTuple):
     matrix: int | None = None  # to read YUV with, where it is not tagged
     gamut: "Gamut | None" = None  # to be converted to sRGB
     notes: tuple[str, ...] = ()
+    levels: np.ndarray | None = None  # a table from 0 to 255, for gray of limited range: the library takes it as full
 
 
 UNKNOWN = Colour("")
@@ -57,12 +59,16 @@ def video_colour(picture: Any) -> Colour:
         raise MediaError(
             "colour", f"has the transfer {name}, which is not converted: make an sRGB or BT.709 copy of it"
         )
-    gamut, notes, guessed, matrix = None, [], False, None
+    gamut, notes, guessed, matrix, levels = None, [], False, None, None
     if layout.has_palette or layout.is_rgb:
         said = "RGB"
     else:
-        said = "full range" if picture.color_range == 2 or layout.name.startswith("yuvj") else "limited range"
-        if sum(not component.is_alpha for component in layout.components) > 1:
+        is_gray = sum(not component.is_alpha for component in layout.components) == 1
+        is_full = picture.color_range == 2 or layout.name.startswith("yuvj") or (is_gray and picture.color_range != 1)
+        said = "full range" if is_full else "limited range"
+        if is_gray:
+            said, levels = f"gray, {said}", None if is_full else LIMITED
+        else:
             name, matrix = _matrix(picture)
             guessed = matrix is not None
             said = f"{name}{' by its size, no matrix is tagged' if guessed else ''}, {said}"
@@ -78,7 +84,7 @@ def video_colour(picture: Any) -> Colour:
         raise MediaError(
             "colour", f"has primaries (number {primaries}) that are not converted: make a BT.709 copy of it"
         )
-    return Colour(f"{said}, {bits} bits", guessed, matrix, gamut, tuple(notes))
+    return Colour(f"{said}, {bits} bits", guessed, matrix, gamut, tuple(notes), levels)
 
 
 def _matrix(picture: Any) -> tuple[str, int | None]:

@@ -162,6 +162,7 @@ class Screen:
         if self.colour.matrix is not None and picture.colorspace in UNTAGGED:
             picture.colorspace = self.colour.matrix
         pixels = self._resized_rgb(picture, size)
+        pixels = pixels if self.colour.levels is None else self.colour.levels[pixels]
         return self.colour.gamut.convert(pixels) if self.colour.gamut else pixels
 
     def _resized_rgb(self, picture: Any, size: tuple[int, int]) -> np.ndarray:
