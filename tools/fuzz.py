@@ -44,7 +44,9 @@ TIMINGS = (
     TimingConfig(frames=1, clips="all"),
     TimingConfig(mode="frames", frames_per_video=2),
 )
-LIMITS = LimitsConfig(max_pixels=4_000_000, max_seconds=30.0)  # a header with any size at all must not take long
+LIMITS = LimitsConfig(
+    max_pixels=4_000_000, max_pictures=10_000, max_seconds=30.0
+)  # a header with any size at all must not take long
 EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from media_files import write_numbers
+from media_files import read_number, write_numbers
 from PIL import Image
 from test_video import native
 
@@ -178,6 +178,19 @@ def test_a_picture_that_stays_for_a_million_seconds_ends(tmp_path: Path) -> None
     path = write_numbers(tmp_path / "a.mkv", 3, times=[0, Fraction(1, 16), 1_000_000])
     with pytest.raises(MediaError):
         read(path, LimitsConfig(max_pictures=1000), frames=5, clips="all")
+
+
+def test_a_picture_that_stays_is_one_sample_of_one_frame(tmp_path: Path) -> None:
+    """A damaged rate lets it stay for days; without end it would be the same sample again and again."""
+    path = write_numbers(tmp_path / "a.mkv", 3, times=[0, Fraction(1, 16), Fraction(3, 4)])
+    clips = []
+    with pytest.raises(MediaError, match="10 clips show the picture of the sample before") as caught:
+        for clip in read_clips(path, "video", TimingConfig(frames=1, clips="all"), native):
+            clips.append(clip)
+    assert [read_number(clip.pixels[0]) for clip in clips] == [0, 1, 2] and caught.value.kind == "held picture"
+    slow = write_numbers(tmp_path / "b.avi", 2, fps=Fraction(1, 500_000), codec="mpeg4")
+    with pytest.raises(MediaError, match="--max-pictures 1000"):
+        read(slow, LimitsConfig(max_pictures=1000), frames=1, clips="all")
 
 
 @pytest.mark.parametrize(

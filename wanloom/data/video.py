@@ -179,9 +179,9 @@ def _decode(file: MediaFile, timing: TimingConfig) -> Iterator[Due]:
         player = Player(container, track, budget, can_seek=extent is not None and extent.whole)
         header = Track(track.sample_aspect_ratio, picture_rate(track), _stated(container, track))
         duration, pictures = _whole(extent, player) if extent else (Fraction(0), 0)
-        held = 0
+        held, before = 0, None
         for number, moments in enumerate(plan_times(timing, duration, pictures)):
-            if _is_held(player, moments):
+            if _is_held(player, moments, before):
                 budget.spend()
                 held += 1
                 continue
@@ -195,6 +195,7 @@ def _decode(file: MediaFile, timing: TimingConfig) -> Iterator[Due]:
                     _check_enough(number, k, timing, moments, player)
                     return
                 yield Due(picture, k, number, moments, header, (*notes, *player.clock.notes))
+            before = player.last.picture if timing.mode == "video" else None
             budget.renew()
         _check_held(held, timing)
 
@@ -222,10 +223,13 @@ def _whole(extent: Extent, player: Player) -> tuple[Fraction, int]:
     return extent.seconds - late, extent.pictures
 
 
-def _is_held(player: Player, moments: list[Fraction]) -> bool:
-    """Whether a clip would show one picture all the time. A single frame is meant to."""
-    shown = len(moments) > 1 and player.at(moments[0]) is not None and player.now
-    return bool(shown) and moments[-1] + TICK < shown.end
+def _is_held(player: Player, moments: list[Fraction], before: Any) -> bool:
+    """Whether a clip would show one picture all the time, or, of a single frame, the picture of the sample before."""
+    if player.at(moments[0]) is None or player.now is None:
+        return False
+    if len(moments) == 1:
+        return player.now.picture is before
+    return moments[-1] + TICK < player.now.end
 
 
 def _may_hold(player: Player, number: int, moments: list[Fraction]) -> bool:
@@ -238,7 +242,8 @@ def _check_held(held: int, timing: TimingConfig) -> None:
     """Raise MediaError for clips that were left out because nothing moves in them."""
     if held:
         clips = "clip shows" if held == 1 else "clips show"
-        reason = f"{held} {clips} one picture all the time ({timing.frames} frames at {timing.fps:g} fps)"
+        what = "one picture all the time" if timing.frames > 1 else "the picture of the sample before"
+        reason = f"{held} {clips} {what} ({timing.frames} frames at {timing.fps:g} fps)"
         raise MediaError("held picture", reason)
 
 
