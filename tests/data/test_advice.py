@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from fake_encoders import IDENTITY, build_encoders
-from media_files import write_numbers
+from media_files import write_numbers, write_stream
 from rich.console import Console
 
 from wanloom.data.advice import advise_clips, advise_frames
@@ -33,8 +33,8 @@ def test_minutes_that_the_first_clips_leave() -> None:
     assert advise_clips({"a": (5.0, 9.9), "b": (5.0, 5.0)}, 5.0) == []  # no other clip would fit
     (line,) = advise_clips({"a": (5.0, 605.0), "b": (5.0, 11.0), "c": (5.0, 6.0)}, 5.0)
     assert line == (
-        "--clips first takes one clip from the start of a video and leaves 10.1 minutes of 2 videos out: --clips all "
-        "takes them, --clips uniform a few clips spread over each."
+        "--clips first takes one clip from the start of a video and leaves 10.1 minutes of 2 videos out, by their "
+        "headers: --clips all takes them, --clips uniform a few clips spread over each."
     )
 
 
@@ -42,9 +42,13 @@ def test_prepare_says_what_would_take_more(tmp_path: Path) -> None:
     source = tmp_path / "in"
     for name, count in (("long.mp4", 120), ("12:30.mp4", 16), ("http:/short.mkv", 15), ("tiny.mp4", 3)):
         write_numbers(source / name, count).with_suffix(".txt").write_text(name)
+    # clocks that jump, in the first clip and after it, make headers say nonsense
+    for name, parts in (("near.ts", [(0, 12, 1), (12, 18, 102)]), ("far.ts", [(0, 23, 100), (23, 8, 1)])):
+        write_stream(source / name, *parts).with_suffix(".txt").write_text(name)
+        (source / name).with_suffix(".part.mp4").unlink()
     config = PrepareConfig(timing=TimingConfig(frames=21), framing=FramingConfig(height=32, width=48))
     report = prepare(source, tmp_path / "out", config, IDENTITY, build_encoders).report
-    assert report["samples"]["total"] == 1
+    assert report["samples"]["total"] == 3
     reasons = {drop["file"]: drop["reason"] for drop in report["dropped"]}
     assert reasons == {
         "12:30.mp4": "has 16 frames at 16 fps, 21 are asked for; --frames 13 takes it",

@@ -41,6 +41,6 @@ def advise_clips(taken: dict[str, tuple[float, float]], length: float) -> list[s
         return []
     return [
         f"--clips first takes one clip from the start of a video and leaves {sum(left) / 60:.1f} minutes of "
-        f"{len(left)} video{'s' * (len(left) > 1)} out: --clips all takes them, --clips uniform a few clips spread "
-        "over each."
+        f"{len(left)} video{'s' * (len(left) > 1)} out, by their headers: --clips all takes them, --clips uniform a "
+        "few clips spread over each."
     ]

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wanloom.data.advice import advise
+from wanloom.data.clock import JUMPS
 from wanloom.data.plan import Plan
 from wanloom.terminal import plural, printable
 
@@ -38,7 +39,7 @@ class Report:
         """Count one sample."""
         file = record["source"]
         self.samples[file] += 1
-        if record["fps"] and record.get("source_s"):
+        if record["fps"] and record.get("source_s") and JUMPS not in record["notes"]:
             self.taken[file] = (record["end_s"] + 1 / record["fps"], record["source_s"])  # clips come in order of time
         self.splits[record["split"]] += 1
         self.sizes[f"{plural(record['frames'], 'frame')} of {record['size'][0]}x{record['size'][1]}"] += 1

@@ -34,6 +34,7 @@ VIDEO_SUFFIXES = frozenset(
         *("ivf", "obu", "av1", "nut", "dv", "divx", "rm", "rmvb", "mjpeg", "mjpg"),
     )
 )
+TURN_S = 2**33 / 90_000  # of the clock of a transport stream
 HELD = "last picture held for less than a frame"
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga"))
 
@@ -211,10 +212,13 @@ def play_through(file: MediaFile) -> Extent:
 
 
 def _stated(container: Any, track: Any) -> float | None:
-    """Seconds by the header."""
+    """Seconds by the header, None where it says nothing that can be believed."""
     if track.duration:
-        return float(track.duration * track.time_base)
-    return container.duration / av.time_base if container.duration else None
+        seconds = float(track.duration * track.time_base)
+    else:
+        seconds = container.duration / av.time_base if container.duration else 0.0
+    # a step back of its clock looks like a turn of 2**33 ticks, which are 26 hours
+    return None if not seconds or (container.format.name == "mpegts" and seconds > TURN_S / 2) else seconds
 
 
 def _whole(extent: Extent, player: Player) -> tuple[Fraction, int]:
