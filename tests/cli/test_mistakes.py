@@ -1,8 +1,13 @@
 """What the system refuses is one sentence with the name of the file, in whichever command it happens."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from wanloom.cli import main
+from wanloom.cli.words import Parser
 
 
 @pytest.mark.parametrize(
@@ -28,7 +33,7 @@ def test_a_reason_without_a_file_is_said_too(capsys, monkeypatch):
         raise ConnectionError("the disk far away does not answer")
 
     monkeypatch.setattr("wanloom.cli.show.run", refuse)
-    assert main(["show", "x"]) == 2
+    assert main(["show", "tiny"]) == 2
     assert capsys.readouterr().err == "wanloom: the disk far away does not answer.\n"
 
 
@@ -65,3 +70,39 @@ def test_help_is_asked_for_as_elsewhere(capsys, words):
     with pytest.raises(SystemExit) as left:
         main(words)
     assert left.value.code == 0 and ("RECIPE" in (out := capsys.readouterr().out) or "commands:" in out)
+
+
+def test_the_home_folder_is_meant_in_options_too(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/u")
+    parser = Parser("x", None)
+    group = parser.add_argument_group("more")
+    group.add_argument("--out", type=Path)
+    parser.add_argument("name", type=Path)
+    found = parser.parse_words(["--out=~/videos", "a~b"])
+    assert (found.out, found.name) == (Path("/home/u/videos"), Path("a~b"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "tiny", "run_dir=x", "data.path=nowhere"],
+        ["train", "tiny", "run_dir=x", "--mock", "optimizer.lr=-1"],
+        ["train", "tiny", "run_dir=x", "--mock", "--nproc", "2", "init=pretraned"],
+        ["show", "tiny", "train.steps=0"],
+    ],
+)
+def test_a_mistake_is_told_before_torch_is_loaded(tmp_path, words):
+    code = "import sys; from wanloom.cli import main; sys.exit(main(sys.argv[1:]) + 40 * ('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "loading" not in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_valid_command_shows_a_sign_of_life_before_torch_is_loaded(tmp_path):
+    code = (
+        "import sys, wanloom.cli.train as train; from wanloom.cli import main;"
+        "train.run = lambda arguments: 40 * ('torch' in sys.modules); sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["train", "tiny", "--mock", "run_dir=x"]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "wanloom train: loading PyTorch takes some seconds.\n"

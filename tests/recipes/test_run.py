@@ -22,9 +22,9 @@ from wanloom.recipes.run import (
 
 
 def test_every_shipped_recipe_loads_both_ways():
-    assert recipe_names() == ["tiny", "wan2.1-t2v-1.3b", "wan2.1-t2v-14b"]
+    assert recipe_names() == ["tiny", "wan2.1-t2v-1.3b", "wan2.1-t2v-1.3b-one-gpu", "wan2.1-t2v-14b"]
     for name in recipe_names():
-        assert model_config(load_run(name, []).model) == CONFIGS[name]
+        assert model_config(load_run(name, []).model) == CONFIGS[name.removesuffix("-one-gpu")]
         for init, mode in (("random", "pretrain"), ("pretrained", "finetune")):
             run = load_run(name, [f"init={init}"])
             assert run.init == init

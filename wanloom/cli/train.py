@@ -28,11 +28,12 @@ if TYPE_CHECKING:  # torch is imported only when the command runs
 
 HELP = """Train a model.
 
-RECIPE is a shipped recipe (tiny, wan2.1-t2v-1.3b, wan2.1-t2v-14b) or a YAML file; settings are changed with
-key.path=value. `wanloom show RECIPE` prints them all. The same command again goes on from the newest checkpoint.
+RECIPE is a shipped recipe (tiny, wan2.1-t2v-1.3b-one-gpu, wan2.1-t2v-1.3b, wan2.1-t2v-14b) or a YAML file; settings are
+changed with key.path=value. `wanloom show RECIPE` prints them all, `wanloom show --explain` what they mean. The same
+command again goes on from the newest checkpoint.
 
   wanloom train tiny data.path=prepared run_dir=runs/first
-  wanloom train wan2.1-t2v-1.3b data.path=prepared run_dir=runs/second train.steps=2000 optimizer.lr=2e-5
+  wanloom train wan2.1-t2v-1.3b-one-gpu data.path=prepared run_dir=runs/second train.epochs=100 optimizer.lr=2e-5
 """
 
 

@@ -7,9 +7,10 @@ whose value may be left out takes the next word only if it begins with a digit, 
 import argparse
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from wanloom.config import UserError, cut, nearest_word
+from wanloom.config import UserError, cut, expand_home, nearest_word
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,6 +23,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.register("type", Path, lambda text: Path(expand_home(text)))  # a shell leaves `--out=~/videos` as it is
 
     def parse_words(self, words: Sequence[str]) -> argparse.Namespace:
         """The arguments. Raises UserError for a mistake; `--help` prints and leaves."""
