@@ -14,6 +14,7 @@ from test_video import native, read
 from wanloom.config import UserError
 from wanloom.data import decoding as decoding_module
 from wanloom.data.decoding import Decoding, MediaError
+from wanloom.data.media import MediaFile
 
 ERRORS = (
     ValueError("a"),
@@ -142,3 +143,11 @@ def test_planes_of_an_avif_that_cannot_be_decoded(tmp_path: Path) -> None:
     (tmp_path / "b.avif").write_bytes(whole[:start] + b"\xff" * (len(whole) - start))
     with pytest.raises(MediaError, match=r"cannot be decoded: .*(planes|frame)"):
         read(tmp_path / "b.avif", native)
+
+
+def test_a_file_that_was_given_up_has_an_end(tmp_path: Path) -> None:
+    """The library prints what a reader on another thread raises."""
+    (tmp_path / "a.mp4").write_bytes(b"abc")
+    with MediaFile(tmp_path / "a.mp4") as file:
+        assert file.read(2) == b"ab" and file.seek(1) == 1
+    assert file.read(2) == b"" and file.seek(1) < 0

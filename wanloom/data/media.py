@@ -37,12 +37,23 @@ class MediaFile(FileIO):
             raise unreadable(path, error) from error
         self.budget = Budget(limits)
 
+    def read(self, size: int | None = -1, /) -> bytes:
+        """A thread that decodes ahead may read once more when a file was given up: it meets the end, and no error."""
+        try:
+            return super().read(size)
+        except ValueError:
+            if self.closed:
+                return b""
+            raise
+
     def seek(self, offset: int, whence: int = 0, /) -> int:
         """Damaged files ask for places before the start: the decoder takes a negative number for the error to tell."""
         try:
             return super().seek(offset, whence)
         except OSError as error:
             return -(error.errno or errno.EIO)
+        except ValueError:
+            return -errno.EBADF
 
 
 @contextmanager
