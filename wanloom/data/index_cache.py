@@ -44,6 +44,7 @@ def open_index(file: Path, path: str) -> Columns:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the first
             if not is_whole(folder):
                 _make(file, path, folder)
+                pa.default_memory_pool().release_unused()  # else this process keeps what reading took
     except OSError as error:
         raise UserError(
             f"The columns of the index of '{path}' cannot be written to {folder} ({error.strerror}): make room, or set "
@@ -99,7 +100,6 @@ def _make(file: Path, path: str, folder: Path) -> None:
             "digests": {split: found.splits[split].digest for split in SPLITS},
         }
         write_atomic(folder / FACTS, json.dumps(facts).encode())
-        pa.default_memory_pool().release_unused()  # else this process keeps what reading took
         whole = True
     finally:
         for name in () if whole else names:
