@@ -267,7 +267,7 @@ def test_a_mistake_is_a_sentence(monkeypatch, capsys, words, message):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert main(["train", "tiny", *words]) == 2
+    assert main(["train", "tiny", "--mock", "run_dir=x", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("wanloom: ") and message in error and error.count("\n") == 1
 
