@@ -274,7 +274,7 @@ def test_a_mistake_is_a_sentence(monkeypatch, capsys, words, message):
 
 def test_one_of_several_processes_starts_no_more(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
-    assert main(["train", "tiny", "--nproc=1"]) == 2
+    assert main(["train", "tiny", "--mock", "run_dir=x", "--nproc=1"]) == 2
     assert "this is one of several already" in capsys.readouterr().err
 
 
