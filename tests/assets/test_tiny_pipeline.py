@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from wanloom.assets import TINY, find_pipeline
+from wanloom.assets import TINY, find_local, find_pipeline, full_name
 from wanloom.cli import demo
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
@@ -100,3 +100,16 @@ def test_unknown_models_are_one_sentence():
         find_pipeline("tyni")
     with pytest.raises(UserError, match="There is no model"):
         find_pipeline("./not/here")
+
+
+def test_the_home_of_nobody_is_a_model_that_is_not_there():
+    with pytest.raises(UserError, match="There is no model '~nobody-of-this-name/wan'"):
+        find_pipeline("~nobody-of-this-name/wan")
+    assert find_local("~nobody-of-this-name/wan", ("vae",)) is None
+
+
+def test_the_full_name_is_found_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "wan").mkdir()
+    assert full_name("~/wan") == str(tmp_path / "wan")
+    assert (full_name("tiny"), full_name("Wan-AI/none")) == ("tiny", "Wan-AI/none")

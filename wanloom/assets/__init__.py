@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from wanloom.config import UserError
+from wanloom.config import UserError, expand_home
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -14,7 +14,7 @@ def find_pipeline(name: str, parts: tuple[str, ...] = ()) -> Path:
     """
     if name == "tiny":
         return TINY
-    path = Path(name).expanduser()
+    path = Path(expand_home(name))
     if path.exists():
         check_parts(path, parts)
         return path
@@ -45,6 +45,12 @@ def find_pipeline(name: str, parts: tuple[str, ...] = ()) -> Path:
         raise UserError(f"The model '{name}' is no folder here and could not be fetched: {reason}") from error
 
 
+def full_name(name: str) -> str:
+    """The name of a pipeline as it is found from every folder."""
+    folder = Path(expand_home(name))
+    return str(folder.resolve()) if name != "tiny" and folder.exists() else name
+
+
 def check_parts(folder: Path, parts: tuple[str, ...]) -> None:
     """Raises UserError when a part is missing; a transformer may also lie in the folder itself."""
     missing = [part for part in parts if part != "transformer" and not (folder / part).is_dir()]
@@ -62,7 +68,7 @@ def check_parts(folder: Path, parts: tuple[str, ...]) -> None:
 
 def find_local(name: str, parts: tuple[str, ...]) -> Path | None:
     """The folder of a pipeline if these sub-folders of it are on this machine already; nothing is fetched."""
-    path = TINY if name == "tiny" else Path(name).expanduser()
+    path = TINY if name == "tiny" else Path(expand_home(name))
     if not path.exists():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

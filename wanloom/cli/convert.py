@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import wanloom
+from wanloom.assets import full_name
 from wanloom.config import UserError
 from wanloom.files import lock_folder, remove
 from wanloom.signals import StopSignal
@@ -59,8 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     from wanloom.assets import find_pipeline
     from wanloom.recipes.trained import open_trained
 
-    out = arguments.out.expanduser()
-    source = arguments.source.expanduser()
+    out, source = arguments.out, arguments.source
     with StopSignal("nothing") as stop:
         stop.is_patient = False
         try:
@@ -133,8 +133,7 @@ def name_parts(source: Path, model: str | None) -> str:
             f"'{source}' is a transformer alone: give the pipeline of its other parts too, such as "
             "--model Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if model != "tiny" and folder.exists() else model
+    return full_name(model)
 
 
 def write_diffusers(weights: "Weights", ema: bool, pipeline: Path, folder: Path) -> None:

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from wanloom.config import UserError, build_config
+from wanloom.assets import full_name
+from wanloom.config import UserError, build_config, expand_home
 from wanloom.memory import check_memory
 from wanloom.terminal import say
 
@@ -81,7 +82,7 @@ def check_words(arguments: argparse.Namespace) -> "list[PromptLine]":
         raise UserError("--out is empty: give the folder for the videos, or leave it out for `generated`.")
     if (arguments.height is None) != (arguments.width is None):
         raise UserError("--height and --width belong together: give both or neither.")
-    if arguments.checkpoint and not arguments.checkpoint.expanduser().exists():
+    if arguments.checkpoint and not arguments.checkpoint.exists():
         raise UserError(f"There is no folder {arguments.checkpoint}: give a run folder or one of its checkpoints.")
     read_config_of(arguments, Settings.model_construct(**vars(arguments)))
     lines = read_prompts(arguments.prompts) if arguments.prompts else [PromptLine(prompt=p) for p in arguments.prompt]
@@ -120,7 +121,7 @@ def build_plan(arguments: argparse.Namespace, lines: "list[PromptLine]") -> Plan
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
     plan = Plan(
         pipeline=pipeline,
-        model_name=str(Path(name).resolve()) if name != "tiny" and Path(name).exists() else name,
+        model_name=full_name(name),
         checkpoint=None if weights.path == pipeline else weights.path,
         weights=weights,
         ema=arguments.ema,
@@ -131,7 +132,7 @@ def build_plan(arguments: argparse.Namespace, lines: "list[PromptLine]") -> Plan
         device=device,
         precision=precision,
         kernel=resolve_kernel(arguments.kernel, device.type, torch.bfloat16 if precision == "bf16" else torch.float32),
-        out=Path(arguments.out).expanduser(),
+        out=Path(expand_home(arguments.out)),
     )
     check_sizes(plan)
     return plan
@@ -142,8 +143,8 @@ def find_weights(arguments: argparse.Namespace) -> "tuple[str, Path, Weights]":
     from wanloom.assets import find_pipeline
     from wanloom.recipes.trained import is_published, open_published, open_trained
 
-    given, name = arguments.checkpoint and arguments.checkpoint.expanduser(), arguments.model
-    if not given and name and (folder := Path(name).expanduser()).exists() and not (folder / "transformer").is_dir():
+    given, name = arguments.checkpoint, arguments.model
+    if not given and name and (folder := Path(expand_home(name))).exists() and not (folder / "transformer").is_dir():
         given, name = folder, None  # a transformer alone, as the original layout has it: its parts are elsewhere
         if not is_published(given):
             raise UserError(f"'{given}' holds no model: a pipeline has the folders transformer, {', '.join(PARTS)}.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from wanloom.config import UserError, load_yaml
+from wanloom.config import UserError, expand_home, load_yaml
 
 if TYPE_CHECKING:
     from wanloom.data.shards import Row
@@ -78,7 +78,7 @@ def find_recipe(model: str, text_dim: int) -> tuple[str, list[str]] | None:
     if same := [name for name, run in runs.items() if run.model == model]:
         return min(same, key=lambda name: (runs[name].batch.samples, name)), []
     transformer = find_local(model, ("transformer",))
-    if transformer is None and Path(model).expanduser().exists():
+    if transformer is None and Path(expand_home(model)).exists():
         return None
     try:
         size = math.log(num_weights(read_config(transformer))) if transformer else 0.0
