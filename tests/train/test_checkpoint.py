@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact, whole or absent, damage named, nothing silently skipped."""
 
 import json
+import re
 import resource
 import shutil
 import threading
@@ -13,12 +14,13 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
 from wanloom.config import UserError
 from wanloom.model.settings import DiTConfig
+from wanloom.recipes.trained import open_checkpoint
 from wanloom.threads import one_thread
 from wanloom.train import checkpoint as module
 from wanloom.train import saved
 from wanloom.train.checkpoint import Checkpointer, load_tensors, load_weights
 from wanloom.train.pieces import CHUNK
-from wanloom.train.saved import find_checkpoint, find_damage, list_checkpoints, read_state
+from wanloom.train.saved import find_checkpoint, find_damage, list_checkpoints, read_state, seal
 from wanloom.train.settings import CheckpointConfig
 
 CONFIG = DiTConfig(dim=8, ffn_dim=8, num_heads=1, num_layers=1)
@@ -242,6 +244,29 @@ def test_a_copy_under_a_name_of_its_own_is_whole(tmp_path):
     shutil.copytree(find_checkpoint(tmp_path), tmp_path / "best")
     assert find_checkpoint(tmp_path / "best") == tmp_path / "best" and find_damage(tmp_path / "best") is None
     load_tensors(tmp_path / "best", build_tensors())
+
+
+ODD_RECIPES = {
+    b"seed: 3": "of the run: 'model'",  # not in it
+    b"[1, 2]": "it holds no settings",
+    b"model: 3\nema: {decay: null}": "of the run: it is 3",
+    b"model: tiny\nema: 3": "does not tell the model",
+    b"[" * 50_000: "nested more than",
+    b"model: \xff": "can't decode byte 0xff",
+    b"a: 1\na: 2": "the key 'a' is given twice",
+}
+
+
+@pytest.mark.parametrize("data", ODD_RECIPES, ids=range(len(ODD_RECIPES)))
+def test_an_odd_recipe_beside_weights_is_a_sentence(tmp_path, data):
+    save_steps(tmp_path, [3])
+    folder = find_checkpoint(tmp_path)
+    (folder / "run.yaml").write_bytes(data)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(seal(state, data)))
+    with pytest.raises(UserError, match=f"run.yaml.*{re.escape(ODD_RECIPES[data])}") as caught:
+        open_checkpoint(folder, ema=False)
+    assert len(str(caught.value)) < 400
 
 
 ODD_STATES = {

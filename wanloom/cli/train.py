@@ -193,13 +193,11 @@ def choose_kernel(run: "Run", device: "torch.device") -> str:
 
 def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
     """Where to go on. Raises UserError when the draws, the recipe or the data are not those of the checkpoint."""
-    import yaml
-
-    from wanloom.config import UserError, build_config, load_yaml
+    from wanloom.config import UserError, build_config
     from wanloom.keys import SCHEME
     from wanloom.recipes.run import MAY_CHANGE, Run, changed_settings
     from wanloom.train.loop import RunState
-    from wanloom.train.saved import read_state
+    from wanloom.train.saved import read_recipe, read_state
 
     if newest is None:
         return RunState()
@@ -209,10 +207,10 @@ def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
             f"{run.run_dir} was started by another version of wanloom, which drew other noise for the same seed: go on "
             "with that version, or give another run_dir to start anew."
         )
+    recipe = read_recipe(newest)
     try:
-        # settings that are newer than the run take their defaults
-        before = build_config(Run, load_yaml((newest / "run.yaml").read_text()))
-    except (OSError, yaml.YAMLError, UserError) as error:
+        before = build_config(Run, recipe)  # settings that are newer than the run take their defaults
+    except UserError as error:
         raise UserError(f"{newest}/run.yaml cannot be read: {error}") from error
     changed = changed_settings(before, run)
     if changed:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from wanloom.codecs.identity import files_identity, folder_identity
-from wanloom.config import UserError, build_config
+from wanloom.config import UserError, build_config, cut
 from wanloom.dist import together
 from wanloom.folders import check_finite, read_json
 from wanloom.model.dit import WanDiT, cast_weights
@@ -24,7 +23,7 @@ from wanloom.model.settings import DiTConfig
 from wanloom.model.weights import load_dit, read_config
 from wanloom.parallel.params import fill, local
 from wanloom.train.checkpoint import load_tensors, load_weights
-from wanloom.train.saved import find_checkpoint, read_state
+from wanloom.train.saved import find_checkpoint, read_recipe, read_state
 
 NOTE = "wanloom.json"  # what `wanloom convert` writes beside weights
 
@@ -147,11 +146,13 @@ def open_checkpoint(run_or_step: Path, ema: bool) -> Trained:
     """The newest checkpoint of a run, or the checkpoint itself."""
     path = find_checkpoint(run_or_step)
     state = read_state(path)
+    recipe = read_recipe(path)
     try:
-        recipe = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))
         model, average = recipe["model"], recipe["ema"]["decay"]
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise UserError(f"{path / 'run.yaml'} does not tell the model of the run: {error}.") from error
+    if not isinstance(model, str):
+        raise UserError(f"{path / 'run.yaml'} does not tell the model of the run: it is {cut(repr(model))}.")
     if ema and not average:
         raise UserError(f"{path} has no averaged weights: the run was trained without ema.decay. Leave --ema out.")
     digest = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()

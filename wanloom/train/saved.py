@@ -15,9 +15,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import ConfigDict, Field, ValidationError
 
-from wanloom.config import Config, UserError
+from wanloom.config import Config, UserError, explain_yaml, load_yaml
 from wanloom.files import parse_json
 
 FOLDER = "checkpoints"
@@ -119,6 +120,21 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"state.json cannot be read ({reason})") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"state.json cannot be read ({error})") from error
+
+
+def read_recipe(checkpoint: Path) -> dict[str, Any]:
+    """What run.yaml of a checkpoint says. Raises UserError when it is no recipe."""
+    path = checkpoint / "run.yaml"
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (yaml.YAMLError, ValueError) as error:
+        reason = explain_yaml(error) if isinstance(error, yaml.YAMLError) else error
+        raise UserError(f"{path} cannot be read: {reason}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} cannot be read: it holds no settings.")
+    return values
 
 
 def find_damage(checkpoint: Path, first: int = 0, stride: int = 1) -> str | None:
