@@ -90,6 +90,6 @@ def test_samples_whose_content_cannot_be_compared_are_a_note(tmp_path):
     (tmp_path / "index.parquet").unlink()
     note_unhashed([Dataset.open(tmp_path)], said.append)
     assert said == [
-        f"Note: 1 samples of {tmp_path} have no sha256, as folders that others made: whether their content stays the "
+        f"Note: 1 sample of {tmp_path} without a sha256, as in folders that others made: whether the content stays the "
         "same is not checked, only names and lengths are."
     ]

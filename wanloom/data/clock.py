@@ -20,7 +20,6 @@ from wanloom.data.media import MediaFile, choose_track, frame_interval, open_con
 
 LEAP, LEAP_FRAMES = Fraction(10), 50
 PAUSE = Fraction(1)  # seconds that a picture may always stay
-REORDER = 32  # frames by which stamps of showing may step back from packet to packet
 
 JUMPS = "its clock jumps: bridged by one frame's time"
 DISORDER = "its stamps go back: pictures shown in the order of decoding"

@@ -62,11 +62,6 @@ class Strings(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all strings together."""
-        return len(self._data)
-
     @overload
     def __getitem__(self, i: int) -> str: ...
     @overload
@@ -187,9 +182,7 @@ class Builder:
     def add(self, batch: pa.RecordBatch) -> None:
         """More rows."""
         if not batch.schema.equals(SCHEMA) or any(column.null_count for column in batch.columns):
-            raise UserError(
-                f"The index of '{self._path}' is of another version: delete {INDEX} to have it built again."
-            )
+            raise UserError(f"The index of '{self._path}' is of another version: {AGAIN}")
         batch.validate(full=True)  # strings are text
         self._check_places(batch)
         found = batch["split"].unique().to_pylist()
@@ -208,9 +201,7 @@ class Builder:
             values, least = batch[name].to_numpy(), 0 if name in ("offset", "size", "text_len") else 1
             if len(values) and not least <= values.min() <= values.max() < MOST:
                 wrong = int(values.min()) if values.min() < least else int(values.max())
-                raise UserError(
-                    f"The index of '{self._path}' says {name} {wrong}: delete {INDEX} to have it built again."
-                )
+                raise UserError(f"The index of '{self._path}' says {name} {wrong}: {AGAIN}")
 
     def _add_split(self, split: str, batch: pa.RecordBatch) -> None:
         keys = batch["key"].to_pylist()

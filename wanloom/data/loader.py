@@ -8,7 +8,6 @@ neighbours of equal lengths are computed as one batch.
 """
 
 import hashlib
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,6 @@ from wanloom.data.packing import max_over_mean, pack_samples
 from wanloom.data.settings import BatchConfig, DataConfig, SourceConfig
 from wanloom.data.shards import Dataset, Sample
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 FINGERPRINT = 2  # the way in which data is recorded; others cannot be compared
 
@@ -55,12 +53,6 @@ def open_sources(config: DataConfig, channels: int, text_dim: int, text_slots: i
             raise UserError(f"{source.path} has no training samples.")
         if (found := set(np.unique(index.channels).tolist())) != {channels}:
             raise UserError(f"{source.path} has latents of {sorted(found)} channels, the model takes {channels}.")
-        if index.texts["sha256"].num_bytes < 64 * len(index):
-            log.info(
-                "%s has samples without a sha256, as others make them: whether their contents change from one start to "
-                "the next is not seen, only keys and sizes are compared",
-                source.path,
-            )
         found = source.read(index[0]).text.shape[1]
         if found != text_dim:
             raise UserError(

@@ -27,7 +27,7 @@ from fsspec.core import url_to_fs
 from torch import Tensor
 
 from wanloom.config import UserError
-from wanloom.data.index import INDEX, Columns, Index, Row, build_table, encode_index, read_table
+from wanloom.data.index import AGAIN, INDEX, Columns, Index, Row, build_table, encode_index, read_table
 from wanloom.data.index_cache import open_index
 from wanloom.data.retry import Fetching, read_patiently
 from wanloom.data.tar import TENSORS, Pair, scan_tar, view_tensors
@@ -75,7 +75,7 @@ class Dataset:
                 )
             columns = _read_columns(fs, root, path)
         except (pa.ArrowInvalid, pa.ArrowException) as error:
-            raise UserError(f"The index of '{path}' is damaged: delete {INDEX} to have it built again.") from error
+            raise UserError(f"The index of '{path}' is damaged: {AGAIN}") from error
         except OSError as error:
             raise UserError(f"'{path}' cannot be read: {error}") from error
         dataset = cls(path, columns)

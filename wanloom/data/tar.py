@@ -85,7 +85,7 @@ def scan_tar(file: BinaryIO, name: str) -> Iterator[Pair]:
                 key = folder + slash + stem
                 stop = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if suffix == "json":
-                    record = (key, member.offset, _read_json(archive, member, name))
+                    record = (key, member.offset, _read_json(archive, member))
                 elif suffix == "safetensors":
                     shapes = read_shapes(file, member.offset_data, member.size)
                     tensors = (key, member.offset, member.offset_data, member.size, shapes)
@@ -149,7 +149,7 @@ def _view(values: Tensor, entry: Entry) -> Tensor:
     return part.view(entry.dtype).view(entry.shape)
 
 
-def _read_json(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> dict[str, Any]:
+def _read_json(archive: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any]:
     if member.size > MOST_JSON:
         raise ValueError(f"the member '{member.name}' has {member.size} bytes, more than {MOST_JSON} of a record")
     data = archive.extractfile(member) or io.BytesIO()

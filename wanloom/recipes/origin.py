@@ -16,6 +16,7 @@ from wanloom.config import UserError
 from wanloom.data.shards import DONE, Dataset
 from wanloom.files import parse_json
 from wanloom.recipes.run import Run
+from wanloom.terminal import plural
 
 # the key in prepare.json, how to call it, the folders of a pipeline that it is the identity of
 PARTS = (("vae", "VAE", ("vae",)), ("text-encoder", "text encoder", ("text_encoder", "tokenizer")))
@@ -51,8 +52,8 @@ def note_unhashed(sources: Sequence[object], say: Callable[[str], None]) -> None
     for source in sources:
         if isinstance(source, Dataset) and (count := source.count_unhashed()):
             say(
-                f"Note: {count:,} samples of {source.path} have no sha256, as folders that others made: whether their "
-                "content stays the same is not checked, only names and lengths are."
+                f"Note: {plural(count, 'sample')} of {source.path} without a sha256, as in folders that others made: "
+                "whether the content stays the same is not checked, only names and lengths are."
             )
 
 
