@@ -6,9 +6,7 @@ beside it, no number of a config is used before its schema has bounded it, no te
 with the model, and a value that is not finite is an error where it is read: later it would be a black video.
 """
 
-import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +18,12 @@ from torch import Tensor
 
 from wanloom.config import UserError
 from wanloom.files import parse_json
-from wanloom.terminal import say
+from wanloom.terminal import note
 
 MAX_JSON = 64 << 20  # bytes; an index of 100,000 tensors has 10 MB, the vocabulary of UMT5 17
 SHOWN = 3  # names of tensors in a message
-MAX_MESSAGE = 300
+BROKEN = ": the weights are broken, and every video would be black. Fetch or save them again"
+MOST_REASON = 300  # characters of what is wrong with a config, in which somebody may have made a long list
 # what programs put before or between the names of a model's parts
 PREFIX = re.compile(r"^(?:model\.diffusion_model|diffusion_model|pipe\.dit|model|module)\.")
 WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -46,12 +45,6 @@ class Stored(NamedTuple):
     key: str
     shape: tuple[int, ...]
     dtype: str = "F32"  # as safetensors calls it
-
-
-def note(text: str) -> None:
-    """A line for the user; of several processes, that read the same files, one says it."""
-    if os.environ.get("RANK", "0") == "0":
-        say(f"note: {text}", sys.stderr)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -192,12 +185,6 @@ def shorten(names: Iterable[str]) -> str:
     return ", ".join(ordered[:SHOWN]) + more
 
 
-def brief(error: UserError) -> str:
-    """What is wrong with a config, without all of a list that somebody made long."""
-    text = str(error)
-    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
-
-
 def match_tensors(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Stored], path: Path) -> None:
     """Raises UserError, one sentence, unless names and shapes agree one to one."""
     missing, unexpected = [key for key in wanted if key not in found], [key for key in found if key not in wanted]
@@ -229,10 +216,7 @@ def read_tensors(places: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
                     yield name, value
 
 
-def check_finite(value: Tensor, what: str) -> None:
+def check_finite(value: Tensor, what: str, harm: str = BROKEN) -> None:
     """Raises UserError for NaN and infinity, in one pass and without a copy."""
     if value.numel() and not all(map(torch.isfinite, torch.aminmax(value))):
-        raise UserError(
-            f"{what} holds NaN or infinity: the weights are broken, and every video would be black. Fetch or save them "
-            "again."
-        )
+        raise UserError(f"{what} holds NaN or infinity{harm}.")

@@ -49,6 +49,12 @@ def say(text: str = "", file: TextIO | None = None, end: str = "\n") -> None:
     print(printable(text), file=file or sys.stdout, end=end, flush=True)
 
 
+def note(text: str) -> None:
+    """A line beside the results; of several processes, that find the same, one says it."""
+    if os.environ.get("RANK", "0") == "0":
+        say(f"note: {text}", sys.stderr)
+
+
 def show_log(console: Console) -> None:
     """What the parts have to say, such as a folder that is scanned for its index, goes to a terminal too."""
     handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)

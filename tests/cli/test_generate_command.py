@@ -340,7 +340,7 @@ def test_latents_that_are_not_finite_are_never_written(tiny_pipeline, tmp_path, 
     """They would be a black video."""
     monkeypatch.setattr(sampling, "unpatchify", lambda part, grid: torch.full((16, 2, 4, 6), float("inf")))
     words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, *out_at(tmp_path)]
-    expect_mistake(capsys, words, "'000-x' cannot be decoded: The latents hold NaN or infinity")
+    expect_mistake(capsys, words, "'000-x' cannot be decoded: The tensor of latents holds NaN or infinity")
     assert not list(tmp_path.rglob("*.*"))
 
 
@@ -411,7 +411,7 @@ def test_a_long_prompt_is_cut_and_said_so(tiny_pipeline, tmp_path, capsys):
         (["--device", "gpu"], "There is no device 'gpu': give cpu, cuda, or one GPU such as cuda:1."),
         (
             ["--height", "16000", "--width", "16000", "--frames", "801"],
-            "is not enough to make 801 frames of 16000 x 16000, which takes at least",
+            "is not enough to make 801 frames of 16000x16000, which takes at least",
         ),
     ],
 )

@@ -25,13 +25,13 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(tmp_path, monkeypa
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     check_batch(config(height=480, width=832), "cpu")
     check_batch(config(max_area=1 << 30), "cpu")  # a file may be smaller
-    with pytest.raises(UserError, match=r"encode 1 x 81 frames of 848 x 480 pixels, which takes at least .* helps"):
+    with pytest.raises(UserError, match=r"encode 1 x 81 frames of 848x480 pixels, which takes at least .* helps"):
         check_batch(config(height=480, width=848), "cpu")
     (tmp_path / "in").mkdir()
     words = ["prepare", str(tmp_path / "in"), str(tmp_path / "out"), "--model", "tiny"]
     assert main([*words, "--height", "100000", "--width", "100000"]) == 2
     error = capsys.readouterr().err
-    assert "not enough to encode 1 x 81 frames of 100000 x 100000 pixels, which takes at least 11," in error
+    assert "not enough to encode 1 x 81 frames of 100000x100000 pixels, which takes at least 11," in error
     assert not (tmp_path / "out").exists()
 
 
@@ -60,5 +60,5 @@ def test_a_batch_that_does_not_fit_is_a_sentence(error):
     writer = Writer(none, config(), encoders, {})
     clip: Any = SimpleNamespace(pixels=np.zeros((5, 32, 48, 3), np.uint8))
     writer.clips = [("a", none, clip), ("b", none, clip)]
-    with pytest.raises(UserError, match=r"not enough to encode 2 x 5 frames of 48 x 32 pixels\. .*: --batch-size 1 in"):
+    with pytest.raises(UserError, match=r"not enough to encode 2 x 5 frames of 48x32 pixels\. .*: --batch-size 1 in"):
         writer.flush(Block(0, []))

@@ -68,7 +68,7 @@ def test_the_same_frames_are_the_same_bytes(tmp_path):
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(b"old")
-    with pytest.raises(ValueError, match="48x79 pixels"):
+    with pytest.raises(ValueError, match="79x48 pixels"):
         write_mp4(tmp_path / "a.mp4", clip()[:, :, :79], 16)
     with pytest.raises(ValueError, match="not uint8 RGB"):
         write_mp4(tmp_path / "a.mp4", clip().float(), 16)

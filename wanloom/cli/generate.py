@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wanloom.cli import launch
 from wanloom.cli.generate_files import describe, find_done, write_result
 from wanloom.cli.generate_plan import Plan, build_plan, check_alike, check_words, helps_of
-from wanloom.config import UserError
+from wanloom.config import UserError, cut
 from wanloom.files import folder_for_one
 from wanloom.memory import enough_memory
 from wanloom.signals import StopSignal
-from wanloom.terminal import Terminal, say
+from wanloom.terminal import Terminal, note, say
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
     from torch import Tensor
@@ -181,7 +181,7 @@ def encode_texts(plan: Plan) -> "list[Tensor]":
     for prompt in plan.prompts:
         count = codec.count_tokens(prompt)
         if count > slots:
-            say(f"note: of {count} tokens only the first {slots} are used: {prompt[:60]}...", file=sys.stderr)
+            note(f"of {count} tokens only the first {slots} are used: {cut(prompt)}")
     states = codec.encode(plan.prompts, slots)
     del codec
     gc.collect()  # the encoder holds itself in cycles
@@ -216,7 +216,7 @@ def load_model(plan: Plan, mesh: "Mesh") -> "WanDiT":
 
     model = plan.weights.load_model(plan.ema, plan.dtype, plan.device, plan.kernel, apply)
     if rank() == 0 and not params.local(model.head.head.weight).any():
-        say(f"note: the transformer of '{plan.model_name}' is untrained, it will give noise", sys.stderr)
+        note(f"the transformer of '{plan.model_name}' is untrained, it will give noise")
     return model.eval().requires_grad_(False)
 
 
@@ -247,7 +247,7 @@ class Writer(NamedTuple):
             return
         job = self.plan.jobs[index]
         try:
-            with enough_memory(f"decode {job.frames} frames of {job.width} x {job.height}", helps_of(self.plan)):
+            with enough_memory(f"decode {job.frames} frames of {job.width}x{job.height}", helps_of(self.plan)):
                 frames = self.vae.decode(latents)
         except UserError as error:
             raise UserError(f"'{job.name}' cannot be decoded: {error}") from error
@@ -282,7 +282,7 @@ def make_all(
     ]
     console = Terminal(stderr=True)
     quiet = writer.vae is None or not console.is_terminal
-    doing = f"make {len(plan.jobs)} of {plan.jobs[0].width} x {plan.jobs[0].height}"
+    doing = f"make {len(plan.jobs)} of {plan.jobs[0].width}x{plan.jobs[0].height}"
     with Progress(console=console, transient=True, disable=quiet) as progress:
         task = progress.add_task("denoising", total=(len(requests) - len(written)) * plan.config.steps)
         made = generate(model, requests, plan.config, lambda n: progress.advance(task, n), mesh, tuple(written))

@@ -6,14 +6,13 @@ be seen before the weights are read is found here, and several processes must ha
 
 import argparse
 import hashlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from wanloom.assets import full_name
-from wanloom.config import UserError, build_config, expand_home
+from wanloom.config import UserError, build_config, cut, expand_home
 from wanloom.memory import check_memory
-from wanloom.terminal import say
+from wanloom.terminal import note
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
     import torch
@@ -179,13 +178,13 @@ def check_jobs(lines: "list[PromptLine]", jobs: "list[Job]") -> None:
         except UserError as error:
             raise UserError(f"{line.where}: {error}" if line.where else str(error)) from error
         if not job.prompt.strip() and rank() == 0:
-            say(f"note: the prompt of '{job.name}' is empty, so it shows anything.", sys.stderr)
+            note(f"the prompt of '{job.name}' is empty, so it shows anything")
 
 
 def check_sizes(plan: Plan) -> None:
     """Raises UserError when the largest video cannot be made in the memory there is: nothing is loaded yet."""
     job = max(plan.jobs, key=lambda job: job.frames * job.height * job.width)
-    doing = f"make {job.frames} frames of {job.width} x {job.height}"
+    doing = f"make {job.frames} frames of {job.width}x{job.height}"
     check_memory(least_bytes(plan, job), str(plan.device), doing, helps_of(plan))
 
 
@@ -285,7 +284,7 @@ def check_negative(arguments: argparse.Namespace, config: "GenerateConfig", line
     given = [line.prompt for line in lines if line.negative is not None]
     if given:
         raise UserError(
-            f"The `negative` of the prompt '{given[0][:60]}' has no effect with --guidance 1: leave one of them out."
+            f"The `negative` of the prompt '{cut(given[0])}' has no effect with --guidance 1: leave one of them out."
         )
 
 

@@ -13,8 +13,9 @@ import torch
 from pydantic import ConfigDict
 from torch import nn
 
-from wanloom.config import Config, UserError, build_config
-from wanloom.folders import brief, files_in, match_tensors, note, read_headers, read_json, read_tensors, tell_dtypes
+from wanloom.config import Config, UserError, build_config, cut
+from wanloom.folders import MOST_REASON, files_in, match_tensors, read_headers, read_json, read_tensors, tell_dtypes
+from wanloom.terminal import note
 
 M = TypeVar("M", bound=nn.Module)
 C = TypeVar("C", bound="PartConfig")
@@ -37,11 +38,12 @@ def read_part(schema: type[C], folder: Path, what: str, kind: str) -> C:
     named = values.get("_class_name") or values.get("architectures") or [kind]
     named = named[0] if isinstance(named, list) and named else named
     if named != kind:
-        raise UserError(f"{file} describes a {str(named)[:60]!r}, but the {what} of Wan 2.1 is a {kind}.")
+        raise UserError(f"{file} describes a {cut(str(named), 60)!r}, but the {what} of Wan 2.1 is a {kind}.")
     try:
         return build_config(schema, {key: value for key, value in values.items() if value is not None})
     except UserError as error:
-        raise UserError(f"{file} does not describe the {what} of a Wan 2.1 model. {brief(error)}") from error
+        reason = cut(str(error), MOST_REASON)
+        raise UserError(f"{file} does not describe the {what} of a Wan 2.1 model. {reason}") from error
 
 
 def fill_part(

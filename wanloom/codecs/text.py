@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT
 
 from wanloom.codecs.identity import text_identity
 from wanloom.codecs.parts import ForeignError, PartConfig, fill_part, foreign, read_part
-from wanloom.config import UserError, build_config
-from wanloom.folders import brief, read_json
+from wanloom.config import UserError, build_config, cut
+from wanloom.folders import MOST_REASON, read_json
 
 TIED = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor, which files have under either name or both
 VOCABULARIES = ("tokenizer.json", "spiece.model")
@@ -115,7 +115,7 @@ class TextCodec:
             ).input_ids.to(self.device)
             states = self.encoder(ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
             if not states.isfinite().all():
-                raise UserError(f"The text encoder in {self.folder} gives NaN or infinity for: {text[:60]}")
+                raise UserError(f"The text encoder in {self.folder} gives NaN or infinity for: {cut(text)}")
             out.append(states.cpu())
         return out
 
@@ -131,9 +131,10 @@ def load_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
     try:
         named = build_config(TokenizerConfig, read_json(file)).tokenizer_class
     except UserError as error:
-        raise UserError(f"{file} does not describe the tokenizer of a Wan 2.1 model. {brief(error)}") from error
+        reason = cut(str(error), MOST_REASON)
+        raise UserError(f"{file} does not describe the tokenizer of a Wan 2.1 model. {reason}") from error
     if named not in TOKENIZERS:
-        raise UserError(f"{file} describes a {named[:60]!r}, but the tokenizer of Wan is a T5Tokenizer.")
+        raise UserError(f"{file} describes a {cut(named, 60)!r}, but the tokenizer of Wan is a T5Tokenizer.")
     if not any((folder / name).is_file() for name in VOCABULARIES):  # the library would make an empty one
         raise UserError(f"The tokenizer in {folder} has neither of {' and '.join(VOCABULARIES)}.")
     for other in folder.glob("*.json"):  # the library reads several of them, and a deep one would exhaust its stack

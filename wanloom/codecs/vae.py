@@ -16,11 +16,11 @@ from torch import Tensor
 
 from wanloom.codecs.identity import folder_identity
 from wanloom.codecs.parts import PartConfig, fill_part, read_part
-from wanloom.config import UserError
+from wanloom.folders import check_finite
 
 SPATIAL = 8  # pixels per latent, rows and columns
 TEMPORAL = 4  # frames per latent frame, after the first
-
+KEPT = ", which would be kept as black"
 
 Channel = Annotated[int, Field(gt=0, le=1024)]
 Statistic = Annotated[float, Field(ge=-1000, le=1000)]
@@ -102,10 +102,10 @@ class VaeCodec:
         """Frames `(B, F, H, W, 3)` uint8 to latents `(B, C, F', H/8, W/8)` fp32 on the CPU."""
         _, count, height, width, _ = frames.shape
         if count % TEMPORAL != 1 or height % SPATIAL or width % SPATIAL:  # the VAE would drop the rest silently
-            raise ValueError(f"{count} frames of {height}x{width} are not 4n+1 frames of multiples of {SPATIAL}")
+            raise ValueError(f"{count} frames of {width}x{height} are not 4n+1 frames of multiples of {SPATIAL}")
         pixels = frames.to(self.device).permute(0, 4, 1, 2, 3).to(self.vae.dtype) / 127.5 - 1
         latents = self.vae.encode(pixels, return_dict=False)[0].mode().float()
-        check_finite(latents, "What the VAE makes of a picture holds")
+        check_finite(latents, "What the VAE makes of a picture", KEPT)
         return ((latents - self.mean) / self.std).cpu()
 
     @torch.no_grad()
@@ -114,16 +114,9 @@ class VaeCodec:
 
         Raises UserError for latents or pixels that are not finite: they would be written as black.
         """
-        check_finite(latents, "The latents hold")
+        check_finite(latents, "The tensor of latents", KEPT)
         raw = latents[None].to(self.device, torch.float32) * self.std + self.mean
         pixels = self.vae.decode(raw.to(self.vae.dtype), return_dict=False)[0][0].float()
-        check_finite(pixels, "What the VAE makes of the latents holds")
+        check_finite(pixels, "What the VAE makes of the latents", KEPT)
         pixels.clamp_(-1, 1)
         return ((pixels + 1) * 127.5).round_().to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
-
-
-def check_finite(values: Tensor, what: str) -> None:
-    """Raises UserError for NaN and infinity."""
-    low, high = torch.aminmax(values)
-    if not (low.isfinite() and high.isfinite()):
-        raise UserError(f"{what} NaN or infinity, which would be kept as black.")

@@ -32,7 +32,7 @@ def check_batch(config: "PrepareConfig", device: str) -> None:
 def describe_batch(shape: Shape) -> str:
     """What is done, to go after "not enough to"."""
     count, frames, height, width = shape
-    return f"encode {count} x {frames} frames of {width} x {height} pixels"
+    return f"encode {count} x {frames} frames of {width}x{height} pixels"
 
 
 def find_helps(config: "PrepareConfig", shape: Shape) -> list[str]:

@@ -8,10 +8,11 @@ Sources: config.json of Wan-AI/Wan2.1-T2V-1.3B (original) and Wan-AI/Wan2.1-T2V-
 from pathlib import Path
 from typing import Any
 
-from wanloom.config import UserError, build_config
-from wanloom.folders import brief, files_in, files_of_index, note
+from wanloom.config import UserError, build_config, cut
+from wanloom.folders import MOST_REASON, files_in, files_of_index
 from wanloom.model.sequence import PATCH
 from wanloom.model.settings import DiTConfig
+from wanloom.terminal import note
 
 # (ours, original, diffusers) keys of config.json; diffusers gives the width of a head in place of that of the model
 CONFIG_KEYS = (
@@ -69,7 +70,7 @@ def parse_config(values: dict[str, Any], file: Path) -> DiTConfig:
     for key, allowed in BUILT_IN.items():
         if key in values and values[key] not in allowed:
             raise UserError(
-                f"{file}: {key} is {str(values[key])[:60]!r}, but only Wan text-to-video transformers are supported, "
+                f"{file}: {key} is {cut(str(values[key]), 60)!r}, but only Wan text-to-video transformers are read, "
                 f"where it is {allowed[0]!r}."
             )
     diffusers = "num_attention_heads" in values
@@ -87,7 +88,7 @@ def parse_config(values: dict[str, Any], file: Path) -> DiTConfig:
     try:
         out = build_config(DiTConfig, config)
     except UserError as error:
-        raise UserError(f"{file} does not describe a Wan transformer. {brief(error)}") from error
+        raise UserError(f"{file} does not describe a Wan transformer. {cut(str(error), MOST_REASON)}") from error
     return check_channels(out, file)
 
 

@@ -35,7 +35,7 @@ def write_mp4(path: Path, frames: "Tensor | np.ndarray", fps: int) -> None:
     pictures = _to_array(frames)
     _, height, width, _ = pictures.shape
     if height % 2 or width % 2:
-        raise ValueError(f"{height}x{width} pixels: H.264 with 4:2:0 colour needs even sizes")
+        raise ValueError(f"{width}x{height} pixels: H.264 with 4:2:0 colour needs even sizes")
     options = {"movflags": "+faststart"}
     # a whole path: `12:30.mp4` alone would be taken for an address
     with written(path) as temporary, av.open(temporary.absolute(), "w", format="mp4", options=options) as container:

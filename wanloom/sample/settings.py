@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from wanloom.config import Config, UserError, build_config
+from wanloom.config import Config, UserError, build_config, cut
 from wanloom.model.settings import CONFIGS, DiTConfig
 
 FILE = "wanloom.json"
@@ -73,7 +73,7 @@ class Settings(Config):
     shift: float | None = Field(default=None, gt=0, le=MAX_SHIFT)
 
 
-# by the name of the config in model/dit.py, as Wan's own code has them
+# by the name of the config in model/settings.py, as Wan's own code has them
 PUBLISHED = {
     "wan2.1-t2v-1.3b": Settings(height=480, width=832, frames=81, shift=5.0),
     "wan2.1-t2v-14b": Settings(height=720, width=1280, frames=81, shift=5.0),
@@ -82,7 +82,7 @@ PUBLISHED = {
 
 def read_settings(pipeline: Path, config: DiTConfig) -> Settings:
     """The defaults of the model in `pipeline` with a transformer of this config. Raises UserError for a broken file."""
-    from wanloom.folders import brief, read_json  # which reads tensors too, with torch
+    from wanloom.folders import MOST_REASON, read_json  # which reads tensors too, with torch
 
     file = pipeline / FILE
     values = read_json(file).get("generate") if file.is_file() else None
@@ -95,4 +95,4 @@ def read_settings(pipeline: Path, config: DiTConfig) -> Settings:
     try:
         return build_config(Settings, values)
     except UserError as error:
-        raise UserError(f"`generate` in {file}: {brief(error)}") from error
+        raise UserError(f"`generate` in {file}: {cut(str(error), MOST_REASON)}") from error
