@@ -113,6 +113,23 @@ def test_a_leap_in_other_containers(tmp_path: Path) -> None:
         assert clips[0].notes == [] and clips[-1].notes == [JUMPS], suffix
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("longest", [24, 25, 26])
+def test_the_end_is_that_of_the_last_picture_shown(tmp_path: Path, suffix: str, longest: int) -> None:
+    """A packet's length in mp4 is the step to the next one decoded, which is not the next one shown."""
+    times = [i / 16 + (0.4 if i >= longest else 0) for i in range(30)]
+    path = write_numbers(tmp_path / f"a.{suffix}", 30, times=times, options=B_FRAMES)
+    with MediaFile(path) as file:
+        extent, played = scan(file), play_through(file)
+    assert extent.whole and extent.seconds == played.seconds
+    assert float(extent.seconds) == pytest.approx(30 / 16 + 0.4, abs=2e-3)
+    clips = read(path, frames=5, clips="uniform", clips_per_video=3)
+    assert [numbers(clip)[0] for clip in clips][::2] == [0, 25] and len(clips) == 3
+    late = [numbers(clip)[0] for clip in read(path, mode="frames", frames_per_video=30)]
+    moments = [(2 * i + 1) * (30 / 16 + 0.4) / 60 for i in range(30)]
+    assert late == [int(np.searchsorted(times, moment + 0.001, side="right")) - 1 for moment in moments]
+
+
 @pytest.mark.parametrize("rate", [16, 60])
 def test_a_pause_is_no_jump(tmp_path: Path, rate: int) -> None:
     times = [i / rate + (0.9 if i > 9 else 0) for i in range(20)]

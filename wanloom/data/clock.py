@@ -105,7 +105,7 @@ def scan(file: MediaFile) -> Extent:
     """The extent of what will be shown, from the packets alone: nothing is decoded."""
     key: Any = None
     end, whole = Fraction(0), True
-    shown: list[Fraction] = []
+    shown: list[tuple[Fraction, Fraction]] = []  # when, and for how long by the packet
     latest: Fraction | None = None  # decode stamp
     with open_container(file) as container:
         track, _ = choose_track(container)
@@ -122,10 +122,13 @@ def scan(file: MediaFile) -> Extent:
                 whole = whole and (latest is None or decoding - latest > -interval / 2)
                 latest = decoding
             length = packet.duration * base
-            end = max(end, time + (max(length, interval) if packet.pts is None else length or interval))
-            shown.append(time)
+            shown.append((time, max(length, interval) if packet.pts is None else length or interval))
+            end = max(end, time + shown[-1][1])
     if not shown:
         raise MediaError("broken", "has no pictures")
     shown.sort()
-    whole = whole and all(after - before <= longest_step(interval) for before, after in pairwise(shown))
-    return Extent(shown[0], end - shown[0], len(shown), whole)
+    times = [time for time, _ in shown]
+    whole = whole and all(after - before <= longest_step(interval) for before, after in pairwise(times))
+    # lengths of packets are steps in the order of decoding: one that is shown before may seem to outlast the last one
+    last, length = shown[-1]
+    return Extent(times[0], last + length - times[0], len(shown), whole)
