@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from wanloom import memory
 from wanloom.cli import main, train
+from wanloom.cli.train_checks import times
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order
 from wanloom.data.tar import END, tar_pair
@@ -595,6 +597,10 @@ def test_a_run_starts_from_the_weights_of_another_or_their_average(tmp_path, cap
         assert all(torch.equal(found[name][key], value) for key, value in wanted.items()), name
     assert not all(torch.equal(found["raw"][key], found["ema"][key]) for key in found["raw"])
     assert main(words(tmp_path / "raw", *still, f"init={tmp_path}/first", "train.steps=2")) == 0, "it goes on"
+    shutil.rmtree(tmp_path / "first")
+    assert main(words(tmp_path / "raw", *still, f"init={tmp_path}/first", "train.steps=3")) == 0, "by its own weights"
+    assert main(words(tmp_path / "x", f"init={tmp_path}/first", "train.steps=1")) == 2
+    assert "neither random nor pretrained nor the folder of a run" in capsys.readouterr().err
     for wrong, message in (
         ("init=pretraned", "neither random nor pretrained nor the folder of a run"),
         (f"init={tmp_path}", "holds no checkpoint"),
@@ -617,6 +623,22 @@ def test_a_run_says_how_long_it_is_before_it_starts(tmp_path, capsys):
     assert main(words(tmp_path / "b", "train.steps=13")) == 0
     out = capsys.readouterr().out
     assert "A step takes " in out and " s: the run ends in about 0:0" in out
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0.016, "0.016 times"),
+        (0.96, "0.96 times"),
+        (1, "once"),
+        (1.4, "1.4 times"),
+        (2.5, "2.5 times"),
+        (9.96, "10 times"),
+        (1234.5, "1,234 times"),
+    ],
+)
+def test_how_often_is_said_as_it_is(number, words):
+    assert times(number) == words
 
 
 def test_a_folder_of_other_things_is_no_run_dir(tmp_path, capsys, monkeypatch):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from wanloom.config import UserError, nearest
 from wanloom.recipes.run import load_run, split_init, use_mock
+from wanloom.train.saved import list_checkpoints
 
 if TYPE_CHECKING:
     from wanloom.recipes.run import Run
@@ -26,7 +27,8 @@ def check(arguments: argparse.Namespace) -> "Run":
         raise UserError("Say where checkpoints and metrics go: run_dir=FOLDER.")
     for source in run.data.resolved():
         check_folder(source.path) if not run.data.mock else None
-    check_init(run.init)
+    if not list_checkpoints(Path(run.run_dir)):  # a run that goes on has weights of its own
+        check_init(run.init)
     if os.environ.get("RANK", "0") == "0":  # the others come when it is in use already
         check_run_dir(Path(run.run_dir))
     return run
@@ -79,7 +81,6 @@ def tell_outlook(
 
 
 def times(number: float) -> str:
-    """`3 times`, `once`; a part of a pass with one digit."""
-    if number < 0.95:
-        return f"{number:.2g} times"
-    return "once" if round(number) == 1 else f"{number:,.0f} times"
+    """`3 times`, `once`; below 10 with two digits."""
+    text = f"{number:.2g}" if number < 9.95 else f"{number:,.0f}"
+    return "once" if text == "1" else f"{text} times"

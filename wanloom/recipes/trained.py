@@ -111,7 +111,9 @@ def open_trained(path: Path, ema: bool = False) -> Weights:
     """
     if is_published(path):
         if ema:
-            raise UserError(f"{path} holds one set of weights and no average beside it: leave --ema out.")
+            raise UserError(
+                f"{path} holds one set of weights and no average beside it: leave out --ema, or `:ema` in init."
+            )
         return open_published(path)
     return open_checkpoint(path, ema)
 
@@ -154,7 +156,9 @@ def open_checkpoint(run_or_step: Path, ema: bool) -> Trained:
     if not isinstance(model, str):
         raise UserError(f"{path / 'run.yaml'} does not tell the model of the run: it is {cut(repr(model))}.")
     if ema and not average:
-        raise UserError(f"{path} has no averaged weights: the run was trained without ema.decay. Leave --ema out.")
+        raise UserError(
+            f"{path} has no averaged weights: the run had no ema.decay. Leave out --ema, or `:ema` in init."
+        )
     digest = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
     identity = digest[:16] + ("-ema" if ema else "")
     return Trained(path, state["step"], model, build_config(DiTConfig, state["model"]), identity)
