@@ -31,6 +31,12 @@ def test_a_recipe_is_printed_as_a_recipe(tmp_path, capsys):
     assert "# step: 16 samples, " in out and "model TFLOP" in out
 
 
+def test_epochs_are_shown_as_the_steps_that_they_are(capsys):
+    assert main(["show", "tiny", "--mock", "1x64x64", "train.epochs=0.05"]) == 0
+    out = capsys.readouterr().out
+    assert "1,024 samples to train on" in out and "# run: 4 steps, 64 samples" in out
+
+
 def test_the_published_models_are_shown_without_their_weights(capsys):
     assert main(["show", "wan2.1-t2v-14b", "init=random", "--mock", "81x480x832", "batch.samples=4"]) == 0
     out = capsys.readouterr().out

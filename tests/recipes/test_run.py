@@ -227,6 +227,8 @@ def test_epochs_are_steps_once_the_samples_are_counted(tmp_path):
     settled = settle_steps(run, 100)
     assert (settled.train.steps, settled.train.epochs) == (16, None) and 16 * run.batch.samples >= 250
     assert settle_steps(load_run("tiny", []), 100).train.steps == load_run("tiny", []).train.steps
+    tenths = load_run("tiny", ["train.epochs=1.1", "batch.samples=1"])
+    assert settle_steps(tenths, 100).train.steps == 110, "exact, where floats are a little above"
     (tmp_path / "r.yaml").write_text("based_on: tiny\ntrain: {epochs: 3}")
     assert load_run(str(tmp_path / "r.yaml"), []).train.epochs == 3
     assert load_run(str(tmp_path / "r.yaml"), ["train.steps=7"]).train.epochs is None, "the later word counts"

@@ -11,7 +11,7 @@ from wanloom.data.loader import Totals
 from wanloom.objective.settings import FlowConfig
 from wanloom.train import loop
 from wanloom.train.loop import RunState, Settings, Trainer
-from wanloom.train.settings import LogConfig, ScheduleConfig, TrainConfig
+from wanloom.train.settings import CheckpointConfig, LogConfig, ScheduleConfig, TrainConfig
 from wanloom.train.step import Cause, NonFiniteError, StepResult
 
 
@@ -105,3 +105,25 @@ def test_a_loss_that_is_not_finite_tells_weights_from_samples(cause, words):
     trainer = Trainer(none, none, RunState(), [], checkpointer, None, none)
     said = str(trainer._explain(NonFiniteError("loss", 6, ["a", "b", "c"], cause)))
     assert said.startswith(f"The loss of step 7 is not finite, {words}") and "The last whole checkpoint is x." in said
+
+
+def test_minutes_are_counted_from_the_last_save(monkeypatch):
+    """Steps of 25 s, a save every minute: after the third step, and then after every third again."""
+    seconds = iter(range(0, 10_000, 25))
+    now = [float(next(seconds))]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    settings = Settings(TrainConfig(steps=99), 1e-3, ScheduleConfig(), FlowConfig(), None, LogConfig(), None)
+    saved: list[int] = []
+    checkpointer: Any = SimpleNamespace(
+        config=CheckpointConfig(minutes=1), save=lambda step, tensors, state, recipe: saved.append(step)
+    )
+    parts: Any = SimpleNamespace(facts={}, recipe="", tensors=dict)
+    none: Any = None
+    trainer = Trainer(parts, settings, RunState(), [], checkpointer, none, none)
+    trainer._saved = now[0]
+    for _ in range(9):
+        now[0] = float(next(seconds))
+        trainer.state.step += 1
+        if trainer._is_due():
+            trainer._save()
+    assert saved == [3, 6, 9]

@@ -179,12 +179,14 @@ def show_plan(run: "Run", config: "DiTConfig", layout: "Layout | None" = None) -
     """Samples, packs and FLOPs of a step, planned from the index alone; and how even they are over a layout."""
     from wanloom.data.loader import Plan, open_sources
     from wanloom.model.flops import train_flops
+    from wanloom.recipes.run import settle_steps
 
     ranks = layout.data_ranks if layout else 1
     sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
     plan = Plan(sources, run.data.resolved(), run.batch, run.seed, lambda tokens: train_flops(config, tokens), ranks)
     for source, weight in zip(sources, plan.shares(), strict=True):
         say(f"# data: {describe(source)}, {weight:.0%} of the samples")
+    run = settle_steps(run, sum(len(index) for index in plan.indices))
     steps = [plan.packs(step) for step in range(min(STEPS_PLANNED, run.train.steps))]
     totals = [plan.totals(packs) for packs in steps]
     num_packs = sum(len(packs) for packs in steps)

@@ -8,6 +8,7 @@ A recipe that is based on another one comes with its values for the mode after a
 
 import math
 from fnmatch import fnmatch
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -145,7 +146,7 @@ def settle_steps(run: Run, num_samples: int) -> Run:
     """The run with as many steps as its epochs are, over `num_samples` of all sources; they are said once."""
     if run.train.epochs is None:
         return run
-    steps = math.ceil(run.train.epochs * num_samples / run.batch.samples)
+    steps = math.ceil(Fraction(str(run.train.epochs)) * num_samples / run.batch.samples)
     train = run.train.model_copy(update={"steps": max(steps, 1), "epochs": None})
     return run.model_copy(update={"train": train})
 
