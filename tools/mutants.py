@@ -46,6 +46,7 @@ ATTENDS = "tests/model/test_attention.py::test_equals_a_plain_loop_with_its_grad
 SEQUENCE = "tests/model/test_sequence.py"
 FLOW = "tests/objective/test_flow.py"
 OPTIM = "tests/train/test_optim.py"
+CLOCK = "tests/data/test_clock.py"
 LAYOUT = "tests/layouts/test_layouts.py::test_a_layout_equals_one_process"
 EXCHANGED = "tests/layouts/test_layouts.py::test_what_is_exchanged_grows_with_the_packs_only_where_it_must"
 
@@ -327,6 +328,18 @@ MUTANTS = (
         "parts.optimizer.step(self._learning_rate(done + 1))",
         (f"{LOOP}::test_the_average_follows_every_update",),
     ),
+    Mutant(
+        "wanloom/train/loop.py",
+        "> 60 * minutes",
+        "> minutes",
+        (f"{LOOP}::test_minutes_are_counted_from_the_last_save",),
+    ),
+    Mutant(
+        "wanloom/train/loop.py",
+        "    def _save(self) -> None:\n        self._saved = time.monotonic()\n",
+        "    def _save(self) -> None:\n",
+        (f"{LOOP}::test_minutes_are_counted_from_the_last_save",),
+    ),
     Mutant("wanloom/train/ema.py", "(1 + count) / (10 + count)", "(2 + count) / (10 + count)", (OPTIM,)),
     Mutant("wanloom/train/optim.py", "if p.dim() == 2]", "if p.dim() >= 1]", (OPTIM,)),
     # ---- the data
@@ -353,6 +366,30 @@ MUTANTS = (
         "self._assemble(Step(step, own, self._plan.totals(packs)))",
         "self._assemble(Step(step, own, self._plan.totals(packs[self._rank :: self._plan.ranks])))",
         ("tests/data/test_loader.py::test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks",),
+    ),
+    Mutant(
+        "wanloom/data/index.py",
+        "np.maximum.at(self._ends, found,",
+        "np.put(self._ends, found,",
+        ("tests/data/test_index.py::test_mapped_columns_are_those_in_memory",),
+    ),
+    Mutant(
+        "wanloom/data/image_colour.py",
+        "values ** (1 / gamma)",
+        "values**gamma",
+        ("tests/data/test_image_colour.py::test_gamma_and_primaries_of_a_png",),
+    ),
+    Mutant(
+        "wanloom/data/clock.py",
+        "max(PAUSE, 2 * interval,",
+        "max(PAUSE,",
+        (f"{CLOCK}::test_a_picture_each_quarter_of_a_minute_is_no_jump",),
+    ),
+    Mutant(
+        "wanloom/data/clock.py",
+        "last, length = shown[-1]",
+        "last, length = max(shown, key=sum)",
+        (f"{CLOCK}::test_the_end_is_that_of_the_last_picture_shown",),
     ),
     # ---- many ranks
     Mutant(

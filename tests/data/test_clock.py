@@ -138,6 +138,16 @@ def test_a_pause_is_no_jump(tmp_path: Path, rate: int) -> None:
     assert numbers(clip) == [int(np.searchsorted(times, k / 16 + 0.0011, side="right")) - 1 for k in range(17)]
 
 
+def test_a_picture_each_quarter_of_a_minute_is_no_jump(tmp_path: Path) -> None:
+    """Slower than a leap of 10 s: the rate that the header says counts."""
+    path = write_numbers(tmp_path / "a.mp4", 30, fps=Fraction(1, 15))
+    (clip,) = read(path, frames=5, fps=1 / 30)
+    assert numbers(clip) == [0, 2, 4, 6, 8] and clip.notes == []
+    assert [numbers(c) for c in read(path, mode="frames", frames_per_video=3)] == [[5], [15], [25]]
+    with MediaFile(path) as file:
+        assert scan(file).whole
+
+
 def test_no_clip_is_one_held_picture(tmp_path: Path) -> None:
     """Five pictures, the third of them on the screen for 0.9 s."""
     path = write_numbers(tmp_path / "a.mkv", 25, times=[i / 16 + (0.9 if i > 6 else 0) for i in range(25)])

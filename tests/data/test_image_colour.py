@@ -174,6 +174,8 @@ def test_gamma_and_primaries_of_a_png(tmp_path: Path) -> None:
     assert np.array_equal(clip.pixels[0], PICTURE) and clip.notes == []
     (clip,) = read(write_png(tmp_path / "b.png", PICTURE, gAMA=struct.pack(">I", 100000)))
     assert worst(clip.pixels[0], 255 * from_linear(PICTURE / 255)) <= 1  # linear light
+    (clip,) = read(write_png(tmp_path / "f.png", PICTURE, gAMA=struct.pack(">I", 50000)))
+    assert worst(clip.pixels[0], 255 * from_linear((PICTURE / 255) ** 2)) <= 1
     wide = struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
     (clip,) = read(write_png(tmp_path / "c.png", PICTURE, cHRM=wide))
     assert worst(clip.pixels[0], expected_srgb(PICTURE, "Display P3")) <= 1

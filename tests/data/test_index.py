@@ -37,7 +37,7 @@ def draw_rows(count: int = COUNT, seed: int = 0) -> list[Row]:
         split = "val" if i % 7 == 3 else "train"
         shard = f"{split}/shard-{i // 50:06d}.tar"
         values = {
-            "offset": 1000 * i,
+            "offset": 1000 * (i ^ 7),  # not in order
             "size": r.randint(1, 999),
             "channels": 16,
             "caption": text,
