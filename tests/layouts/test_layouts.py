@@ -37,6 +37,7 @@ def asked(items: list[pytest.Item]) -> list[Case]:
         for item in items
         if "written" in getattr(item, "fixturenames", ())
         for value in item.callspec.params.values()  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(value, Case)  # other tests have a fixture of that name
     }
     return [case for case in (*CASES, *FAULTS, *SAVED, *RESUMED, ANOTHER) if case.name in names]
 
