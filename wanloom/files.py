@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 from wanloom.config import UserError
 
+LOCK = ".lock"  # the file of a folder that is locked
+
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
@@ -68,7 +70,7 @@ def lock_folder(folder: Path, taken: str) -> TextIO:
     """Make the folder and lock it until the returned file is closed. Raises UserError, `taken` when another has it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
+        file = (folder / LOCK).open("a")
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be written: {error.strerror}.") from error
     try:
@@ -85,7 +87,7 @@ def lock_folder(folder: Path, taken: str) -> TextIO:
 @contextmanager
 def folder_for_one(folder: Path, taken: str) -> Iterator[None]:
     """`lock_folder` for a block, after which nothing of the lock is left in the folder."""
-    path = folder / ".lock"
+    path = folder / LOCK
     while True:
         file = lock_folder(folder, taken)
         try:

@@ -111,7 +111,7 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
     assert f"make data of them with `wanloom prepare '{tmp_path}/my clips' OUT`." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "{}"])
+@pytest.mark.parametrize("damage", ["{", "[]", '{"settings": []}'])
 def test_a_damaged_note_of_a_data_set_is_a_sentence(tmp_path, prepared, capsys, damage):
     folder = tmp_path / "data"
     shutil.copytree(prepared[0], folder)

@@ -67,8 +67,9 @@ def test_what_cannot_be_compared_is_said(tiny_pipeline, tmp_path):
     assert "with the text encoder of" in note and "is not checked" in note
 
 
-def test_a_damaged_record_is_said(tiny_pipeline, tmp_path):
-    (tmp_path / DONE).write_text("{")
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"settings": 3}'])
+def test_a_damaged_record_is_said(tiny_pipeline, tmp_path, damage):
+    (tmp_path / DONE).write_text(damage)
     with pytest.raises(UserError, match=r"prepare\.json is damaged"):
         notes(tiny_pipeline, tmp_path)
 

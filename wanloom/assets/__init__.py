@@ -4,6 +4,7 @@ from pathlib import Path
 
 from wanloom.config import UserError, expand_home
 
+NOTE = "wanloom.json"  # beside a model: where its weights come from, and how it is sampled
 TINY = Path(__file__).parent / "tiny"
 
 
@@ -36,7 +37,7 @@ def find_pipeline(name: str, parts: tuple[str, ...] = ()) -> Path:
             f"'{name}' is in the layout of Wan's own code, whose VAE and text encoder are pickles: give "
             f"{name}-Diffusers, the same model in diffusers layout."
         )
-    patterns = ["model_index.json", "wanloom.json", *(f"{part}/*" for part in parts)] if parts else None
+    patterns = ["model_index.json", NOTE, *(f"{part}/*" for part in parts)] if parts else None
     expected = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))

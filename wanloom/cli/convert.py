@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import wanloom
-from wanloom.assets import full_name
+from wanloom.assets import NOTE, full_name
 from wanloom.config import UserError
-from wanloom.files import lock_folder, remove
+from wanloom.files import LOCK, lock_folder, remove
 from wanloom.signals import StopSignal
 from wanloom.terminal import say
 
@@ -42,7 +42,6 @@ wanloom.sample.solvers.build_scheduler("unipc", shift=5.0) makes them equal.
 """
 COPIED = ("model_index.json", "vae", "text_encoder", "tokenizer", "scheduler")
 ORIGINAL_TOKENIZER = Path("google") / "umt5-xxl"
-LOCK = ".lock"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +175,6 @@ def copy_parts(pipeline: Path, places: dict[str, Path]) -> None:
 
 def write_note(weights: "Weights", ema: bool, model: str, pipeline: Path, folder: Path) -> None:
     """wanloom.json: where the weights come from, and how `wanloom generate` samples them if nothing else is asked."""
-    from wanloom.recipes.trained import NOTE
     from wanloom.sample.settings import read_settings
 
     settings = read_settings(pipeline, weights.config).model_dump(exclude_none=True)

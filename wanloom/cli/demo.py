@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import wanloom
 from wanloom.cli import main
 from wanloom.config import UserError
-from wanloom.files import write_atomic
+from wanloom.files import remove, write_atomic
 from wanloom.terminal import Terminal, say
 
 HELP = (
@@ -116,10 +115,8 @@ def open_folder(out: Path, seed: int, replace: bool) -> bool:
             )
     if earlier and replace:
         for entry in out.iterdir():  # the marker stays: killed in the middle, the folder is still known as a demo's
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry != marker:
-                entry.unlink()
+            if entry != marker:
+                remove(entry)
     write_atomic(marker, started.encode())
     return earlier and not replace
 
@@ -128,11 +125,15 @@ def busy() -> str:
     """A sentence when other processes use the cores that the demo computes on; empty where a GPU computes."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    load = os.getloadavg()[0]
+    cores, load = count_cores(), os.getloadavg()[0]
     if torch.cuda.is_available() or load < BUSY * cores:
         return ""
     return f"This machine is busy: {load:.1f} processes wanted its {cores} cores in the last minute."
+
+
+def count_cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_clips(folder: Path, seed: int) -> dict[Any, Path]:
@@ -234,8 +235,8 @@ def machine() -> str:
     """What the numbers were measured on."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU cores, {platform.machine()}"
+    cpu = f"{count_cores()} CPU cores, {platform.machine()}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     return f"{device}, Python {platform.python_version()}, torch {torch.__version__}, wanloom {wanloom.__version__}"
 
 

@@ -178,7 +178,7 @@ def check_jobs(lines: "list[PromptLine]", jobs: "list[Job]") -> None:
         except UserError as error:
             raise UserError(f"{line.where}: {error}" if line.where else str(error)) from error
         if not job.prompt.strip() and rank() == 0:
-            note(f"the prompt of '{job.name}' is empty, so it shows anything")
+            note(f"the prompt of '{job.name}' is empty, so it shows anything.")
 
 
 def check_sizes(plan: Plan) -> None:

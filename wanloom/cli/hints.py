@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from wanloom.config import UserError, expand_home, load_yaml
+from wanloom.sample.settings import video_shape
 
 if TYPE_CHECKING:
     from wanloom.data.shards import Row
@@ -105,6 +106,8 @@ def generate_command(run_dir: Path, sample: "Row") -> str:
     prompt = " ".join(sample.caption.split())
     if not 0 < len(prompt) <= MOST_PROMPT or prompt.startswith("-"):
         prompt = "a cat that runs"
-    sizes = {"--frames": 4 * (sample.frames - 1) + 1, "--height": 8 * sample.height, "--width": 8 * sample.width}
-    words = [word for name, size in sizes.items() for word in (name, str(size))]
+    sizes = zip(
+        ("--frames", "--height", "--width"), video_shape(sample.frames, sample.height, sample.width), strict=True
+    )
+    words = [word for name, size in sizes for word in (name, str(size))]
     return shlex.join(["wanloom", "generate", "--checkpoint", as_word(run_dir), *words, "--prompt", prompt])

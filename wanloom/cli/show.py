@@ -1,10 +1,12 @@
 """`wanloom show`: what a recipe, a run or a prepared folder holds, without weights and without a GPU."""
 
 import argparse
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanloom.memory import GIB
 from wanloom.terminal import Terminal, plural, say, show_log
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ HELP = """Print what a recipe, a run or a prepared folder holds.
 """
 NUM_CAPTIONS = 3
 STEPS_PLANNED = 20  # enough for a mean of packs per step
-GIB = 2**30
 PER_NODE = 8
 AXIS_WORDS = {
     "pp": "stages of blocks, packs pass through them",
@@ -231,7 +232,7 @@ def show_run(path: Path) -> None:
             say(f"held-out loss: {held_out[-1]['val_loss']:.4f} at step {held_out[-1]['step']}")
     for checkpoint in list_checkpoints(path):
         state = read_state(checkpoint)
-        size = sum(file["bytes"] for file in state["files"].values()) / 2**30
+        size = sum(file["bytes"] for file in state["files"].values()) / GIB
         seen = f"{state['samples']:,} samples, {state['tokens']:,} tokens"
         say(f"{checkpoint}: {seen}, {format_seconds(state['seconds'])} of training, {size:.2f} GiB")
     if not list_checkpoints(path):
@@ -240,26 +241,23 @@ def show_run(path: Path) -> None:
 
 def show_data(path: Path) -> None:
     """Samples, sizes and captions of a prepared folder."""
-    from wanloom.config import UserError
     from wanloom.data.shards import Dataset
-    from wanloom.files import parse_json
+    from wanloom.model.dit import PATCH_SIZE
+    from wanloom.recipes.origin import read_settings
+    from wanloom.sample.settings import video_shape
 
     source = Dataset.open(path)
     say(describe(source))
     index = source.rows("train")
     say("  sizes are width x height, captions those of the first samples")
-    for (frames, height, width), count in index.count_shapes().items():
-        pixels = f"{plural(4 * (frames - 1) + 1, 'frame')} of {width * 8}x{height * 8}"
-        say(f"  {count:,} x {pixels} ({frames * height * width // 4:,} tokens)")
+    for shape, count in index.count_shapes().items():
+        frames, height, width = video_shape(*shape)
+        tokens = math.prod(shape) // PATCH_SIZE
+        say(f"  {count:,} x {plural(frames, 'frame')} of {width}x{height} ({tokens:,} tokens)")
     for i in range(min(NUM_CAPTIONS, len(index))):
         say(f"  {index[i].key}: {index[i].caption}")
     if len(index) > NUM_CAPTIONS:
         more = plural(len(index) - NUM_CAPTIONS, "sample")
         say(f"  and {more} more: `wanloom show {shlex.quote(str(path))} --page` draws them")
-    settings = path / "prepare.json"
-    if settings.is_file():
-        try:
-            used = parse_json(settings.read_bytes())["settings"].items()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{settings} is damaged: restore it or prepare the folder again.") from error
-        say("  prepared with: " + ", ".join(f"{name} {value}" for name, value in used if value is not None))
+    if used := read_settings(source.path):
+        say("  prepared with: " + ", ".join(f"{name} {value}" for name, value in used.items() if value is not None))

@@ -11,7 +11,7 @@ import wanloom
 from wanloom.cli import launch
 from wanloom.cli.hints import generate_command
 from wanloom.cli.train_checks import check, tell_outlook
-from wanloom.terminal import say, show_log
+from wanloom.terminal import plural, say, show_log
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
     from collections.abc import Callable
@@ -289,8 +289,7 @@ def count_threads(device: "torch.device") -> str:
     """How many threads compute, in words; nothing on a GPU."""
     import torch
 
-    threads = torch.get_num_threads()
-    return f" with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else ""
+    return f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
 
 
 def note_threads(checkpoint: Path, device: "torch.device", say: "Callable[[str], None]") -> None:

@@ -6,6 +6,8 @@ take. The one decision: one line for a reason, whatever the number of files, and
 
 from typing import Any
 
+from wanloom.terminal import plural
+
 FEWEST = 5  # frames of a clip that is no picture
 
 
@@ -26,7 +28,7 @@ def advise_frames(found: list[int], asked: int) -> list[str]:
     fits = sorted(((number - 1) // 4 * 4 + 1 for number in found), reverse=True)
     usable = [number for number in fits if number >= FEWEST]
     many = len(found) > 1
-    start = f"{len(found)} video{'s are' if many else ' is'} too short for --frames {asked}"
+    start = f"{plural(len(found), 'video')} {'are' if many else 'is'} too short for --frames {asked}"
     if not usable:
         return [f"{start}: --mode frames takes single pictures of {'them' if many else 'it'}."]
     best = usable[min(len(usable), -(-9 * len(found) // 10)) - 1]
@@ -41,6 +43,6 @@ def advise_clips(taken: dict[str, tuple[float, float]], length: float) -> list[s
         return []
     return [
         f"--clips first takes one clip from the start of a video and leaves {sum(left) / 60:.1f} minutes of "
-        f"{len(left)} video{'s' * (len(left) > 1)} out, by their headers: --clips all takes them, --clips uniform a "
+        f"{plural(len(left), 'video')} out, by their headers: --clips all takes them, --clips uniform a "
         "few clips spread over each."
     ]

@@ -67,8 +67,14 @@ def read_settings(path: str) -> dict[str, Any]:
     """What a folder was prepared with; empty for a folder that others made. Raises UserError when it is damaged."""
     fs, root = url_to_fs(path)
     try:
-        return parse_json(fs.cat_file(f"{root}/{DONE}"))["settings"]
+        found = parse_json(fs.cat_file(f"{root}/{DONE}"))
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"{path}/{DONE} is damaged ({error}): restore it, or delete it to train unchecked.") from error
+    settings = found.get("settings") if isinstance(found, dict) else None
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{path}/{DONE} is damaged (it holds no settings): restore it, or delete it to train unchecked."
+        )
+    return settings

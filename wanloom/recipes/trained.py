@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wanloom.assets import NOTE
 from wanloom.codecs.identity import files_identity, folder_identity
 from wanloom.config import UserError, build_config, cut
 from wanloom.dist import together
@@ -24,8 +25,6 @@ from wanloom.model.weights import load_dit, read_config
 from wanloom.parallel.params import fill, local
 from wanloom.train.checkpoint import load_tensors, load_weights
 from wanloom.train.saved import find_checkpoint, read_recipe, read_state
-
-NOTE = "wanloom.json"  # what `wanloom convert` writes beside weights
 
 
 @dataclass(frozen=True)

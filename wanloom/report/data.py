@@ -16,10 +16,11 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from wanloom.codecs.vae import SPATIAL, TEMPORAL, VaeCodec
+from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError
 from wanloom.data.shards import Dataset
 from wanloom.sample.media import write_sheet
+from wanloom.sample.settings import video_shape
 
 NUM_SAMPLES = 24
 LATENT_FRAMES = 5  # of a clip, at most: 17 frames
@@ -75,11 +76,11 @@ def draw_sheets(source: Dataset, vae: VaeCodec, on_sheet: Callable[[int, int], N
 
 def size_of(latent_frames: int, height: int, width: int) -> str:
     """Pixels of a sample with latents of this size, width first, and which of its frames are shown."""
-    pixels = f"{width * SPATIAL}x{height * SPATIAL}"
+    frames, rows, columns = video_shape(latent_frames, height, width)
+    shown = video_shape(min(latent_frames, LATENT_FRAMES), height, width)[0]
+    pixels = f"{columns}x{rows}"
     if latent_frames == 1:
         return pixels
-    frames = TEMPORAL * (latent_frames - 1) + 1
-    shown = TEMPORAL * (min(latent_frames, LATENT_FRAMES) - 1) + 1
     return f"{pixels}, {frames} frames" + (f", the first {shown} shown" if shown < frames else "")
 
 

@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from wanloom.assets import NOTE
 from wanloom.config import Config, UserError, build_config, cut
 from wanloom.model.settings import CONFIGS, DiTConfig
 
-FILE = "wanloom.json"
 SPATIAL_STEP = 16  # pixels of one token, rows and columns: 8 in the VAE times 2 in the patch
 TEMPORAL_STEP = 4  # frames of one latent frame, after the first
 PIXELS_PER_LATENT = 8
@@ -55,6 +55,11 @@ def latents_shape(channels: int, frames: int, height: int, width: int) -> tuple[
     return channels, latent_frames, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
 
 
+def video_shape(latent_frames: int, rows: int, columns: int) -> tuple[int, int, int]:
+    """Frames, height and width in pixels of latents of this size."""
+    return TEMPORAL_STEP * (latent_frames - 1) + 1, PIXELS_PER_LATENT * rows, PIXELS_PER_LATENT * columns
+
+
 def _around(value: int, step: int, rest: int) -> str:
     """The legal values `step * n + rest` next to `value`, in words."""
     below = (value - rest) // step * step + rest
@@ -84,7 +89,7 @@ def read_settings(pipeline: Path, config: DiTConfig) -> Settings:
     """The defaults of the model in `pipeline` with a transformer of this config. Raises UserError for a broken file."""
     from wanloom.folders import MOST_REASON, read_json  # which reads tensors too, with torch
 
-    file = pipeline / FILE
+    file = pipeline / NOTE
     values = read_json(file).get("generate") if file.is_file() else None
     if values is None:
         return next(
