@@ -56,7 +56,9 @@ def note(text: str) -> None:
 
 
 def show_log(console: Console) -> None:
-    """What the parts have to say, such as a folder that is scanned for its index, goes to a terminal too."""
+    """What the parts have to say, such as a folder that is scanned for its index, goes to a terminal too: the last."""
+    root = logging.getLogger()
+    root.handlers = [handler for handler in root.handlers if not isinstance(handler, RichHandler)]
     handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("wanloom").setLevel(logging.INFO)

@@ -47,6 +47,16 @@ def test_one_section_or_setting_can_be_asked_for(capsys):
     out = capsys.readouterr().out
     assert out.count("\n") == 3 and "ema.decay" in out
     assert main(["show", "--explain", "seed"]) == 0 and "| `seed` |" in capsys.readouterr().out
+    assert main(["show", "--explain", "optimizer.lr"]) == 0
+    out = capsys.readouterr().out
+    assert "| `optimizer.lr` |" in out and out.count("\n") == 3
+    assert main(["show", "--explain", "data.sources"]) == 0
+    assert "| `data.sources.weight` |" in capsys.readouterr().out
+    for words in (["tiny"], ["tiny", "seed=1"], ["optimizer", "lr"]):
+        assert main(["show", *words, "--explain"]) == 2
+        assert capsys.readouterr().err.startswith("wanloom: --explain takes one name, of a setting or a section, ")
+    assert main(["show", "--explain", "optimizer.lrr"]) == 2
+    assert capsys.readouterr().err == "wanloom: There is no setting 'optimizer.lrr'. Did you mean 'optimizer.lr'?\n"
     assert main(["show", "--explain", "emma"]) == 2
     assert capsys.readouterr().err == "wanloom: There is no setting 'emma'. Did you mean 'ema'?\n"
 

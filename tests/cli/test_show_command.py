@@ -129,6 +129,15 @@ def test_a_missing_index_is_a_note(tmp_path, prepared):
     )
     assert "has no index: reading the headers of 2 shards" in " ".join(done.stderr.split())
     assert "12 samples" in done.stdout and "reading" not in done.stdout
+    (folder / "index.parquet").unlink()
+    train = [sys.executable, "-m", "wanloom", "train", "tiny", f"data.path={folder}", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(train, capture_output=True, text=True)
+    assert " ".join(done.stdout.split()).count("has no index: reading the headers of 2 shards") == 1
+
+
+def test_the_page_s_file_is_an_option(capsys, prepared):
+    assert main(["show", str(prepared[0]), "--page", "my.html"]) == 2
+    assert "'my.html' is one word too many: --out FILE says where the page goes." in capsys.readouterr().err
 
 
 def test_the_page_of_a_folder_shows_its_latents_decoded(tmp_path, capsys, monkeypatch):

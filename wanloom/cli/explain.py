@@ -26,10 +26,7 @@ KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false
 def explain_settings(cls: type[Config], only: str | None = None) -> str:
     """The page on all settings of a config class, or the table of one section. Raises UserError for another name."""
     if only is not None:
-        if only not in cls.model_fields:
-            raise UserError(f"There is no setting '{only}'.{meant_setting(cls, only)}")
-        section = section_of(cls.model_fields[only].annotation)
-        return table(f"{only}.", section.model_fields) if section else table("", {only: cls.model_fields[only]})
+        return explain_one(cls, only)
     plain = {name: field for name, field in cls.model_fields.items() if not is_section(field)}
     parts = [HEAD, table("", plain)]
     for name, field in cls.model_fields.items():
@@ -43,6 +40,20 @@ def explain_settings(cls: type[Config], only: str | None = None) -> str:
                     parts.append(f"\nEach of `{name}.{key}` has:\n\n")
                     parts.append(table("", below.model_fields))
     return "".join(parts)
+
+
+def explain_one(cls: type[Config], name: str) -> str:
+    """The table of one setting such as `optimizer.lr`, or of a section. Raises UserError for another name."""
+    fields, (*sections, last) = cls.model_fields, name.split(".")
+    for part in sections:
+        section = section_of(fields[part].annotation) if part in fields else None
+        fields = section.model_fields if section else {}
+    if last not in fields:
+        raise UserError(f"There is no setting '{name}'.{meant_setting(cls, name)}")
+    section = section_of(fields[last].annotation)
+    if section:
+        return table(f"{name}.", section.model_fields)
+    return table("".join(f"{part}." for part in sections), {last: fields[last]})
 
 
 def is_section(field: FieldInfo) -> bool:

@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mock", nargs="?", const="mix", metavar="SHAPES", help="as for `wanloom train`")
     parser.add_argument("--world", type=int, metavar="N", help="show the layout of a recipe over N processes")
     parser.add_argument(
-        "--explain", action="store_true", help="what every setting means, or those of one TARGET such as data"
+        "--explain",
+        action="store_true",
+        help="what every setting means, or that or those of a TARGET such as data.path or data",
     )
     parser.add_argument("--per-node", type=int, metavar="N", help="processes of a machine, for --world (8)")
     parser.add_argument(
@@ -63,6 +65,11 @@ def check(arguments: argparse.Namespace) -> None:
     from wanloom.recipes.layers import recipe_names
 
     if arguments.explain:
+        if arguments.settings or arguments.target in recipe_names():
+            raise UserError(
+                "--explain takes one name, of a setting or a section, such as optimizer, or none: the meanings are the "
+                "same in every recipe."
+            )
         return
     if arguments.target is None:
         raise UserError("`wanloom show` needs TARGET, a recipe, a YAML file, a run folder or a prepared folder.")
@@ -84,12 +91,12 @@ def run(arguments: argparse.Namespace) -> int:
     from wanloom.recipes.layers import recipe_names
     from wanloom.recipes.run import Run, load_run, use_mock
 
+    check(arguments)
     if arguments.explain:
         from wanloom.cli.explain import explain_settings
 
         say(explain_settings(Run, arguments.target), end="")
         return 0
-    check(arguments)
     path, names = Path(expand_home(arguments.target)), recipe_names()
     show_log(Terminal(stderr=True))
     if arguments.target in names or not path.is_dir():
@@ -101,6 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
                 raise UserError(f"--{name.replace('_', '-')} is {number}: it counts from 1.")
         show_recipe(recipe, arguments.world, arguments.per_node or PER_NODE)
         return 0
+    if arguments.page and arguments.settings:
+        raise UserError(f"'{arguments.settings[0]}' is one word too many: --out FILE says where the page goes.")
     if arguments.settings or arguments.mock or arguments.training_mode or arguments.world:
         raise UserError(f"{path} is a folder: settings can only be given for a recipe.")
     if (path / "checkpoints").is_dir():

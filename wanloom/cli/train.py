@@ -11,7 +11,7 @@ import wanloom
 from wanloom.cli import launch
 from wanloom.cli.hints import generate_command
 from wanloom.cli.train_checks import check, tell_outlook
-from wanloom.terminal import plural, say, show_log
+from wanloom.terminal import Terminal, plural, say, show_log
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
     from collections.abc import Callable
@@ -99,6 +99,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
     from wanloom.train.saved import read_state
     from wanloom.train.step import Objective, build_batch
 
+    show_log(Terminal(quiet=rank() > 0))  # opening the data may have something to say
     with together():
         config, device = model_config(run.model), pick_device()
         layout = resolve_layout(run.parallel, world_size(), config, run.batch.samples)
