@@ -50,3 +50,17 @@ def test_what_cannot_fit_is_refused_by_a_lower_bound(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: states.parameters * 6)
     with pytest.raises(UserError, match="The memory of this machine is not enough"):
         check_run(run, SMALL, layout, CLIP, torch.device("cuda"), 8)
+
+
+def test_a_refusal_gives_no_advice_that_leaves_it_as_it_is(monkeypatch):
+    """It counts the largest sample alone, so a smaller pack would be refused with the same words."""
+    run = load_run("tiny", ["run_dir=x", "data.path=x", "batch.tokens_per_pack=90000000"])
+    layout = resolve_layout(ParallelConfig(), 1, SMALL, run.batch.samples)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 62)
+    later = check_run(run, SMALL, layout, CLIP, torch.device("cpu"), 1)
+    assert later[0].startswith("batch.tokens_per_pack=32760 in place of 90000000")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 30)
+    with pytest.raises(UserError, match="is not enough to train") as caught:
+        check_run(run, SMALL, layout, CLIP, torch.device("cpu"), 1)
+    assert "What helps, the best first: recompute=full" in str(caught.value)
+    assert "tokens_per_pack" not in str(caught.value) and "90,000,000" not in str(caught.value)

@@ -38,13 +38,15 @@ def check_run(
     """What helps where memory runs out later. Raises UserError when the run cannot fit this machine."""
     states = rank_states(run, config, layout)
     helps = find_helps(run, config, layout, largest, device.type, states)
-    doing = f"train {run.model} in packs of {run.batch.tokens_per_pack:,} tokens"
+    doing = f"train {run.model} on a sample of {largest:,} tokens"
     copies = states.parameters + states.moments + states.average  # for the checkpoint, on the host
     own = copies + states.gradients
     own += 0 if run.offload else activation_bytes(config, layout, largest, run.recompute, is_bf16(run)) // 2
+    small = run.model_copy(update={"batch": run.batch.model_copy(update={"tokens_per_pack": largest})})
+    least = find_helps(small, config, layout, largest, device.type, states)  # a refusal counts no larger pack
     if device.type == "cuda":
-        check_memory(own, str(device), doing, helps)
-    check_memory(local_ranks * (copies + (0 if device.type == "cuda" else own)), "cpu", doing, helps)
+        check_memory(own, str(device), doing, least)
+    check_memory(local_ranks * (copies + (0 if device.type == "cuda" else own)), "cpu", doing, least)
     return helps
 
 
