@@ -20,7 +20,7 @@ from typing import NoReturn
 import wanloom
 from wanloom.cli.words import Parser
 from wanloom.config import UserError, nearest, sentence_of
-from wanloom.signals import follow_launcher
+from wanloom.signals import follow_launcher, noted_interrupts
 from wanloom.terminal import is_text, let_go, say
 
 COMMANDS = {
@@ -46,16 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     if strange := next((word for word in words if not is_text(word)), None):
         return _fail(f"'{strange}' is no text in UTF-8: give the file another name, or write the text in UTF-8.")
-    try:
-        run = _read(words)
-    except (UserError, OSError) as error:
-        return _fail(sentence_of(error))
-    if run is None:
-        return 2
-    try:
-        return _run_one(run) if os.environ.get("WORLD_SIZE", "1") == "1" else _leave(_run_rank(run))
-    except KeyboardInterrupt:  # a rank that still joins the others
-        return 130
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    with noted_interrupts() as came:
+        try:
+            run = _read(words)
+            if run is None:
+                return 2
+            return _run_one(run) if is_alone else _leave(_run_rank(run))
+        except (UserError, OSError) as error:
+            return _fail(sentence_of(error))
+        except KeyboardInterrupt:  # of a rank: it still joins the others
+            return _fail("Stopped.", 130) if is_alone else 130
+        except (ImportError, AttributeError, RuntimeError, SystemError):
+            if not came:  # else what a C library makes of a Ctrl-C while it is imported
+                raise
+            return _fail("Stopped.", 130) if is_alone else 130
 
 
 def _read(words: list[str]) -> Callable[[], int] | None:
@@ -97,15 +102,12 @@ def _choose(command: ModuleType, arguments: argparse.Namespace, words: list[str]
 
 
 def _run_one(run: Callable[[], int]) -> int:
+    """A command in this process; those that know more of an OSError say it themselves."""
     try:
         return run()
     except BrokenPipeError:  # `| head -1` has read enough: no mistake of anyone
         let_go(sys.stdout)
         return 128 + signal.SIGPIPE
-    except (UserError, OSError) as error:  # commands that know more of an OSError say it themselves
-        return _fail(sentence_of(error))
-    except KeyboardInterrupt:
-        return _fail("Stopped.", 130)
 
 
 def _run_rank(run: Callable[[], int]) -> int:
