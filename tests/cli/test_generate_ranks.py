@@ -74,7 +74,8 @@ def test_a_mistake_of_the_first_is_said_once(tiny_pipeline, tmp_path):
     command = [sys.executable, "-m", "wanloom", "generate", *words]
     result = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=120)
     said = f"1 of the files are there already, made otherwise, such as {tmp_path / '000-x.png'}: give another"
-    assert result.returncode == 2 and result.stderr.removeprefix(LOADING) == f"wanloom: {said} --seed or --out, or --overwrite.\n"
+    assert result.returncode == 2
+    assert result.stderr.removeprefix(LOADING) == f"wanloom: {said} --seed or --out, or --overwrite.\n"
     assert [path.name for path in tmp_path.iterdir()] == ["000-x.png"]
 
 
