@@ -44,6 +44,8 @@ def cells(row: Row) -> list[str]:
     if row.target is not None:
         bound = f"{'at most' if row.at_most else 'at least'} {amount(row.target, row.unit if row.at_most else '')}"
         target = f"{bound}{'x' if row.theirs and not row.at_most else ''}: {'met' if row.is_met() else '**missed**'}"
+        if row.at_most and row.is_met() and statistics.median(row.ours) > row.target:
+            target += f" by the least, {amount(min(row.ours), row.unit)}"
     what = row.what if row.is_steady() else f"{row.what} (unsteady)"
     return [row.claim, what, row.peer, theirs, amount(statistics.median(row.ours), row.unit), ratio, target, row.limit]
 

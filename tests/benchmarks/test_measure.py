@@ -62,6 +62,16 @@ def test_a_result_is_kept_and_a_toy_is_not(tmp_path, monkeypatch, capsys):
     assert "| C0 | a thing | p | 2.5 s | 1 s | 2.50x | at least 2x: met | 3x |" in page and "- C0, a thing: why" in page
 
 
+def test_a_bound_that_the_median_misses_says_what_met_it():
+    """The amount beside it is the median: it would stand there above the bound, and be called met."""
+    target = table.HEAD.index("target")
+    assert table.cells(Row("C0", "a thing", "s", [0.01, 0.002, 0.03], target=0.005, at_most=True))[target] == (
+        "at most 5 ms: met by the least, 2 ms"
+    )
+    assert table.cells(Row("C0", "a thing", "s", [0.004], target=0.005, at_most=True))[target] == "at most 5 ms: met"
+    assert table.cells(Row("C0", "a thing", "s", [0.006], target=0.005, at_most=True))[target].endswith("**missed**")
+
+
 def test_mistakes_are_told_before_anything_is_measured(tmp_path, monkeypatch, capsys):
     def rows(toy: bool) -> list[Row]:
         """Nothing of use."""
