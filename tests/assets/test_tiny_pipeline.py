@@ -13,7 +13,7 @@ from wanloom.config import UserError
 from wanloom.data import shapes
 from wanloom.model.settings import CONFIGS
 from wanloom.model.weights import load_dit, read_config
-from wanloom.sample.settings import read_settings
+from wanloom.sample.settings import read_defaults
 
 SEED = 4711  # neither of the seeds of tools/build_tiny.py
 
@@ -36,7 +36,7 @@ def vae() -> VaeCodec:
 
 def test_its_settings_are_how_the_demo_samples():
     """What `wanloom generate` makes without options is measured by the demo, not some default of large models."""
-    found = read_settings(TINY, CONFIGS["tiny"])
+    found = read_defaults(TINY, CONFIGS["tiny"])
     assert f"--steps {found.steps} --guidance {found.guidance:g}" == demo.SAMPLING
     assert (found.height, found.width, found.frames, found.shift) == (demo.SIZE, demo.SIZE, demo.FRAMES, 3.0)
 

@@ -29,7 +29,7 @@ from wanloom.sample import generate as sampling
 from wanloom.sample.generate import Request, draw_request_noise, generate
 from wanloom.sample.media import read_mp4
 from wanloom.sample.prompts import PromptLine, build_jobs
-from wanloom.sample.settings import PUBLISHED, GenerateConfig, latents_shape
+from wanloom.sample.settings import DEFAULTS, GenerateConfig, latents_shape
 from wanloom.train.checkpoint import Checkpointer
 from wanloom.train.settings import CheckpointConfig
 
@@ -475,7 +475,7 @@ def test_the_defaults_in_the_help_are_those_of_the_config(capsys):
     assert f"--steps STEPS default: those of the model, or {config.steps}" in printed
     assert f"--guidance GUIDANCE default: that of the model, or {config.guidance:g};" in printed
     assert f"default: that of the model, or {config.shift:g}" in printed and f"default {config.solver}" in printed
-    wan = PUBLISHED["wan2.1-t2v-1.3b"]
+    wan = DEFAULTS["wan2.1-t2v-1.3b"]
     for value in (wan.height, wan.width, wan.frames):
         assert f"{value} for Wan's 1.3B" in printed
 

@@ -175,9 +175,9 @@ def copy_parts(pipeline: Path, places: dict[str, Path]) -> None:
 
 def write_note(weights: "Weights", ema: bool, model: str, pipeline: Path, folder: Path) -> None:
     """wanloom.json: where the weights come from, and how `wanloom generate` samples them if nothing else is asked."""
-    from wanloom.sample.settings import read_settings
+    from wanloom.sample.settings import read_defaults
 
-    settings = read_settings(pipeline, weights.config).model_dump(exclude_none=True)
+    settings = read_defaults(pipeline, weights.config).model_dump(exclude_none=True)
     note = {
         "checkpoint": str(weights.path.resolve()),
         "step": weights.step,

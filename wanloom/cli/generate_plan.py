@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch is imported only when the command runs
     from wanloom.parallel.mesh import Layout
     from wanloom.recipes.trained import Weights
     from wanloom.sample.prompts import Job, PromptLine
-    from wanloom.sample.settings import GenerateConfig, Settings
+    from wanloom.sample.settings import Defaults, GenerateConfig
 
 PARTS = ("text_encoder", "tokenizer", "vae")
 
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 def check_words(arguments: argparse.Namespace) -> "list[PromptLine]":
     """The prompts. Raises UserError for what is wrong by the words alone: told at once, before torch is imported."""
     from wanloom.sample.prompts import MAX_SEED, PromptLine, read_prompts
-    from wanloom.sample.settings import Settings, check_frames, check_side
+    from wanloom.sample.settings import Defaults, check_frames, check_side
 
     if arguments.ema and not arguments.checkpoint:
         raise UserError("--ema asks for the averaged weights of a run: give the run with --checkpoint.")
@@ -83,7 +83,7 @@ def check_words(arguments: argparse.Namespace) -> "list[PromptLine]":
         raise UserError("--height and --width belong together: give both or neither.")
     if arguments.checkpoint and not arguments.checkpoint.exists():
         raise UserError(f"There is no folder {arguments.checkpoint}: give a run folder or one of its checkpoints.")
-    read_config_of(arguments, Settings.model_construct(**vars(arguments)))
+    read_config_of(arguments, Defaults.model_construct(**vars(arguments)))
     lines = read_prompts(arguments.prompts) if arguments.prompts else [PromptLine(prompt=p) for p in arguments.prompt]
     for line in (arguments, *lines):
         try:
@@ -104,12 +104,12 @@ def build_plan(arguments: argparse.Namespace, lines: "list[PromptLine]") -> Plan
     from wanloom.dist import pick_device
     from wanloom.model.kernels import resolve_kernel
     from wanloom.sample.prompts import build_jobs
-    from wanloom.sample.settings import read_settings
+    from wanloom.sample.settings import read_defaults
     from wanloom.sample.solvers import build_solver
 
     check_arguments(arguments)
     name, pipeline, weights = find_weights(arguments)
-    settings = fill_settings(arguments, read_settings(pipeline, weights.config), name)
+    settings = fill_settings(arguments, read_defaults(pipeline, weights.config), name)
     config = read_config_of(arguments, settings)
     check_negative(arguments, config, lines)
     sizes = (settings.height or 0, settings.width or 0, settings.frames or 0)
@@ -266,7 +266,7 @@ def check_alike(plan: Plan) -> None:
             )
 
 
-def read_config_of(arguments: argparse.Namespace, settings: "Settings") -> "GenerateConfig":
+def read_config_of(arguments: argparse.Namespace, settings: "Defaults") -> "GenerateConfig":
     """How to sample; what neither was given nor is the model's keeps the default of the config."""
     from wanloom.sample.settings import GenerateConfig
 
@@ -288,7 +288,7 @@ def check_negative(arguments: argparse.Namespace, config: "GenerateConfig", line
         )
 
 
-def fill_settings(arguments: argparse.Namespace, own: "Settings", name: str) -> "Settings":
+def fill_settings(arguments: argparse.Namespace, own: "Defaults", name: str) -> "Defaults":
     """What is asked for, completed by what the model has. Raises UserError where it has no sizes of its own."""
     asked = {key: getattr(arguments, key) for key in ("height", "width", "frames", "steps", "guidance", "shift")}
     filled = own.model_copy(update={key: value for key, value in asked.items() if value is not None})

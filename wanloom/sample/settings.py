@@ -1,6 +1,6 @@
 """How latents are sampled, of which sizes, and what a model makes when nothing else is asked for.
 
-In: options, and the folder of a pipeline. Out: `GenerateConfig` and shapes, checked, and `Settings`, in which None is
+In: options, and the folder of a pipeline. Out: `GenerateConfig` and shapes, checked, and `Defaults`, in which None is
 left to GenerateConfig or must be asked for. The one decision: defaults belong to the model, so they lie beside it, in
 `wanloom.json` under `generate`; published models have no such file and are known by their shape. No torch here, so that
 a mistake is told at once.
@@ -67,8 +67,8 @@ def _around(value: int, step: int, rest: int) -> str:
     return f"try {smallest}" if below < smallest else f"try {below} or {below + step}"
 
 
-class Settings(Config):
-    """Defaults of one model."""
+class Defaults(Config):
+    """What one model makes when nothing else is asked for; None where it does not say."""
 
     height: int | None = Field(default=None, gt=0, le=16_384)
     width: int | None = Field(default=None, gt=0, le=16_384)
@@ -79,13 +79,13 @@ class Settings(Config):
 
 
 # by the name of the config in model/settings.py, as Wan's own code has them
-PUBLISHED = {
-    "wan2.1-t2v-1.3b": Settings(height=480, width=832, frames=81, shift=5.0),
-    "wan2.1-t2v-14b": Settings(height=720, width=1280, frames=81, shift=5.0),
+DEFAULTS = {
+    "wan2.1-t2v-1.3b": Defaults(height=480, width=832, frames=81, shift=5.0),
+    "wan2.1-t2v-14b": Defaults(height=720, width=1280, frames=81, shift=5.0),
 }
 
 
-def read_settings(pipeline: Path, config: DiTConfig) -> Settings:
+def read_defaults(pipeline: Path, config: DiTConfig) -> Defaults:
     """The defaults of the model in `pipeline` with a transformer of this config. Raises UserError for a broken file."""
     from wanloom.folders import MOST_REASON, read_json  # which reads tensors too, with torch
 
@@ -93,11 +93,11 @@ def read_settings(pipeline: Path, config: DiTConfig) -> Settings:
     values = read_json(file).get("generate") if file.is_file() else None
     if values is None:
         return next(
-            (PUBLISHED[name] for name, known in CONFIGS.items() if known == config and name in PUBLISHED), Settings()
+            (DEFAULTS[name] for name, known in CONFIGS.items() if known == config and name in DEFAULTS), Defaults()
         )
     if not isinstance(values, dict):
         raise UserError(f"`generate` in {file} holds no settings.")
     try:
-        return build_config(Settings, values)
+        return build_config(Defaults, values)
     except UserError as error:
         raise UserError(f"`generate` in {file}: {cut(str(error), MOST_REASON)}") from error
