@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wanloom import cli
+from wanloom import cli, dist
 from wanloom.config import UserError
 from wanloom.dist import check_restarts, pick_device
 
@@ -76,6 +77,22 @@ def test_ranks_that_torchrun_starts_again_meet_anew(tmp_path):
     result = torchrun("--max-restarts=1", "tests/two_ranks.py", "come_back", str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert sorted(json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)) == [1, 2]
+
+
+def test_ctrl_c_ends_a_rank_that_waits_for_the_others(monkeypatch):
+    """torch waits half an hour, and no handler of Python's is called in that time: the system must end it."""
+    met = []
+
+    def wait():
+        met.append(signal.getsignal(signal.SIGINT))
+        raise UserError("they do not come")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "_open_store", wait)
+    with pytest.raises(UserError, match="do not come"), dist.process_group():
+        pass
+    assert met == [signal.SIG_DFL] and signal.getsignal(signal.SIGINT) == before
 
 
 def test_several_machines_are_told_what_a_restart_needs(monkeypatch, capsys):

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 
-from wanloom.signals import STOPS, StopSignal
+from wanloom.signals import STOPS, StopSignal, ended_by_ctrl_c
 
 
 @pytest.mark.parametrize("number", STOPS)
@@ -43,3 +46,48 @@ def test_what_nohup_ignores_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+SWALLOWED = """
+import os, signal
+from wanloom.signals import ended_by_ctrl_c
+with ended_by_ctrl_c(says={says}):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:  # as a library does
+        print("swallowed")
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(("says", "code", "said"), [(True, 130, "\nwanloom: Stopped.\n"), (False, -signal.SIGINT, "")])
+def test_before_there_is_anything_to_lose_ctrl_c_ends_the_process(says, code, said):
+    """A KeyboardInterrupt would be lost in the middle of an import, and is not raised while a library waits."""
+    found = subprocess.run([sys.executable, "-c", SWALLOWED.format(says=says)], capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (code, "", said)
+
+
+def test_ctrl_c_is_what_it_was_after_that():
+    before = signal.getsignal(signal.SIGINT)
+    with ended_by_ctrl_c():
+        assert signal.getsignal(signal.SIGINT) != before
+        with StopSignal("this step") as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.received == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) == before
+    entered = []
+
+    def elsewhere() -> None:  # only the first thread of a process may say what a signal does
+        with ended_by_ctrl_c():
+            entered.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert entered == [before]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with ended_by_ctrl_c():
+            os.kill(os.getpid(), signal.SIGINT)  # ignored as before
+    finally:
+        signal.signal(signal.SIGINT, before)

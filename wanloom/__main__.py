@@ -2,6 +2,16 @@
 
 import sys
 
-from wanloom.cli import main
+from wanloom.signals import ended_by_ctrl_c
 
-sys.exit(main())
+
+def run() -> int:
+    """The command, which Ctrl-C ends without a traceback from its first imports on."""
+    with ended_by_ctrl_c():
+        from wanloom.cli import main
+
+        return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from wanloom.config import UserError, sentence_of
-from wanloom.signals import LAUNCHER
+from wanloom.signals import LAUNCHER, ended_by_ctrl_c
 
 TIMEOUT = timedelta(minutes=30)  # the first step of a large model compiles, a checkpoint is read
 SAID = "wanloom/said"
@@ -94,9 +94,10 @@ def process_group() -> Iterator[None]:
     check_restarts()
     if is_on_one_machine():
         stay_inside()
-    store = _open_store()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank(), world_size=world_size())
+    with ended_by_ctrl_c(says=False):  # the others may be gone already, and torch waits for them without a look at it
+        store = _open_store()
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank(), world_size=world_size())
     try:
         yield
     finally:

@@ -2,7 +2,8 @@
 
 In: what is finished first, in words. Out: the signal that came, which the command turns into its exit code. The one
 decision: the first signal only leaves a note, so nothing is interrupted half way; while `is_patient` is false there is
-nothing worth finishing, and it stops at once.
+nothing worth finishing, and it stops at once. Before a command has anything to lose, Ctrl-C ends the process itself: a
+KeyboardInterrupt comes wherever Python is, and libraries turn it into errors of their own or lose it.
 """
 
 import os
@@ -37,26 +38,28 @@ def follow_launcher() -> None:
 
 
 @contextmanager
-def noted_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C raises KeyboardInterrupt as ever, and is in the list that is given.
+def ended_by_ctrl_c(says: bool = True) -> Iterator[None]:
+    """A block in which Ctrl-C ends the process where it stands, with a word, or by the system without one.
 
-    While numpy or torch is imported the exception may be lost in C code, and another one says that the import failed.
+    By the system also while a library waits: a handler of Python's is not called before it comes back. Where Ctrl-C is
+    ignored, as in the background of a script, it stays so.
     """
-    came: list[int] = []
-
-    def interrupt(number: int, _: FrameType | None) -> None:
-        came.append(number)
-        raise KeyboardInterrupt
-
     is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as behind `&`
-        yield came
+    if not is_main or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
         return
-    signal.signal(signal.SIGINT, interrupt)
+    before = signal.signal(signal.SIGINT, _leave if says else signal.SIG_DFL)
     try:
-        yield came
+        yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # the terminal is closed
+            os.write(2, b"\nwanloom: Stopped.\n")
+    os._exit(128 + number)
 
 
 class StopSignal:
@@ -86,6 +89,11 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @property
+    def has_cut(self) -> bool:
+        """Whether an error may be what a library made of the KeyboardInterrupt that was raised inside of it."""
+        return self.received is not None and not self.is_patient
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         is_second, now = self.received is not None, time.monotonic()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from wanloom.cli import main
 from wanloom.cli.convert import whole_folder
 from wanloom.codecs.text import TextCodec
+from wanloom.config import UserError
 from wanloom.model.weights import load_dit
 from wanloom.sample.generate import Request, draw_request_noise, generate
 from wanloom.sample.settings import GenerateConfig, latents_shape
@@ -247,6 +248,20 @@ def test_sigterm_leaves_nothing(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("wanloom.model.weights.save_file", stopped)
     assert main(["convert", str(trained), str(tmp_path / "out")]) == 143
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stop_that_a_library_makes_an_error_of_is_a_stop(trained, tmp_path, capsys, monkeypatch):
+    """safetensors, interrupted while it reads, calls a whole file broken."""
+
+    def stopped(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise UserError("The file is damaged: fetch it again.") from error
+
+    monkeypatch.setattr("wanloom.model.weights.save_file", stopped)
+    assert main(["convert", str(trained), str(tmp_path / "out")]) == 143
+    assert "damaged" not in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_a_link_in_the_way_is_replaced_and_what_it_leads_to_stays(trained, tmp_path, capsys):

@@ -232,6 +232,40 @@ def test_what_is_done_stays_when_stopped(tiny_pipeline, tmp_path, capsys, monkey
     assert names(tmp_path / "out") == ["000-x.json", "000-x.mp4", "000-x.png"]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_that_a_library_makes_an_error_of_is_a_stop(tiny_pipeline, tmp_path, capsys, monkeypatch, number, code):
+    """safetensors, interrupted while it reads, calls a whole file broken."""
+
+    def load(folder, device):
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt as error:
+            raise UserError(f"{folder} is not a whole safetensors file: fetch it again.") from error
+
+    monkeypatch.setattr(VaeCodec, "load", load)
+    words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, *out_at(tmp_path)]
+    assert main(["generate", *words]) == code
+    said = capsys.readouterr().err
+    assert "0 of 1 are written" in said and "fetch it again" not in said
+
+
+def test_a_stop_that_a_library_swallows_is_seen_at_the_next_step(tiny_pipeline, tmp_path, capsys, monkeypatch):
+    real = sampling.guided_velocity
+
+    def velocity(*arguments):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            made.append(1)
+        return real(*arguments)
+
+    made = []
+    monkeypatch.setattr(sampling, "guided_velocity", velocity)
+    words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, *out_at(tmp_path)]
+    assert main(["generate", *words]) == 143 and len(made) == 1
+    assert names(tmp_path / "out") == []
+
+
 PAIR = ["--prompt", "x", "--prompt", "y"]
 
 

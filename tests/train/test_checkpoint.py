@@ -120,6 +120,23 @@ def test_the_newest_are_kept_and_leftovers_of_a_kill_go(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+def test_what_ends_the_reading_is_what_is_raised(tmp_path, monkeypatch, error):
+    """torch makes an error of its own of all of it, which nothing here would catch."""
+    tensors = {"model.a": torch.randn(3)}
+    saver = Checkpointer(tmp_path, CheckpointConfig())
+    saver.save(1, tensors, {"step": 1}, "")
+    saver.wait()
+    saver.close()
+
+    def read(*_):
+        raise error
+
+    monkeypatch.setattr("wanloom.train.pieces.Stored.read_data", read)
+    with pytest.raises(type(error)):
+        load_tensors(tmp_path / "checkpoints" / "step_0000001", tensors)
+
+
 def test_links_among_the_checkpoints_are_links(tmp_path):
     """As made by hand, to have a checkpoint on another disk; what they lead to is left alone."""
     save_steps(tmp_path, [1, 2])

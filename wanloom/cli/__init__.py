@@ -20,7 +20,7 @@ from typing import NoReturn
 import wanloom
 from wanloom.cli.words import Parser
 from wanloom.config import UserError, nearest, sentence_of
-from wanloom.signals import follow_launcher, noted_interrupts
+from wanloom.signals import ended_by_ctrl_c, follow_launcher
 from wanloom.terminal import is_text, let_go, say
 
 COMMANDS = {
@@ -38,6 +38,11 @@ SLOW = ("prepare", "train", "generate", "convert", "demo")  # to start
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     follow_launcher()
+    with ended_by_ctrl_c():  # until a command has something to finish
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     # read when torch is imported: threads that spin while they wait hold the core that the one they wait for needs
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
@@ -47,20 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if strange := next((word for word in words if not is_text(word)), None):
         return _fail(f"'{strange}' is no text in UTF-8: give the file another name, or write the text in UTF-8.")
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    with noted_interrupts() as came:
-        try:
-            run = _read(words)
-            if run is None:
-                return 2
-            return _run_one(run) if is_alone else _leave(_run_rank(run))
-        except (UserError, OSError) as error:
-            return _fail(sentence_of(error))
-        except KeyboardInterrupt:  # of a rank: it still joins the others
-            return _fail("Stopped.", 130) if is_alone else 130
-        except (ImportError, AttributeError, RuntimeError, SystemError):
-            if not came:  # else what a C library makes of a Ctrl-C while it is imported
-                raise
-            return _fail("Stopped.", 130) if is_alone else 130
+    try:
+        run = _read(words)
+        if run is None:
+            return 2
+        return _run_one(run) if is_alone else _leave(_run_rank(run))
+    except (UserError, OSError) as error:
+        return _fail(sentence_of(error))
+    except KeyboardInterrupt:  # of a rank: it still joins the others
+        return _fail("Stopped.", 130) if is_alone else 130
 
 
 def _read(words: list[str]) -> Callable[[], int] | None:

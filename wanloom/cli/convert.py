@@ -74,9 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
                 else:
                     write_original(weights, arguments.ema, pipeline, folder)
                 write_note(weights, arguments.ema, model, pipeline, folder)
-        except KeyboardInterrupt:
-            if stop.received in (None, signal.SIGINT):
+        except (KeyboardInterrupt, UserError) as error:
+            if isinstance(error, UserError) and not stop.has_cut:
                 raise
+            if stop.received in (None, signal.SIGINT):
+                raise KeyboardInterrupt from error
             return 128 + stop.received
     average = "averaged " if arguments.ema else ""
     whose = f"of {source}" if weights.step is None else f"of step {weights.step}"

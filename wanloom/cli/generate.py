@@ -151,12 +151,14 @@ def make(plan: Plan, overwrite: bool, stop: StopSignal) -> int:
                 vae = load_vae(plan) if is_first else None
         tell(f"model: loaded, {time.monotonic() - began - took:.1f} s")
         denoise, decode = make_all(plan, mesh, model, Writer(plan, vae, facts, stop, tell), text, written)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UserError) as error:
+        if isinstance(error, UserError) and not stop.has_cut:
+            raise
         if is_first:
             more = "; the same command makes the rest." if len(written) < len(plan.jobs) else "."
             say(f"\n{len(written)} of {len(plan.jobs)} are written to {plan.out}{more}", sys.stderr)
         if stop.received in (None, signal.SIGINT):
-            raise
+            raise KeyboardInterrupt from error
         return 128 + stop.received
     tell(
         f"{len(plan.jobs)} in {plan.out}: denoising {denoise:.1f} s, decoding and writing {decode:.1f} s, "
@@ -285,7 +287,13 @@ def make_all(
     doing = f"make {len(plan.jobs)} of {plan.jobs[0].width}x{plan.jobs[0].height}"
     with Progress(console=console, transient=True, disable=quiet) as progress:
         task = progress.add_task("denoising", total=(len(requests) - len(written)) * plan.config.steps)
-        made = generate(model, requests, plan.config, lambda n: progress.advance(task, n), mesh, tuple(written))
+
+        def moved(number: int) -> None:
+            progress.advance(task, number)
+            if writer.stop.has_cut:  # and a library has swallowed what was raised
+                raise KeyboardInterrupt
+
+        made = generate(model, requests, plan.config, moved, mesh, tuple(written))
         with enough_memory(doing, helps_of(plan)):
             for index, latents in made:
                 start = time.monotonic()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import (
@@ -165,9 +166,12 @@ class Stored(HuggingFaceStorageReader):
         return self._metadata
 
     def fill(self, pieces: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> None:
-        """Read each box into the tensor of its name, in place."""
-        with one_thread():
-            load(dict(pieces), storage_reader=self, planner=_LoadPlanner(boxes), no_dist=True)
+        """Read each box into the tensor of its name, in place. Raises OSError where a file cannot be read."""
+        try:
+            with one_thread():
+                load(dict(pieces), storage_reader=self, planner=_LoadPlanner(boxes), no_dist=True)
+        except CheckpointException as error:  # no Exception of Python's: what it holds is one, or a Ctrl-C
+            raise error.failures[0][0] from error
 
 
 class _LoadPlanner(DefaultLoadPlanner):
