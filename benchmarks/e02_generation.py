@@ -29,7 +29,7 @@ LEVELS = 1.0
 Size = tuple[int, int, int]  # frames, height, width
 
 
-def build_ours(steps: int, noises: list[Tensor]) -> Callable[[bool], list[Tensor]]:
+def build_ours(steps: int, count: int, size: Size) -> Callable[[bool], list[Tensor]]:
     """Makes latents, or frames `(F, H, W, 3)`, as `wanloom generate` does."""
     folder = find_pipeline("tiny", ("transformer", "vae", "text_encoder", "tokenizer"))
     text, vae, model = TextCodec.load(folder, "cpu"), VaeCodec.load(folder, "cpu"), load_dit(folder)
@@ -37,8 +37,9 @@ def build_ours(steps: int, noises: list[Tensor]) -> Callable[[bool], list[Tensor
 
     def run(decode: bool) -> list[Tensor]:
         positive, negative = text.encode([PROMPT, NEGATIVE])
-        made = dict(generate(model, [Request(noise, positive, negative) for noise in noises], config))
-        return [vae.decode(made[i]) if decode else made[i] for i in range(len(noises))]
+        shape = latents_shape(16, *size)
+        made = dict(generate(model, [Request(shape, seed, positive, negative) for seed in range(count)], config))
+        return [vae.decode(made[i]) if decode else made[i] for i in range(count)]
 
     return run
 
@@ -71,7 +72,7 @@ def build_theirs(steps: int, noises: list[Tensor], size: Size) -> Callable[[bool
 def compare(what: str, size: Size, count: int, steps: int, rounds: int) -> Row:
     """Seconds of one video."""
     noises = [draw_request_noise(latents_shape(16, *size), seed) for seed in range(count)]
-    ours, theirs = build_ours(steps, noises), build_theirs(steps, noises, size)
+    ours, theirs = build_ours(steps, count, size), build_theirs(steps, noises, size)
     off = 0.0
     for got, want in zip(ours(False), theirs(False), strict=True):
         off = max(off, ((got - want).abs().max() / want.abs().max()).item())

@@ -83,10 +83,10 @@ def test_wan_pipeline_gives_what_generate_gives(trained, tmp_path, ema, capsys):
     model = load_dit(json.loads((out / "wanloom.json").read_text())["model"])
     model.load_state_dict(checkpoint_tensors(trained, 20, "ema." if ema else "model."))
     text, negative = TextCodec.load(out, "cpu").encode([PROMPT, NEGATIVE])
-    noise = draw_request_noise(latents_shape(16, 9, 48, 64), 7)
+    shape = latents_shape(16, 9, 48, 64)
     config = GenerateConfig(steps=8, shift=5.0, guidance=4.0)
-    ((_, got),) = generate(model.requires_grad_(False), [Request(noise, text, negative)], config)
-    want = from_pipeline(out, noise, "latent")
+    ((_, got),) = generate(model.requires_grad_(False), [Request(shape, 7, text, negative)], config)
+    want = from_pipeline(out, draw_request_noise(shape, 7), "latent")
     assert (got - want).abs().max() < 1e-3 * want.abs().max()
     # pixels, through the command
     still = draw_request_noise(latents_shape(16, 1, 48, 64), 3)

@@ -26,7 +26,7 @@ from wanloom.model.dit import WanDiT
 from wanloom.model.weights import load_dit, save_weights
 from wanloom.recipes.trained import open_trained
 from wanloom.sample import generate as sampling
-from wanloom.sample.generate import Request, draw_request_noise, generate
+from wanloom.sample.generate import Request, generate
 from wanloom.sample.media import read_mp4
 from wanloom.sample.prompts import PromptLine, build_jobs
 from wanloom.sample.settings import DEFAULTS, GenerateConfig, latents_shape
@@ -111,7 +111,7 @@ def test_the_video_is_that_of_the_library(tiny_pipeline, tmp_path):
     )
     assert code == 0 and names(tmp_path / "out") == [f"000-a-blue-square-seed9.{end}" for end in ("json", "png")]
     text, negative = TextCodec.load(tiny_pipeline, "cpu").encode(["a blue square", ""])
-    request = Request(draw_request_noise(latents_shape(16, 1, 48, 32), 9), text, negative)
+    request = Request(latents_shape(16, 1, 48, 32), 9, text, negative)
     model = load_dit(tiny_pipeline).requires_grad_(False)
     ((_, latents),) = generate(model, [request], GenerateConfig(steps=3))
     want = VaeCodec.load(tiny_pipeline, "cpu").decode(latents)[0].numpy()

@@ -22,7 +22,7 @@ from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import Layout, Mesh
 from wanloom.sample import generate as sampling
-from wanloom.sample.generate import Request, draw_request_noise, generate
+from wanloom.sample.generate import Request, generate
 from wanloom.sample.settings import GenerateConfig, latents_shape
 
 CPU = torch.device("cpu")
@@ -56,7 +56,8 @@ def requests() -> list[Request]:
     generator = torch.Generator().manual_seed(8)
     return [
         Request(
-            draw_request_noise(latents_shape(16, *size), i),
+            latents_shape(16, *size),
+            i,
             *(torch.randn(length, 64, generator=generator) for length in lens),
         )
         for i, (size, *lens) in enumerate(zip(SIZES, TEXT_LENS, NEGATIVE_LENS, strict=True))

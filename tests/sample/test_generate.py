@@ -44,8 +44,7 @@ def make(parts: Parts, requests: list[Request], **settings) -> list[Tensor]:
 
 
 def request(parts: Parts, size: tuple[int, int, int], seed: int, prompt: str = PROMPT) -> Request:
-    noise = draw_request_noise(latents_shape(16, *size), seed)
-    return Request(noise, parts.text[prompt], parts.text[NEGATIVE])
+    return Request(latents_shape(16, *size), seed, parts.text[prompt], parts.text[NEGATIVE])
 
 
 def difference(got: Tensor, want: Tensor) -> float:
@@ -145,6 +144,19 @@ def test_packs_keep_order_and_budget(parts, monkeypatch):
     steps: list[int] = []
     found = list(generate(parts.model, requests, GenerateConfig(steps=3), steps.append))
     assert [i for i, _ in found] == [0, 1, 2, 3, 4] and steps == [2, 2, 2, 2, 2, 2, 1, 1, 1]
+
+
+def test_noise_is_drawn_for_the_pack_that_needs_it(parts, monkeypatch):
+    """Of thousands of prompts it would be more than the memory of a machine."""
+    drawn, real = list[int](), sampling.draw_request_noise
+    monkeypatch.setattr(sampling, "draw_request_noise", lambda shape, seed: drawn.append(seed) or real(shape, seed))
+    monkeypatch.setattr(sampling, "TOKENS_PER_PACK", 1)
+    requests = [request(parts, (1, 16, 16), seed) for seed in (5, 6, 7)]
+    made = generate(parts.model, requests, GenerateConfig(steps=1, guidance=1), done=(1,))
+    assert drawn == []
+    next(made)
+    assert drawn == [5]
+    assert len(list(made)) == 1 and drawn == [5, 7], "what is there is not made again"
 
 
 def test_noise_depends_on_the_seed_alone():

@@ -270,13 +270,14 @@ def make_all(
     from rich.progress import Progress
 
     from wanloom.dist import together
-    from wanloom.sample.generate import Request, draw_request_noise, generate
+    from wanloom.sample.generate import Request, generate
     from wanloom.sample.settings import latents_shape
 
     channels = plan.model_config.in_channels
     requests = [
         Request(
-            draw_request_noise(latents_shape(channels, job.frames, job.height, job.width), job.seed),
+            latents_shape(channels, job.frames, job.height, job.width),
+            job.seed,
             text[job.prompt],
             text.get(job.negative, text[job.prompt]),  # not read without guidance
         )

@@ -1,6 +1,6 @@
 """Text states and noise to latents: packs requests of any size, integrates the model's velocity with guidance.
 
-In: a model and requests, each with its noise and the text states of its prompt and negative prompt. Out: latents
+In: a model and requests, each with the seed of its noise and the text states of both its prompts. Out: latents
 `(C, F, H, W)` fp32 on the CPU, in the order of the requests. The one decision: as many requests as fit the token budget
 share each call of the model, both branches of each; a request alone is always a pack, however large. Noise is drawn
 on the CPU from the request's own seed, so it does not depend on the device, its neighbours or its place in the list.
@@ -30,9 +30,15 @@ TOKENS_PER_PACK = 16_384  # of both branches; past it, a call of the model gains
 class Request:
     """One video or image to make."""
 
-    noise: Tensor  # (C, F, H, W)
+    shape: tuple[int, int, int, int]  # of its latents, (C, F, H, W)
+    seed: int  # of its noise
     text: Tensor  # (L, text_dim) states of the prompt
     negative: Tensor  # (L', text_dim) states of the negative prompt; not read when guidance is 1
+
+    @property
+    def noise(self) -> Tensor:
+        """Drawn anew for whoever asks: that of a 480p video has 8 MB, and there may be thousands of requests."""
+        return draw_request_noise(self.shape, self.seed)
 
 
 def draw_request_noise(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -46,7 +52,7 @@ def plan_packs(requests: Sequence[Request], config: GenerateConfig) -> list[list
     packs: list[list[int]] = []
     room = 0
     for i, request in enumerate(requests):
-        frames, rows, cols = grid_of(request.noise.shape)
+        frames, rows, cols = grid_of(request.shape)
         tokens = branches * frames * rows * cols
         if not packs or tokens > room:
             packs.append([])
@@ -80,7 +86,7 @@ def generate(
         if all(i in done for i in pack):
             continue
         # equal sizes and text lengths side by side: the attention takes neighbours that agree as one batch
-        pack.sort(key=lambda i: (requests[i].noise.shape, requests[i].text.shape[0]))
+        pack.sort(key=lambda i: (requests[i].shape, requests[i].text.shape[0]))
         chosen = [requests[i] for i in pack]
         latents = _integrate(model, chosen, solver, config.guidance, on_step, mesh)
         made = sorted(zip(pack, latents, strict=True), key=lambda pair: pair[0])
@@ -96,12 +102,12 @@ def _integrate(
     mesh: Mesh,
 ) -> list[Tensor]:
     """Latents of the requests of one pack."""
-    grids = [grid_of(request.noise.shape) for request in requests]
+    grids = [grid_of(request.shape) for request in requests]
     text = [request.text for request in requests]
     negatives = [] if guidance == 1 else [request.negative for request in requests]
     if mesh.layout.data_ranks == 2:
         text, negatives = negatives if mesh.data_rank else text, []
-    branches = build_branches(grids, text, negatives, requests[0].noise.shape[0]).to(mesh.device)
+    branches = build_branches(grids, text, negatives, requests[0].shape[0]).to(mesh.device)
     text_kv = build_text_kv(model, branches, mesh)
     noise = torch.cat([patchify(request.noise) for request in requests]).to(mesh.device)
 
