@@ -26,6 +26,11 @@ def test_every_shape_comes_as_often_as_asked_for():
         assert sorted(shapes) == sorted([s[0] for s in parse_shapes(mix)] * (rows // one))
 
 
+def test_captions_have_all_lengths_of_the_range():
+    lens = MockDataset("1x64x64", text_dim=8, size=1500).rows("train").text_lens
+    assert sorted(set(lens.tolist())) == list(range(8, 129))
+
+
 def test_samples_are_repeatable_and_different():
     data = MockDataset("17x64x64,1x32x64", text_dim=8, channels=4, size=6, val_size=2)
     train, val = data.rows("train"), data.rows("val")

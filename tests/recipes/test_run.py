@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from wanloom.config import UserError, setting_paths
+from wanloom.data.encode import PrepareConfig
+from wanloom.model.flops import train_flops
 from wanloom.model.settings import CONFIGS
 from wanloom.objective.settings import PRESETS
 from wanloom.recipes.layers import recipe_names
@@ -242,3 +244,15 @@ def test_a_mix_fits_the_recipe():
     assert load_run("tiny", use_mock([], "mix")).data.mock == MIXES[80]
     assert load_run("wan2.1-t2v-1.3b", use_mock([], "mix")).data.mock == MIXES[32760]
     assert load_run("wan2.1-t2v-1.3b", ["data.mock=mix", "batch.tokens_per_pack=20000"]).data.mock == MIXES[14040]
+
+
+def test_twenty_clips_on_one_gpu_are_as_many_steps_and_minutes_as_readme_says():
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    run = load_run("wan2.1-t2v-1.3b-one-gpu", ["train.epochs=100"])
+    kept = 20 - int(20 * PrepareConfig().val_fraction + 0.5)
+    steps = settle_steps(run, kept).train.steps
+    tflop = run.batch.samples * train_flops(model_config(run.model), 32760) / 1e12
+    assert kept == 19 and f"are {steps} steps of {run.batch.samples} samples, of {round(tflop, -2):,.0f} TFLOP" in text
+    seconds = tflop / 400
+    assert f"that is {seconds:.0f} s a step and {steps * seconds / 60:.0f} minutes" in text
+    assert f"a checkpoint every {run.checkpoint.minutes:.0f} minutes" in text
