@@ -59,7 +59,7 @@ class Config(BaseModel):
 
     ELSEWHERE: ClassVar[dict[str, str]] = {}  # what settings are called elsewhere: the setting, or a sentence
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

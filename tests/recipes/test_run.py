@@ -256,3 +256,12 @@ def test_twenty_clips_on_one_gpu_are_as_many_steps_and_minutes_as_readme_says():
     seconds = tflop / 400
     assert f"that is {seconds:.0f} s a step and {steps * seconds / 60:.0f} minutes" in text
     assert f"a checkpoint every {run.checkpoint.minutes:.0f} minutes" in text
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize(
+    "name", ["train.epochs", "optimizer.lr", "clip_norm", "flow.shift", "flow.logit_mean", "checkpoint.minutes"]
+)
+def test_numbers_of_a_recipe_are_finite(name, value):
+    with pytest.raises(UserError, match=f"The setting '{name}' is .*: it must be "):
+        load_run("tiny", [f"{name}={value}"])
