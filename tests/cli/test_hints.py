@@ -174,3 +174,13 @@ def test_the_commands_are_found():
     assert len(found) > 15
     assert {"wanloom prepare X OUT", "wanloom show RECIPE"} < set(found), "of messages, filled in, and of help"
     assert any(command.startswith("wanloom train tiny") for command in found), "of docs"
+
+
+def test_every_environment_of_the_readme_is_activated():
+    """What wanloom prints begins with `wanloom`, which is a command in an activated environment alone."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert ".venv/bin/wanloom" not in "".join(blocks)
+    made = [block for block in blocks if re.search(r"^(uv|python3 -m) venv\b", block, re.MULTILINE)]
+    installed = [block for block in blocks if "pip install" in block]
+    assert len(made) == 2 and made == installed
+    assert all(".venv\n. .venv/bin/activate\n" in block or "uv venv\n. .venv/bin/activate\n" in block for block in made)
