@@ -89,6 +89,11 @@ def test_the_home_folder_is_meant_in_options_too(monkeypatch):
         ["train", "tiny", "run_dir=x", "--mock", "optimizer.lr=-1"],
         ["train", "tiny", "run_dir=x", "--mock", "--nproc", "2", "init=pretraned"],
         ["show", "tiny", "train.steps=0"],
+        ["prepare", "nowhere", "out"],
+        ["prepare", ".", "out", "--frames", "80"],
+        ["prepare", ".", "out", "--height", "481", "--width", "832"],
+        ["prepare", ".", "out", "--keep-aspect"],
+        ["prepare", ".", "out", "--val-fraction", "1"],
     ],
 )
 def test_a_mistake_is_told_before_torch_is_loaded(tmp_path, words):

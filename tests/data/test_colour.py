@@ -297,9 +297,9 @@ def test_the_report_has_the_colours_of_every_file(tmp_path: Path) -> None:
     from fake_encoders import IDENTITY, build_encoders
     from PIL import Image
 
-    from wanloom.data.encode import PrepareConfig
     from wanloom.data.framing import FramingConfig
     from wanloom.data.prepare import prepare
+    from wanloom.data.prepare_settings import PrepareConfig
     from wanloom.data.video import TimingConfig
 
     source = tmp_path / "in"

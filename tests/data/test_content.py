@@ -14,11 +14,11 @@ from wanloom.config import UserError
 from wanloom.data import content as content_module
 from wanloom.data.content import Content, hash_file, read_stamp
 from wanloom.data.decoding import MediaError
-from wanloom.data.encode import PrepareConfig
 from wanloom.data.framing import Frame, FramingConfig
+from wanloom.data.places import WORK
 from wanloom.data.plan import list_files, read_entries
 from wanloom.data.prepare import PLAN, prepare
-from wanloom.data.shards import WORK
+from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.data.spool import Spool
 from wanloom.data.video import TimingConfig, read_clips
 

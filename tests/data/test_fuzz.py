@@ -7,9 +7,9 @@ import pytest
 from fake_encoders import IDENTITY, build_encoders
 
 from tools.fuzz import IMAGES, VIDEOS, mutants, read_mutant, write_originals
-from wanloom.data.encode import PrepareConfig
 from wanloom.data.framing import FramingConfig
 from wanloom.data.prepare import prepare
+from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.data.video import TimingConfig
 
 KINDS = {"mp4", "mov", "mkv", "avi", "webm", "wmv", "ts", "gif", "png", "jpg", "webp", "avif", "tiff"}

@@ -22,11 +22,12 @@ from rich.console import Console
 
 from wanloom.config import UserError
 from wanloom.data import prepare as prepare_module
-from wanloom.data.encode import PrepareConfig, default_batch, sample_key
+from wanloom.data.encode import default_batch, sample_key
 from wanloom.data.framing import FramingConfig
 from wanloom.data.ledger import Ledger
 from wanloom.data.plan import read_entries
 from wanloom.data.prepare import Finished, prepare
+from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.data.report import print_report
 from wanloom.data.shards import Dataset
 from wanloom.data.spool import Spool

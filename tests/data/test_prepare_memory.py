@@ -10,9 +10,10 @@ import torch
 from wanloom import memory
 from wanloom.cli import main
 from wanloom.config import UserError
-from wanloom.data.encode import Block, PrepareConfig, Writer
+from wanloom.data.encode import Block, Writer
 from wanloom.data.framing import FramingConfig
 from wanloom.data.memory import BYTES, check_batch, find_helps
+from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.data.video import TimingConfig
 
 

@@ -17,10 +17,11 @@ from test_prepare import ALL, config, contents, mixed, put_image, put_video, sma
 
 from wanloom.config import UserError
 from wanloom.data import prepare as prepare_module
-from wanloom.data.encode import Encoders, PrepareConfig, Progress, plan_blocks
+from wanloom.data.encode import Encoders, Progress, plan_blocks
 from wanloom.data.ledger import Ledger
 from wanloom.data.plan import Entry
 from wanloom.data.prepare import prepare
+from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.data.shards import Dataset
 from wanloom.dist import process_group
 

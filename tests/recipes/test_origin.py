@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from wanloom.cli.prepare import identify as identify_for_prepare
 from wanloom.config import UserError
-from wanloom.data.prepare import DONE
+from wanloom.data.places import DONE
 from wanloom.data.shards import Dataset
 from wanloom.data.tar import END, tar_pair
 from wanloom.recipes.origin import check_origins, note_unhashed

@@ -13,8 +13,9 @@ from wanloom.signals import StopSignal
 from wanloom.terminal import Terminal
 
 if TYPE_CHECKING:
-    from wanloom.data.encode import Encoders, PrepareConfig, Progress
+    from wanloom.data.encode import Encoders, Progress
     from wanloom.data.prepare import Finished
+    from wanloom.data.prepare_settings import PrepareConfig
 
 HELP = """Turn a folder of videos and images with captions into a folder to train on.
 
@@ -174,9 +175,9 @@ OTHER = (
 
 def read_config(arguments: argparse.Namespace) -> "PrepareConfig":
     """The settings of the command line; what was not given keeps its default."""
-    from wanloom.data.encode import PrepareConfig
     from wanloom.data.framing import FramingConfig
     from wanloom.data.limits import LimitsConfig
+    from wanloom.data.prepare_settings import PrepareConfig
     from wanloom.data.video import TimingConfig
 
     def given(names: tuple[str, ...]) -> dict[str, Any]:
@@ -227,12 +228,21 @@ def check_alike(identity: dict[str, str]) -> None:
             raise UserError(f"Rank {rank} would make other samples than rank 0: {'; '.join(differs)}.")
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UserError for settings that cannot be and folders that are not there or in the way."""
+    from wanloom.data.places import check_folders
+
+    read_config(arguments)
+    check_folders(arguments.input, arguments.out)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Prepare, with a progress bar and the report on rank 0; 128 and the number of the signal when it was stopped."""
     config = read_config(arguments)
     from wanloom.assets import find_pipeline
     from wanloom.data.memory import check_batch
-    from wanloom.data.prepare import check_folders, prepare
+    from wanloom.data.places import check_folders
+    from wanloom.data.prepare import prepare
     from wanloom.dist import pick_device, rank, together
     from wanloom.threads import one_thread
 
@@ -285,7 +295,7 @@ def load_with_room(pipeline: Path, device: str) -> "Encoders":
 def tell(done: "Finished", out: Path, model: str, console: Any, seconds: float) -> None:
     """Print the report, and how to go on."""
     from wanloom.cli.hints import train_command
-    from wanloom.data.prepare import REPORT
+    from wanloom.data.places import REPORT
     from wanloom.data.report import print_report, summarise
 
     print_report(done.report, console)

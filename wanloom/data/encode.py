@@ -7,7 +7,6 @@ depend on workers, kills, restarts or ranks, and each rank decodes and encodes b
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,56 +15,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from wanloom.config import Config, UserError
+from wanloom.config import UserError
 from wanloom.data.content import Content
 from wanloom.data.decoding import MediaError
-from wanloom.data.framing import Frame, FramingConfig, aspect_change, choose_frame
+from wanloom.data.framing import Frame, aspect_change, choose_frame
 from wanloom.data.ledger import Ledger
-from wanloom.data.limits import LimitsConfig
 from wanloom.data.memory import describe_batch, find_helps
 from wanloom.data.picture import Clip
 from wanloom.data.plan import Entry
+from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.data.readers import read_ahead
 from wanloom.data.tar import tar_pair
-from wanloom.data.video import TimingConfig, read_clips
-from wanloom.dist import local_world_size, world_size
+from wanloom.data.video import read_clips
+from wanloom.dist import world_size
 from wanloom.memory import enough_memory
 
 MOST_CLIPS, MOST_PIXELS = 16, 4_000_000  # of a batch; one clip of 81 frames of 832x480 has 32 million pixels
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-class PrepareConfig(Config):
-    """The settings of `wanloom prepare`; its --help explains each."""
-
-    timing: TimingConfig = TimingConfig()
-    framing: FramingConfig = FramingConfig()
-    limits: LimitsConfig = LimitsConfig()
-    caption_key: str | None = None
-    max_text_length: int = 512
-    val_fraction: float = 0.05
-    shard_size: int = 512  # MiB
-    batch_size: int | None = None  # None: by `default_batch`
-    dtype: str = "bf16"
-    seed: int = 0
-    workers: int = Field(default_factory=lambda: min(8, max(1, (os.cpu_count() or 2) // 2 // local_world_size())))
-    strict: bool = False
-    follow_links: bool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> "PrepareConfig":
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction {self.val_fraction:g} is not between 0 and 1")
-        for name in ("max_text_length", "shard_size", "batch_size", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is at least 1")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
-        return self
 
 
 class Encoders(NamedTuple):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from wanloom.memory import check_memory
 
 if TYPE_CHECKING:
-    from wanloom.data.encode import PrepareConfig
+    from wanloom.data.prepare_settings import PrepareConfig
 
 BYTES = 3 + 3 * 4  # of a pixel: uint8 and fp32
 Shape = tuple[int, int, int, int]

@@ -21,13 +21,15 @@ import torch
 import wanloom
 from wanloom.config import UserError
 from wanloom.data.crew import Crew
-from wanloom.data.encode import Block, Encoders, PrepareConfig, Progress, Writer, encode_blocks, plan_blocks
+from wanloom.data.encode import Block, Encoders, Progress, Writer, encode_blocks, plan_blocks
 from wanloom.data.energon import write_energon
 from wanloom.data.index import INDEX, build_table, encode_index
 from wanloom.data.ledger import Ledger
+from wanloom.data.places import DONE, REPORT, WORK, check_folders
 from wanloom.data.plan import Plan, build_plan, read_entries
+from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.data.report import Report, explain_nothing
-from wanloom.data.shards import DONE, WORK, index_rows
+from wanloom.data.shards import index_rows
 from wanloom.data.spool import SPLITS, Spool
 from wanloom.data.tar import scan_tar
 from wanloom.dist import rank, together, world_size
@@ -36,7 +38,6 @@ from wanloom.memory import enough_memory
 from wanloom.terminal import plural
 
 FREE = {"workers", "strict", "follow_links"}  # settings that change no byte of the result
-REPORT = "report.json"
 PLAN = "plan.jsonl"  # in the work folder
 
 
@@ -92,27 +93,6 @@ def _told(out: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason += "; free some space and run the same command again, nothing is lost"
         raise UserError(f"'{out}' cannot be written: {reason}.") from error
-
-
-def check_folders(source: Path, out: Path) -> None:
-    """Raise UserError when the two folders are in each other's way or `out` holds something else."""
-    here, there = source.resolve(), out.resolve()
-    if source.is_file():
-        raise UserError(f"'{source}' is a file: give the folder that it is in.")
-    if not source.is_dir():
-        raise UserError(f"There is no folder '{source}'.")
-    if (source / DONE).is_file():
-        raise UserError(f"'{source}' is prepared already: train on it, or give the folder of the videos and images.")
-    if (source / WORK / DONE).is_file():
-        raise UserError(f"'{source}' is being prepared from another folder: give the folder of the videos and images.")
-    if here == there or here.is_relative_to(there):
-        raise UserError(f"The output folder '{out}' would hold the input '{source}': give another output folder.")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"'{out}' is a file, not a folder.")
-    if out.is_dir() and not (out / DONE).exists() and not (out / WORK).exists():
-        other = sorted(path.name for path in out.iterdir() if path.name != REPORT)
-        if other:
-            raise UserError(f"'{out}' is not empty and was not made by prepare (it holds '{other[0]}').")
 
 
 def _lead(request: Request, crew: Crew) -> Finished:

@@ -29,6 +29,7 @@ from torch import Tensor
 from wanloom.config import UserError
 from wanloom.data.index import AGAIN, INDEX, Columns, Index, Row, build_table, encode_index, read_table
 from wanloom.data.index_cache import open_index
+from wanloom.data.places import DONE, WORK
 from wanloom.data.retry import Fetching, read_patiently
 from wanloom.data.tar import TENSORS, Pair, scan_tar, view_tensors
 from wanloom.files import write_atomic
@@ -36,8 +37,6 @@ from wanloom.model.sequence import grid_of
 
 log = logging.getLogger(__name__)
 
-DONE = "prepare.json"  # written last: the folder is complete
-WORK = ".work"  # what prepare keeps while it runs
 Version = tuple[int, int, int]  # of a file: inode, size, time of the last change in ns
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, TextIO
 
 from wanloom.config import UserError
 from wanloom.data.ledger import Ledger
-from wanloom.data.shards import DONE, WORK
+from wanloom.data.places import DONE, WORK
 from wanloom.data.tar import END, scan_tar
 from wanloom.files import lock_folder, write_atomic
 
