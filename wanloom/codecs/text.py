@@ -7,7 +7,6 @@ a short prompt costs little. Cleaning and length are Wan's: ftfy, HTML entities 
 
 import html
 import re
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +16,6 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from wanloom.codecs.identity import text_identity
 from wanloom.codecs.parts import ForeignError, PartConfig, fill_part, foreign, read_part
 from wanloom.config import UserError, build_config, cut
 from wanloom.folders import MOST_REASON, read_json
@@ -95,11 +93,6 @@ class TextCodec:
     def dim(self) -> int:
         """Size of a text state."""
         return self.encoder.config.d_model
-
-    @cached_property
-    def identity(self) -> str:
-        """Fingerprint of the encoder and the tokenizer."""
-        return text_identity(self.folder)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a prompt before any cut, `</s>` included."""

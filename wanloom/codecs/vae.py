@@ -5,7 +5,6 @@ In: RGB frames `(F, H, W, 3)` uint8 with F = 4n+1 and H, W multiples of 8. Out: 
 and no tiling, which changes the latents. The VAE is causal: a latent frame does not depend on later frames.
 """
 
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +13,6 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from wanloom.codecs.identity import folder_identity
 from wanloom.codecs.parts import PartConfig, fill_part, read_part
 from wanloom.folders import check_finite
 
@@ -63,9 +61,8 @@ class VaeConfig(PartConfig):
 class VaeCodec:
     """An AutoencoderKLWan with its normalisation. `dtype` is that of the computation; fp32 is what Wan uses."""
 
-    def __init__(self, vae: AutoencoderKLWan, folder: Path, device: torch.device) -> None:
+    def __init__(self, vae: AutoencoderKLWan, device: torch.device) -> None:
         self.vae = vae
-        self.folder = folder
         self.device = device
         shape = (1, -1, 1, 1, 1)
         self.mean = torch.tensor(vae.config["latents_mean"], dtype=torch.float32, device=device).view(shape)
@@ -81,17 +78,12 @@ class VaeCodec:
         with torch.device("meta"):
             vae = AutoencoderKLWan(**config.model_dump(mode="json"))
         device = torch.device(device)
-        return cls(fill_part(vae, folder, "diffusion_pytorch_model", dtype, device), folder, device)
+        return cls(fill_part(vae, folder, "diffusion_pytorch_model", dtype, device), device)
 
     @property
     def channels(self) -> int:
         """Channels of the latents."""
         return self.vae.config["z_dim"]
-
-    @cached_property
-    def identity(self) -> str:
-        """Fingerprint of the config and the weights."""
-        return folder_identity(self.folder)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames `(F, H, W, 3)` uint8 to latents `(C, (F-1)/4+1, H/8, W/8)` fp32 on the CPU."""
