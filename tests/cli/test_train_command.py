@@ -436,14 +436,14 @@ def test_another_number_of_threads_is_noted(tmp_path, capsys):
     assert main(words(tmp_path, "train.steps=1")) == 0
     assert " on cpu with 1 thread in fp32" in capsys.readouterr().out
     assert main(words(tmp_path, "train.steps=2")) == 0
-    assert "Note: the number" not in capsys.readouterr().out
+    assert "note: the number" not in capsys.readouterr().out
     torch.set_num_threads(2)
     try:
         assert main(words(tmp_path, "train.steps=3")) == 0
     finally:
         torch.set_num_threads(1)
     out = capsys.readouterr().out
-    assert " on cpu with 2 threads in fp32" in out and "Note: the number of threads was 1 and is 2" in out
+    assert " on cpu with 2 threads in fp32" in out and "note: the number of threads was 1 and is 2" in out
     assert read_state(find_checkpoint(tmp_path))["threads"] == 2
 
 

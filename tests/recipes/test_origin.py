@@ -91,6 +91,6 @@ def test_samples_whose_content_cannot_be_compared_are_a_note(tmp_path):
     (tmp_path / "index.parquet").unlink()
     note_unhashed([Dataset.open(tmp_path)], said.append)
     assert said == [
-        f"Note: 1 sample of {tmp_path} without a sha256, as in folders that others made: whether the content stays the "
+        f"note: 1 sample of {tmp_path} without a sha256, as in folders that others made: whether the content stays the "
         "same is not checked, only names and lengths are."
     ]

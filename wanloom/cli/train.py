@@ -302,7 +302,7 @@ def note_threads(checkpoint: Path, device: "torch.device", say: "Callable[[str],
     before, now = read_state(checkpoint).get("threads"), torch.get_num_threads()
     if device.type == "cpu" and before not in (None, now):
         say(
-            f"Note: the number of threads was {before} and is {now}, so within rounding it is no longer the same: "
+            f"note: the number of threads was {before} and is {now}, so within rounding it is no longer the same: "
             f"OMP_NUM_THREADS={before} keeps every bit."
         )
 

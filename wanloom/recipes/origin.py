@@ -34,7 +34,7 @@ def check_origins(run: Run, say: Callable[[str], None]) -> None:
             if stored.get(key) is None or own[key] is None:
                 reason = "that is not on this machine" if own[key] is None else f"there is no {DONE} that says"
                 say(
-                    f"Note: whether {source.path} was prepared with the {name} of {run.model} is not checked: {reason}."
+                    f"note: whether {source.path} was prepared with the {name} of {run.model} is not checked: {reason}."
                 )
             elif stored[key] != own[key] and key == "vae":
                 raise UserError(
@@ -43,7 +43,7 @@ def check_origins(run: Run, say: Callable[[str], None]) -> None:
                 )
             elif stored[key] != own[key]:
                 say(
-                    f"Note: {source.path} was prepared with other {name} files than those of {run.model}. If they are "
+                    f"note: {source.path} was prepared with other {name} files than those of {run.model}. If they are "
                     "another encoder, this run learns captions that the model's own encoder does not speak."
                 )
 
@@ -53,7 +53,7 @@ def note_unhashed(sources: Sequence[object], say: Callable[[str], None]) -> None
     for source in sources:
         if isinstance(source, Dataset) and (count := source.count_unhashed()):
             say(
-                f"Note: {plural(count, 'sample')} of {source.path} without a sha256, as in folders that others made: "
+                f"note: {plural(count, 'sample')} of {source.path} without a sha256, as in folders that others made: "
                 "whether the content stays the same is not checked, only names and lengths are."
             )
 
