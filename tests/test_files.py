@@ -9,7 +9,7 @@ import pytest
 
 from wanloom.config import UserError
 from wanloom.data.spool import Spool
-from wanloom.files import lock_folder, parse_json, write_atomic, written
+from wanloom.files import LOCK, lock_folder, parse_json, write_atomic, written
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -51,6 +51,19 @@ def test_a_folder_has_one_owner(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(UserError, match="disk without file locks"), Spool(tmp_path / "out", 1000):
         pass
+
+
+def test_what_a_kill_left_half_written_goes_with_the_next_owner(tmp_path, monkeypatch):
+    files = [tmp_path / name for name in ("run.yaml", ".notes.tmp", "a.12.tmp", ".x.y.tmp")]
+    for file in files:
+        write_atomic(file, b"whole")
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt), written(files[0]) as temporary:
+        killed.setattr(Path, "unlink", lambda path: None)
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert temporary.exists()
+    lock_folder(tmp_path, "").close()
+    assert sorted(tmp_path.iterdir()) == sorted([*files, tmp_path / LOCK]), "and nothing of anyone else's"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ power loss leaves half of one under its name. A lock is the system's: it ends wi
 import fcntl
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
@@ -19,11 +20,18 @@ from wanloom.config import UserError
 
 LOCK = ".lock"  # the file of a folder that is locked
 
+BEGUN = re.compile(r"\..+\.\d+\.tmp")  # see `temporary_name`
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it takes its name; a kill leaves it, and `lock_folder` removes it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; what is written there replaces `path` when the block ends well."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -67,7 +75,10 @@ def is_special(path: Path) -> bool:
 
 
 def lock_folder(folder: Path, taken: str) -> TextIO:
-    """Make the folder and lock it until the returned file is closed. Raises UserError, `taken` when another has it."""
+    """Make the folder and lock it until the returned file is closed. Raises UserError, `taken` when another has it.
+
+    What a process that was killed had begun to write there is removed.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a")
@@ -81,6 +92,9 @@ def lock_folder(folder: Path, taken: str) -> TextIO:
     except OSError as error:
         file.close()
         raise UserError(f"The folder {folder} is on a disk without file locks: choose another.") from error
+    for left in folder.glob(".*.tmp"):
+        if BEGUN.fullmatch(left.name):
+            left.unlink(missing_ok=True)
     return file
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import wanloom
 from wanloom.config import UserError, sentence_of
-from wanloom.files import parse_json, written
+from wanloom.files import parse_json, temporary_name, written
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
     from torch import Tensor
@@ -108,7 +108,7 @@ def write_result(plan: "Plan", job: "Job", frames: "Tensor", facts: dict[str, An
     from wanloom.sample.media import write_mp4, write_png, write_sheet
 
     *media, note = outputs_of(plan, job)
-    waiting = {path: path.with_name(f".{path.name}.part") for path in (note, *reversed(media))}
+    waiting = {path: temporary_name(path) for path in (note, *reversed(media))}
     text = json.dumps(content_of(plan, job, facts), indent=2, ensure_ascii=False) + "\n"
     try:
         if job.frames == 1:

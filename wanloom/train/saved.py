@@ -24,6 +24,7 @@ from wanloom.files import parse_json
 FOLDER = "checkpoints"
 NAME = re.compile(r"step_\d{7,}")
 THREADS = 4  # that read files and compare checksums
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.safetensors$")]  # never a path
 
 
@@ -41,12 +42,12 @@ class SavedState(Config):
 
     crc32: int | None = None  # of the rest
     recipe: FileSum | None = None  # run.yaml
-    step: int
+    step: Count
     files: dict[FileName, FileSum]
     model: dict[str, Any] = Field(default_factory=dict)
-    data: Any = None
-    samples: int = 0
-    tokens: int = 0
+    data: str = ""
+    samples: Count = 0
+    tokens: Count = 0
     seconds: float = 0.0
     window: dict[str, float] = Field(default_factory=dict)
 
