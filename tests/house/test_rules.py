@@ -143,16 +143,29 @@ def test_no_unsafe_or_silent_code(path):
 
 
 def loading_faults(text: str) -> list[str]:
-    """Calls that let a library read a model folder without being told to run none of its code."""
-    faults = []
-    for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+    """Calls that let a library read a model folder without being told to run none of its code.
+
+    Of what is imported from these libraries a class may be made of values; all else that is called reads files.
+    """
+    nodes = list(ast.walk(ast.parse(text)))
+    names, faults = set[str](), list[str]()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FIELD_LIBRARIES:
+            names |= {alias.asname or alias.name for alias in node.names}
+        if isinstance(node, ast.Import) and {alias.name.split(".")[0] for alias in node.names} & FIELD_LIBRARIES:
+            faults.append(f"line {node.lineno}: import what is used, by its name")
+    loads = re.compile(r"from_pretrained|from_single_file|load_config|pipeline|load_\w+_weights")
+    for node in nodes:
+        if not isinstance(node, ast.Call):
             continue
-        if node.func.attr in {"from_pretrained", "from_single_file", "load_config", "pipeline"}:
-            told = {word.arg: ast.unparse(word.value) for word in node.keywords}
-            wanted = {"trust_remote_code": "False", "use_safetensors": "True", "local_files_only": "True"}
-            if not told.items() >= wanted.items():
-                faults.append(f"line {node.lineno}: {ast.unparse(node.func)}")
+        path = ast.unparse(node.func).split(".")
+        made = path[0] in names and len(path) == 1 and path[0][:1].isupper()
+        if made or not (path[0] in names or (len(path) > 1 and loads.fullmatch(path[-1]))):
+            continue
+        told = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        wanted = {"trust_remote_code": "False", "use_safetensors": "True", "local_files_only": "True"}
+        if path[-1] != "from_pretrained" or not told.items() >= wanted.items():
+            faults.append(f"line {node.lineno}: {'.'.join(path)}")
     return faults
 
 
@@ -166,6 +179,16 @@ def test_the_check_of_model_folders_can_fail():
     assert (
         loading_faults("M.from_pretrained(x, trust_remote_code=y, use_safetensors=True, local_files_only=True)") != []
     )
+    safe = "trust_remote_code=False, use_safetensors=True, local_files_only=True"
+    for text in (
+        "from transformers import pipeline\npipeline('x')",
+        "import transformers\ntransformers.AutoModel.from_config(x)",
+        f"from diffusers import Model\nModel.from_config(x, {safe})",
+        "from diffusers import Model as M\nM.load_lora(x)",
+        f"kind.from_single_file(x, {safe})",
+    ):
+        assert loading_faults(text) != [], text
+    assert loading_faults(f"from diffusers import Model\nModel(3)\nModel.from_pretrained(x, {safe})") == []
     found = [path.name for path in FILES if "from_pretrained(" in path.read_text()]
     assert "text.py" in found, "the call that reads tokenizers is looked at"
 
