@@ -92,6 +92,19 @@ def test_columns_are_made_once_and_anew_when_a_file_was_cut(tmp_path, cache, mon
     assert [*open_index(file, "data").splits["train"]] == [*first.splits["train"]] and len(made) == 5
 
 
+@pytest.mark.parametrize("facts", [b"{", b"[1]", b'{"bytes": 3}', b"[" * 50_000])
+def test_what_is_known_of_columns_may_be_damaged(tmp_path, cache, facts):
+    """Those of this index are made again; those of another one are left alone."""
+    file = write(tmp_path / "data", draw_rows())
+    open_index(file, "data")
+    (made,) = cache_root().iterdir()
+    (made / "facts.json").write_bytes(facts)
+    (cache_root() / "other").mkdir()
+    (cache_root() / "other" / "facts.json").write_bytes(facts)
+    assert len(open_index(file, "data").splits["train"]) > 0
+    assert index_cache.is_whole(made) and (cache_root() / "other" / "facts.json").exists()
+
+
 def test_another_index_has_columns_of_its_own_and_those_of_before_go(tmp_path, cache):
     file = write(tmp_path / "data", draw_rows())
     before = open_index(file, str(tmp_path / "data"))

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -61,13 +62,20 @@ def cache_root() -> Path:
 
 def is_whole(folder: Path) -> bool:
     """Whether all columns are there, each as long as it was written."""
-    sizes = _facts(folder).get("bytes", {})
+    sizes = _facts(folder).get("bytes")
+    if not isinstance(sizes, dict):
+        return False
     found = {name: (folder / name).stat().st_size for name in sizes if (folder / name).exists()}
     return bool(sizes) and found == sizes
 
 
-def _facts(folder: Path) -> dict:
-    return parse_json((folder / FACTS).read_bytes()) if (folder / FACTS).exists() else {}
+def _facts(folder: Path) -> dict[str, Any]:
+    """What is known of the columns in a folder; nothing when that is damaged, and they are made again."""
+    try:
+        found = parse_json((folder / FACTS).read_bytes()) if (folder / FACTS).exists() else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read(parquet: pq.ParquetFile, path: str, folder: Path | None = None) -> Columns:
