@@ -4,9 +4,10 @@ The index is synthetic, with the columns of a real one: keys of 14 letters, capt
 of 16,667 shards, which are files of holes. Each time is of a process of its own, the index in the system's cache.
 Opened for the first time on a machine the columns are made; after that they are mapped. Memory is what Linux counts as
 private to one of two processes that have both opened the folder and planned steps (/proc/self/smaps_rollup); the mapped
-columns that they share are not in it, the interpreter and PyTorch are. A step is planned after one at another place of
-the same pass over the data; the first one of a pass makes the order of that pass, and stands on a line of its own.
-Every process plans the same 16 steps: what counts of each is the least of them, and of the steps the slowest.
+columns that they share are not in it, the interpreter and PyTorch are. (The process that makes the columns is alone:
+what it looked at of them is in its number.) A step is planned after one at another place of the same pass over the
+data; the first one of a pass makes the order of that pass, and stands on a line of its own. Every process plans the
+same 16 steps: what counts of each is the least of them, and of the steps the slowest.
 """
 
 import os
