@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wanloom.config import UserError
+from wanloom.config import UserError, sentence_of
 from wanloom.data.spool import Spool
 from wanloom.files import LOCK, lock_folder, parse_json, write_atomic, written
 
@@ -29,8 +29,9 @@ def test_what_fails_half_way_changes_nothing(tmp_path):
 
     path = tmp_path / "a.txt"
     write_atomic(path, b"old")
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as caught:
         write_atomic(path, chunks())
+    assert sentence_of(caught.value) == f"'{path}' cannot be used: No space left on device."
     with pytest.raises(KeyboardInterrupt), written(path) as temporary:
         temporary.write_bytes(b"half")
         raise KeyboardInterrupt

@@ -5,6 +5,7 @@ under a temporary name in the same folder, waited for until it is on the disk, t
 power loss leaves half of one under its name. A lock is the system's: it ends with the process, however that ends.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 
 from wanloom.config import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK = ".lock"  # the file of a folder that is locked
 
 BEGUN = re.compile(r"\..+\.\d+\.tmp")  # see `temporary_name`
@@ -37,6 +39,10 @@ def written(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:  # a write does not say of which file it was
+            error.filename = str(path)
+        raise
     finally:
         if temporary.exists():
             temporary.unlink()

@@ -291,7 +291,7 @@ def test_a_stopped_call_goes_on_where_it_was(tiny_pipeline, tmp_path, capsys, mo
     assert names(tmp_path / "out") == [f"{stem}.{end}" for stem in ("000-x", "001-y") for end in ("json", "png")]
     assert main([*words, out, *third]) == 130, "stopped once more"
     assert main([*words, out, *third]) == 0
-    assert "3 to make with 2 steps of unipc, guidance 5, 2 of them are there\n" in capsys.readouterr().out
+    assert "3 to make with 2 steps of unipc, guidance 5, 2 of them there already\n" in capsys.readouterr().out
     assert made == ["000-x", "001-y", "002-z", "002-z"]
     assert main([*words, out, *third]) == 0 and made[4:] == []
     assert "is complete: this command has made all of it before" in capsys.readouterr().out
@@ -394,7 +394,7 @@ def test_an_untrained_model_is_said_to_be_one(tiny_pipeline, tmp_path, capsys):
 def test_without_guidance_the_negative_prompt_is_not_encoded(tiny_pipeline, tmp_path, capsys):
     words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, "--frames", "1", *out_at(tmp_path)]
     assert main(["generate", *words, "--guidance", "1"]) == 0
-    assert "text: 1 prompts encoded, " in capsys.readouterr().out
+    assert "text: 1 prompt encoded, " in capsys.readouterr().out
 
 
 def test_an_empty_prompt_is_noted(capsys):

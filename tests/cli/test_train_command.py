@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from wanloom import memory
 from wanloom.cli import main, train
-from wanloom.cli.train_checks import times
+from wanloom.cli.train_checks import tell_outlook, times
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order
 from wanloom.data.tar import END, tar_pair
@@ -28,6 +28,7 @@ from wanloom.model.dit import WanDiT
 from wanloom.model.flops import forward_flops
 from wanloom.model.weights import state_dict_as
 from wanloom.objective.noise import draw_noise, draw_uniform
+from wanloom.recipes.run import load_run
 from wanloom.train import loop
 from wanloom.train import step as step_module
 from wanloom.train.checkpoint import load_weights
@@ -513,7 +514,6 @@ def test_a_prepared_folder_and_the_empty_caption_of_a_pipeline(tmp_path, prepare
     assert "step_0000002: 8 samples" in capsys.readouterr().out
 
     from wanloom.recipes.empty_text import empty_text
-    from wanloom.recipes.run import load_run
 
     run = load_run("tiny", [f"model={tiny_pipeline}", f"data.path={folder}"])
     states = empty_text(run, tmp_path, 64, torch.device("cpu"))
@@ -665,3 +665,9 @@ def test_mock_needs_no_shapes_and_stands_anywhere(tmp_path, capsys):
     assert main(["train", "tiny", *settings, f"run_dir={tmp_path}/c", "--mock", "17x64x64,1x64x64*4"]) == 0
     runs = [yaml.safe_load((tmp_path / name / "run.yaml").read_text())["data"] for name in "abc"]
     assert runs[0] == runs[1] == runs[2] and runs[0]["mock"] == "17x64x64,1x64x64*4"
+
+
+def test_one_step_passes():
+    run, said = load_run("tiny", ["run_dir=x", "data.path=x", "train.steps=1", "batch.samples=4"]), []
+    tell_outlook(run, [4], [1.0], [], said.append)
+    assert said == ["1 step passes over each sample once; the first checkpoint comes after the last step."]

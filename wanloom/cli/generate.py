@@ -17,7 +17,7 @@ from wanloom.config import UserError, cut
 from wanloom.files import folder_for_one
 from wanloom.memory import enough_memory
 from wanloom.signals import StopSignal
-from wanloom.terminal import Terminal, note, say
+from wanloom.terminal import Terminal, note, plural, say
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
     from torch import Tensor
@@ -128,7 +128,7 @@ def make(plan: Plan, overwrite: bool, stop: StopSignal) -> int:
             done = find_done(plan, overwrite, facts)
     done = gather(done)[0]
     ways = f"{plan.config.steps} steps of {plan.config.solver}, guidance {plan.config.guidance:g}"
-    there = f", {len(done)} of them are there" if done else ""
+    there = f", {len(done)} of them there already" if done else ""
     tell(
         f"{plan.model_name} on {plan.where} in {plan.precision}, attention by {plan.kernel}: "
         f"{len(plan.jobs)} to make with {ways}{there}"
@@ -144,7 +144,7 @@ def make(plan: Plan, overwrite: bool, stop: StopSignal) -> int:
             text = hand_out(plan, text)
             took = time.monotonic() - began
             both = "" if plan.config.guidance == 1 else ", negative ones included"
-            tell(f"text: {len(text)} prompts encoded{both}, {took:.1f} s with loading")
+            tell(f"text: {plural(len(text), 'prompt')} encoded{both}, {took:.1f} s with loading")
             mesh = Mesh(plan.layout, plan.device)
             model = load_model(plan, mesh)
             with together():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from wanloom.config import UserError, nearest
 from wanloom.recipes.run import load_run, split_init, use_mock
+from wanloom.terminal import plural
 from wanloom.train.saved import list_checkpoints
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def tell_outlook(
         often = f"each sample of {', '.join(parts)}"
     first = f"step {run.checkpoint.every:,}" if run.checkpoint.every < run.train.steps else "the last step"
     soon = f" or {run.checkpoint.minutes:g} minutes" if run.checkpoint.minutes else ""
-    say(f"{run.train.steps:,} steps pass over {often}; the first checkpoint comes after {first}{soon}.")
+    steps = f"{plural(run.train.steps, 'step')} {'passes' if run.train.steps == 1 else 'pass'}"
+    say(f"{steps} over {often}; the first checkpoint comes after {first}{soon}.")
     if unknown:
         say(f"The bf16 peak of {' and '.join(unknown)} is not known: the log has no MFU.")
 
