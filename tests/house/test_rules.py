@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from wanloom.cli import COMMANDS
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "wanloom"
 FILES = sorted(PACKAGE.rglob("*.py"))
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
 FLOORS = (
     {"", "assets", "config", "dist", "files", "folders", "keys", "memory", "signals", "tensors", "terminal", "threads"},
     {"model", "codecs", "objective", "data"},
@@ -191,6 +193,37 @@ def test_the_check_of_model_folders_can_fail():
     assert loading_faults(f"from diffusers import Model\nModel(3)\nModel.from_pretrained(x, {safe})") == []
     found = [path.name for path in FILES if "from_pretrained(" in path.read_text()]
     assert "text.py" in found, "the call that reads tokenizers is looked at"
+
+
+def unused_names(texts: dict[str, str]) -> list[str]:
+    """What is defined and never named again; libraries call what is decorated or overrides something of theirs."""
+    words = Counter(word for text in texts.values() for word in re.findall(r"\w+", text))
+    unused = []
+    for name, text in texts.items():
+        tree = ast.parse(text)
+        foreign = [node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.bases]
+        allowed = {child.name for body in foreign for child in body if isinstance(child, ast.FunctionDef)}
+        for node in ast.walk(tree):
+            found = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.decorator_list else []
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node in tree.body:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+            unused += [
+                f"{name}: {word}" for word in found if words[word] == 1 and word not in allowed and word[:2] != "__"
+            ]
+    return unused
+
+
+def test_every_name_has_a_user():
+    texts = {str(path): path.read_text() for path in (*FILES, *(ROOT / "benchmarks").rglob("*.py"), *TOOLS)}
+    assert [name for name in unused_names(texts) if name.startswith(str(PACKAGE))] == []
+
+
+def test_the_check_of_users_can_fail():
+    assert unused_names({"a": "A, B = 1, 2\ndef f(): return B\nf()\nclass C:\n    def g(self): return C"}) == [
+        "a: A",
+        "a: g",
+    ]
 
 
 def test_files_are_named_by_nouns_of_the_field():
