@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from wanloom.data.prepare_settings import PrepareConfig
+from wanloom.threads import count_cores
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -19,3 +22,14 @@ def test_threads_sleep_while_they_wait_unless_asked_otherwise(given, found):
     code = "import sys, wanloom.cli; code = wanloom.cli.main(['no-such-command']); import torch; sys.exit(code - 2)"
     result = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and f"GOMP_SPINCOUNT = '{found}'" in result.stderr
+
+
+@pytest.mark.parametrize(("cores", "local", "workers"), [(2, "1", 1), (9, "1", 4), (64, "1", 8), (64, "16", 2)])
+def test_workers_are_counted_by_the_cores_that_may_be_used(monkeypatch, cores, local, workers):
+    """A container or taskset gives some of the machine's cores, and os.cpu_count tells all of them."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert count_cores() == cores and PrepareConfig().workers == workers
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert count_cores() == 1000

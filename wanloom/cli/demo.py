@@ -19,6 +19,7 @@ from wanloom.cli import main
 from wanloom.config import UserError
 from wanloom.files import remove, write_atomic
 from wanloom.terminal import Terminal, say
+from wanloom.threads import count_cores
 
 HELP = (
     "Make small clips, prepare them, train on them from random weights, generate from prompts, and write report.html."
@@ -129,11 +130,6 @@ def busy() -> str:
     if torch.cuda.is_available() or load < BUSY * cores:
         return ""
     return f"This machine is busy: {load:.1f} processes wanted its {cores} cores in the last minute."
-
-
-def count_cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_clips(folder: Path, seed: int) -> dict[Any, Path]:

@@ -20,6 +20,7 @@ from typing import Any
 from wanloom.config import UserError
 from wanloom.signals import LAUNCHER, STOPS
 from wanloom.terminal import say
+from wanloom.threads import count_cores
 
 SAVING = 3600.0  # seconds from a signal until what still runs is killed
 NOTICE = 15.0  # seconds in which the others notice that one is gone, say so and leave by themselves
@@ -54,7 +55,7 @@ def launch(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     add_arguments(parser, restarts=hasattr(arguments, "max_restarts"))
     command = parser.parse_known_args(words)[1]
     if "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // arguments.nproc))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, count_cores() // arguments.nproc))
     return run_processes(arguments.nproc, ("-m", "wanloom", *command), restarts or 0)
 
 

@@ -8,11 +8,12 @@ from wanloom.config import Config
 from wanloom.data.framing import FramingConfig
 from wanloom.data.limits import LimitsConfig
 from wanloom.data.video import TimingConfig
+from wanloom.threads import count_cores
 
 
 def usual_workers() -> int:
     """Half of the cores, shared by the processes of this machine, which `wanloom.dist` counts too but with torch."""
-    return min(8, max(1, (os.cpu_count() or 2) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return min(8, max(1, count_cores() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class PrepareConfig(Config):
