@@ -20,18 +20,24 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from wanloom.cli.train import build_model
 from wanloom.config import UserError
 from wanloom.dist import gather, is_lost
+from wanloom.model.dit import WanDiT
 from wanloom.model.settings import DiTConfig
+from wanloom.parallel.mesh import Mesh, resolve_layout
 from wanloom.parallel.params import box_of, local
+from wanloom.parallel.settings import ParallelConfig
+from wanloom.recipes.run import dump_run, load_run
 from wanloom.train import checkpoint as module
-from wanloom.train.checkpoint import Checkpointer, load_tensors
+from wanloom.train.checkpoint import Checkpointer, load_tensors, load_weights
 from wanloom.train.saved import find_checkpoint
 from wanloom.train.settings import CheckpointConfig
 
 SHAPES = {"one": (1, 5), "three": (3,), "seven": (7, 6), "wide": (6, 7), "even": (8, 5), "flat": (13, 2, 3)}
 CUT_BY_TP = {"seven": 0, "wide": 1, "even": 0, "three": 0}
 STATE = {"model": DiTConfig(dim=8, ffn_dim=8, num_heads=1, num_layers=1).model_dump()}
+SMALL = DiTConfig(dim=48, ffn_dim=80, num_heads=4, num_layers=2, text_dim=24)
 RANK, FOLDER = (int(sys.argv[1]), Path(sys.argv[2])) if __name__ == "__main__" else (0, Path())
 
 
@@ -136,6 +142,17 @@ def told(block) -> str:
     raise AssertionError("no mistake was found")
 
 
+def begin_run(run_dir: Path) -> None:
+    """A checkpoint of one process to begin from: weights, and an average that is another one."""
+    tensors = dict[str, Tensor]()
+    for name, param in WanDiT(SMALL).named_parameters():
+        value = torch.randn(param.shape, generator=torch.Generator().manual_seed(sum(name.encode())))
+        tensors |= {f"model.{name}": value, f"ema.{name}": -2 * value}
+    checkpointer = Checkpointer(run_dir, CheckpointConfig())
+    checkpointer.save(1, tensors, {"step": 1, "model": SMALL.model_dump()}, dump_run(load_run("tiny", [])))
+    checkpointer.close()
+
+
 def check_layouts() -> None:
     """Written by 3 and by 4 ranks in five layouts, read by 4, 3, 2 and 1 in every layout."""
     if join(3, "three"):
@@ -222,6 +239,25 @@ def check_damage(run_dir: Path) -> None:
     check_load(run_dir, "fsdp_tp")
 
 
+def check_init() -> None:
+    """A run that begins with the weights, or the average, of another one: each rank gets its part of them."""
+    if not join(2, "init"):
+        return
+    for parallel in ({"dp_shard": 2}, {"tp": 2}, {"pp": 2}):
+        mesh = Mesh(resolve_layout(ParallelConfig(**{"dp_shard": 1, **parallel}), 2, SMALL), torch.device("cpu"))
+        for init, ema in ((FOLDER / "begun", False), (f"{FOLDER / 'begun'}:ema", True)):
+            run = load_run("tiny", [f"init={init}"])
+            wanted = load_weights(find_checkpoint(FOLDER / "begun"), ema)[1]
+            model = build_model(run, SMALL, mesh, fill=True)
+            held = dict(model.named_parameters())
+            assert held and held.keys() <= wanted.keys(), held.keys()
+            for name, param in held.items():
+                assert torch.equal(local(param), wanted[name][box_of(param)]), (parallel, init, name)
+            numbers = sum(gather(sum(local(param).numel() for param in held.values())))
+            whole = sum(value.numel() for value in wanted.values())
+            assert whole <= numbers < 2 * whole, "it is split"
+
+
 def check_kill() -> None:
     """Two runs of two ranks. Rank 1 of the first is killed when its files are written, rank 0 of the second later, when
     only state.json and the name are missing. The other rank learns it."""
@@ -242,7 +278,7 @@ def check_kill() -> None:
 
 
 def main() -> None:
-    for check in (check_layouts, check_strange_boxes, check_mistakes, check_kill):
+    for check in (check_layouts, check_strange_boxes, check_mistakes, check_init, check_kill):
         check()
 
 

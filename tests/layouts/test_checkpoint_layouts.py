@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_ranks import SHAPES, STATE, full
+from checkpoint_ranks import SHAPES, STATE, begin_run, full
 
 from wanloom.train.checkpoint import Checkpointer, load_tensors, load_weights
 from wanloom.train.saved import find_checkpoint, list_checkpoints
@@ -24,6 +24,7 @@ RANKS, TIMEOUT = 4, 150  # seconds, on a machine that does other things too
 def folder(tmp_path_factory) -> Path:
     """What four ranks leave behind that have gone through all cases; two of them were killed at the end."""
     folder = tmp_path_factory.mktemp("ranks")
+    begin_run(folder / "begun")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     logs = [folder / f"log-{rank}" for rank in range(RANKS)]
     processes = []
