@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from wanloom.dist import rank, together, world_size
     from wanloom.files import lock_folder
+    from wanloom.recipes.effects import find_notes
 
     with together():
         config = check(arguments)
@@ -68,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         with together():
             if rank() == 0:
                 held.enter_context(lock_folder(run_dir, taken))
+                for note in find_notes(config, arguments.recipe):
+                    say(note, file=sys.stderr)
         stopped = start(config, run_dir)
     if stopped is None:
         return 0

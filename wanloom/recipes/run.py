@@ -20,6 +20,7 @@ from wanloom.data.settings import BatchConfig, DataConfig
 from wanloom.model.settings import CONFIGS, DiTConfig
 from wanloom.objective.settings import PRESETS, FlowConfig
 from wanloom.parallel.settings import Compile, ParallelConfig, Recompute
+from wanloom.recipes.effects import check_words
 from wanloom.recipes.layers import read_layers
 from wanloom.recipes.names import NAMES_ELSEWHERE
 from wanloom.train.settings import CheckpointConfig, EmaConfig, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -122,7 +123,9 @@ def load_run(recipe: str, overrides: list[str], training_mode: str | None = None
             f"{recipe} is no whole recipe, it lacks {', '.join(needed)}: begin it with `based_on: tiny` (or "
             "another recipe), which gives all that it does not say, or make it of one: wanloom show tiny > my.yaml"
         )
-    return build_config(Run, values)
+    run = build_config(Run, values)
+    check_words(run, words)
+    return run
 
 
 def lay(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
