@@ -9,7 +9,6 @@ sentence, and `say_once` prints it once. Host values travel as JSON over gloo.
 import itertools
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from wanloom.config import UserError, sentence_of
+from wanloom.devices import check_device_name
 from wanloom.signals import LAUNCHER, ended_by_ctrl_c
 
 TIMEOUT = timedelta(minutes=30)  # the first step of a large model compiles, a checkpoint is read
@@ -57,6 +57,8 @@ def pick_device(name: str | None = None) -> torch.device:
     The processes of one machine take one GPU each, in order. Raises UserError when the one asked for is none, or
     cannot be used, or when a machine has more processes than GPUs.
     """
+    if name is not None:
+        check_device_name(name)
     if name is None and not torch.cuda.is_available():
         return torch.device("cpu")
     if name is None or (name == "cuda" and torch.cuda.is_available()):
@@ -72,8 +74,6 @@ def pick_device(name: str | None = None) -> torch.device:
         return torch.device("cuda", local)
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"The device '{name}' cannot be used: there is no GPU that torch can use. Leave --device out.")
-    if not re.fullmatch(r"cpu|(cuda|mps|xpu)(:\d{1,3})?", name):
-        raise UserError(f"There is no device '{name}': give cpu, cuda, or one GPU such as cuda:1.")
     try:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # "meta" is a device too, but nothing comes back from it

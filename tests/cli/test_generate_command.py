@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from argparse import Namespace
 from pathlib import Path
 
 import av
@@ -17,7 +18,7 @@ from PIL import Image
 
 from wanloom.cli import main
 from wanloom.cli.generate_files import write_result
-from wanloom.cli.generate_plan import check_jobs
+from wanloom.cli.generate_plan import check_jobs, note_unused
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError
@@ -395,6 +396,20 @@ def test_without_guidance_the_negative_prompt_is_not_encoded(tiny_pipeline, tmp_
     words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, "--frames", "1", *out_at(tmp_path)]
     assert main(["generate", *words, "--guidance", "1"]) == 0
     assert "text: 1 prompt encoded, " in capsys.readouterr().out
+
+
+def test_options_that_no_prompt_is_left_for_are_noted(capsys):
+    lines = [PromptLine(prompt="x", seed=seed, frames=1) for seed in (1, 2)]
+    jobs = build_jobs(lines, "", 0, 32, 32, 5)
+    given = Namespace(seed=3, height=32, width=32, frames=5, negative=None, fps=24, prompts="a.jsonl")
+    note_unused(given, lines, jobs)
+    assert capsys.readouterr().err.splitlines() == [
+        "note: --seed has no effect: every prompt in a.jsonl has its own.",
+        "note: --frames has no effect: every prompt in a.jsonl has its own.",
+        "note: --fps 24 has no effect on images.",
+    ]
+    note_unused(given, [*lines, PromptLine(prompt="y")], build_jobs([PromptLine(prompt="y")], "", 0, 32, 32, 5))
+    assert capsys.readouterr().err == ""
 
 
 def test_an_empty_prompt_is_noted(capsys):

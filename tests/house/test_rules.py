@@ -19,7 +19,8 @@ PACKAGE = ROOT / "wanloom"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 FLOORS = (
-    {"", "assets", "config", "dist", "files", "folders", "keys", "memory", "signals", "tensors", "terminal", "threads"},
+    {"", "assets", "config", "dist", "files", "folders", "keys", "memory", "signals", "tensors", "terminal"}
+    | {"devices", "threads"},
     {"model", "codecs", "objective", "data"},
     {"parallel", "adapt"},
     {"train", "sample", "evaluate"},
@@ -28,7 +29,9 @@ FLOORS = (
 # rooms of one floor do not know each other, but for these
 SIDEWAYS = {
     ("assets", "config"),
+    ("devices", "config"),
     ("dist", "config"),
+    ("dist", "devices"),
     ("dist", "signals"),
     ("files", "config"),
     ("folders", "config"),

@@ -13,17 +13,12 @@ def find_pipeline(name: str, parts: tuple[str, ...] = ()) -> Path:
 
     Raises UserError when there is no such folder and the hub does not have it or cannot be reached.
     """
+    check_name(name, parts)
     if name == "tiny":
         return TINY
     path = Path(expand_home(name))
     if path.exists():
-        check_parts(path, parts)
         return path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(
-            f"There is no model '{name}': give a folder in diffusers layout, a name on the Hugging Face hub such as "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or 'tiny'."
-        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -32,11 +27,6 @@ def find_pipeline(name: str, parts: tuple[str, ...] = ()) -> Path:
         RepositoryNotFoundError,
     )
 
-    if name.startswith("Wan-AI/") and not name.endswith("-Diffusers"):
-        raise UserError(
-            f"'{name}' is in the layout of Wan's own code, whose VAE and text encoder are pickles: give "
-            f"{name}-Diffusers, the same model in diffusers layout."
-        )
     patterns = ["model_index.json", NOTE, *(f"{part}/*" for part in parts)] if parts else None
     expected = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError)
     try:
@@ -50,6 +40,26 @@ def full_name(name: str) -> str:
     """The name of a pipeline as it is found from every folder."""
     folder = Path(expand_home(name))
     return str(folder.resolve()) if name != "tiny" and folder.exists() else name
+
+
+def check_name(name: str, parts: tuple[str, ...] = ()) -> None:
+    """Raises UserError for what cannot be a pipeline by its name, or by its folder; nothing is fetched."""
+    path = Path(expand_home(name))
+    if name == "tiny":
+        return
+    if path.exists():
+        check_parts(path, parts)
+        return
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"There is no model '{name}': give a folder in diffusers layout, a name on the Hugging Face hub such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or 'tiny'."
+        )
+    if name.startswith("Wan-AI/") and not name.endswith("-Diffusers"):
+        raise UserError(
+            f"'{name}' is in the layout of Wan's own code, whose VAE and text encoder are pickles: give "
+            f"{name}-Diffusers, the same model in diffusers layout."
+        )
 
 
 def check_parts(folder: Path, parts: tuple[str, ...]) -> None:

@@ -32,8 +32,6 @@ COMMANDS = {
     "demo": "run all of it on small made-up clips and write a report",
 }
 
-SLOW = ("prepare", "train", "generate", "convert", "demo")  # to start
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -87,18 +85,32 @@ def _read(words: list[str]) -> Callable[[], int] | None:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         if hasattr(command, "check"):  # before torch is loaded, and before ranks are started
             command.check(arguments)
-        if name in SLOW and "torch" not in sys.modules:
+        if is_launcher(arguments):
+            from wanloom.cli import launch
+
+            launch.check(arguments)
+        if loads_torch(name, arguments) and "torch" not in sys.modules:
             say(f"wanloom {name}: loading PyTorch takes some seconds.", file=sys.stderr)
     return _choose(command, arguments, words)
 
 
 def _choose(command: ModuleType, arguments: argparse.Namespace, words: list[str]) -> Callable[[], int]:
     """What this process does: the command, or start it several times."""
-    if getattr(arguments, "nproc", None) is None and getattr(arguments, "max_restarts", None) is None:
+    if not is_launcher(arguments):
         return partial(command.run, arguments)
     from wanloom.cli.launch import launch
 
     return partial(launch, arguments, words)
+
+
+def is_launcher(arguments: argparse.Namespace) -> bool:
+    """Whether this process only starts others."""
+    return getattr(arguments, "nproc", None) is not None or getattr(arguments, "max_restarts", None) is not None
+
+
+def loads_torch(name: str, arguments: argparse.Namespace) -> bool:
+    """Whether the command takes seconds to start; a table of settings does not."""
+    return name != "show" or not arguments.explain
 
 
 def _run_one(run: Callable[[], int]) -> int:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import wanloom
-from wanloom.assets import NOTE, full_name
+from wanloom.assets import NOTE, check_name, find_pipeline, full_name
 from wanloom.config import UserError
 from wanloom.files import LOCK, lock_folder, remove
+from wanloom.recipes.found import check_weights
 from wanloom.signals import StopSignal
 from wanloom.terminal import say
 
@@ -54,9 +55,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="folder or hub name of the other parts, where it is not the one that the weights name")
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UserError when OUT is there, or WEIGHTS or --model cannot be what they shall be."""
+    check_new(arguments.out)
+    check_weights(arguments.source, arguments.ema)
+    if arguments.model:
+        check_name(arguments.model, needed_parts(arguments.layout))
+
+
+def check_new(out: Path) -> None:
+    """Raises UserError when something is at `out`."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"'{out}' is there already: give a new folder.")
+
+
+def needed_parts(layout: str) -> tuple[str, ...]:
+    """What is taken from the pipeline beside the weights."""
+    return COPIED[1:] if layout == "diffusers" else ("tokenizer",)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Write the folder; 0, or 128 and the signal that stopped it."""
-    from wanloom.assets import find_pipeline
     from wanloom.recipes.trained import open_trained
 
     out, source = arguments.out, arguments.source
@@ -66,9 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
             clear_left(out.parent)
             with whole_folder(out) as folder:
                 weights = open_trained(source, arguments.ema)
-                needed = COPIED[1:] if arguments.layout == "diffusers" else ("tokenizer",)
                 model = name_parts(source, arguments.model or weights.model)
-                pipeline = find_pipeline(model, needed)
+                pipeline = find_pipeline(model, needed_parts(arguments.layout))
                 if arguments.layout == "diffusers":
                     write_diffusers(weights, arguments.ema, pipeline, folder)
                 else:
@@ -92,9 +110,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
     Raises UserError when `out` is there, another process is writing it, or the disk fails.
     """
-    there = f"'{out}' is there already: give a new folder."
-    if out.exists() or out.is_symlink():
-        raise UserError(there)
+    check_new(out)
     temporary = out.with_name(f".{out.name}.partial")
     if temporary.is_symlink():  # what it leads to is somebody's
         temporary.unlink()
@@ -104,8 +120,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
             if left.name != LOCK:
                 remove(left)
         yield temporary
-        if out.exists():
-            raise UserError(there)
+        check_new(out)
         (temporary / LOCK).unlink()
         temporary.rename(out)
     except OSError as error:

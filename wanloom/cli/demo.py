@@ -28,7 +28,7 @@ NUM_CLIPS, NUM_PROMPTS, SIZE, FRAMES, FPS = 360, 64, 64, 17, 16
 SAMPLING = "--steps 20 --guidance 2"
 CLIP_SEED, PROMPT_SEED = 1, 1_000_000  # --seed 0; of other seeds as many more, so that no two demos share a draw
 TARGETS = {"colour": 0.95, "direction of motion": 0.85, "shape": 0.80}
-MARKER, REPORT = "this folder was made by wanloom demo", "report.html"
+MARKER, MARKER_FILE, REPORT = "this folder was made by wanloom demo", "README.txt", "report.html"
 BUSY = 0.25  # load of every core by others; less is what a machine does anyway
 
 
@@ -39,14 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replace", action="store_true", help="delete the earlier demo in the folder and start anew")
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UserError for a seed or a folder that cannot be taken."""
+    if arguments.seed < 0:
+        raise UserError(f"--seed is {arguments.seed}: it counts from 0.")
+    find_earlier(arguments.out, arguments.seed, arguments.replace)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; 0 when every target is reached, 1 when not."""
     from wanloom.report.page import build_page
 
+    check(arguments)
     console = Terminal()
     out, seed = arguments.out, arguments.seed
-    if seed < 0:
-        raise UserError(f"--seed is {seed}: it counts from 0.")
     if open_folder(out, seed, arguments.replace):
         console.print(f"Going on with the demo in {out}.", soft_wrap=True)
     if load := busy():
@@ -93,12 +99,12 @@ def job(out: Path, seed: int) -> list[list[str]]:
     return [shlex.split(line.format(shlex.quote(str(out)))) for line in lines]
 
 
-def open_folder(out: Path, seed: int, replace: bool) -> bool:
-    """Make the folder ready; whether there is an unfinished demo in it to go on with.
+def find_earlier(out: Path, seed: int, replace: bool) -> bool:
+    """Whether a demo was begun in the folder.
 
     Raises UserError when the folder holds anything else, a finished demo or one of another seed, and shall keep it.
     """
-    marker, started = out / "README.txt", f"{MARKER}, with --seed {seed}.\n"
+    marker = out / MARKER_FILE
     earlier = out.exists() and any(out.iterdir())
     if earlier:
         written = marker.read_text(encoding="utf-8", errors="replace") if marker.is_file() else ""
@@ -109,16 +115,27 @@ def open_folder(out: Path, seed: int, replace: bool) -> bool:
                 f"'{out}' holds a finished demo, see {out / REPORT}: --replace deletes it and starts anew, --out takes "
                 "another folder."
             )
-        if not replace and written != started:
+        if not replace and written != mark(seed):
             raise UserError(
                 f"'{out}' holds an unfinished demo of another seed or version: --replace deletes it and starts anew, "
                 "--out takes another folder."
             )
+    return earlier
+
+
+def mark(seed: int) -> str:
+    """What is written into the folder of a demo, to be known by."""
+    return f"{MARKER}, with --seed {seed}.\n"
+
+
+def open_folder(out: Path, seed: int, replace: bool) -> bool:
+    """Make the folder ready; whether there is an unfinished demo in it to go on with. Raises as `find_earlier` does."""
+    earlier, marker = find_earlier(out, seed, replace), out / MARKER_FILE
     if earlier and replace:
         for entry in out.iterdir():  # the marker stays: killed in the middle, the folder is still known as a demo's
             if entry != marker:
                 remove(entry)
-    write_atomic(marker, started.encode())
+    write_atomic(marker, mark(seed).encode())
     return earlier and not replace
 
 

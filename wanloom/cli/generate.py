@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wanloom.cli import launch
 from wanloom.cli.generate_files import describe, find_done, write_result
-from wanloom.cli.generate_plan import Plan, build_plan, check_alike, check_words, helps_of
+from wanloom.cli.generate_plan import FPS, Plan, build_plan, check_alike, check_words, helps_of
 from wanloom.config import UserError, cut
 from wanloom.files import folder_for_one
 from wanloom.memory import enough_memory
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, help="pixels, a multiple of 16; default: that of the model, 480 for Wan's 1.3B")
     add("--width", type=int, help="pixels, a multiple of 16; 832 for Wan's 1.3B")
     add("--frames", type=int, help="4n+1; 1 makes an image; 81 for Wan's 1.3B")
-    add("--fps", type=int, default=16, help="frames a second of the file, default 16")
+    add("--fps", type=int, default=FPS, help=f"frames a second of the file, default {FPS}")
     # without a default here: what is not given is left to GenerateConfig, or to the model
     add("--steps", type=int, help="default: those of the model, or 50")
     add("--solver", choices=("unipc", "dpm++", "euler"), help="default unipc")
@@ -90,6 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="2 computes the two branches of guidance on two groups of processes; default 2 where both can be had",
     )
     launch.add_arguments(parser, restarts=False)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UserError for what is wrong by the words alone."""
+    check_words(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:

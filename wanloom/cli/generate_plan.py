@@ -9,9 +9,12 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from wanloom.assets import full_name
+from wanloom.assets import check_name, find_pipeline, full_name
 from wanloom.config import UserError, build_config, cut, expand_home
+from wanloom.devices import check_device_name
 from wanloom.memory import check_memory
+from wanloom.model.settings import check_kernel_name
+from wanloom.recipes.found import check_weights, is_published
 from wanloom.terminal import note
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
@@ -23,6 +26,7 @@ if TYPE_CHECKING:  # torch is imported only when the command runs
     from wanloom.sample.prompts import Job, PromptLine
     from wanloom.sample.settings import Defaults, GenerateConfig
 
+FPS = 16  # of the file, unless --fps says another rate
 PARTS = ("text_encoder", "tokenizer", "vae")
 
 
@@ -81,10 +85,10 @@ def check_words(arguments: argparse.Namespace) -> "list[PromptLine]":
         raise UserError("--out is empty: give the folder for the videos, or leave it out for `generated`.")
     if (arguments.height is None) != (arguments.width is None):
         raise UserError("--height and --width belong together: give both or neither.")
-    if arguments.checkpoint and not arguments.checkpoint.exists():
-        raise UserError(f"There is no folder {arguments.checkpoint}: give a run folder or one of its checkpoints.")
-    read_config_of(arguments, Defaults.model_construct(**vars(arguments)))
+    check_names(arguments)
+    config = read_config_of(arguments, Defaults.model_construct(**vars(arguments)))
     lines = read_prompts(arguments.prompts) if arguments.prompts else [PromptLine(prompt=p) for p in arguments.prompt]
+    check_negative(arguments, config, lines)
     for line in (arguments, *lines):
         try:
             for name in ("height", "width"):
@@ -95,6 +99,28 @@ def check_words(arguments: argparse.Namespace) -> "list[PromptLine]":
         except UserError as error:
             raise UserError(f"{line.where}: {error}" if getattr(line, "where", "") else str(error)) from error
     return lines
+
+
+def check_names(arguments: argparse.Namespace) -> None:
+    """Raises UserError for what is to compute and cannot, as far as its name tells."""
+    if arguments.tp < 1:
+        raise UserError(f"--tp is {arguments.tp}, it must be at least 1.")
+    if arguments.device is not None:
+        check_device_name(arguments.device)
+    check_kernel_name(arguments.kernel)
+    if arguments.checkpoint:
+        check_weights(arguments.checkpoint, arguments.ema)
+    if arguments.model and not Path(expand_home(arguments.model)).exists():
+        check_name(arguments.model)
+
+
+def note_unused(arguments: argparse.Namespace, lines: "list[PromptLine]", jobs: "list[Job]") -> None:
+    """Say which options no prompt is left for; a file of prompts may be meant to be complete."""
+    for name in ("seed", "height", "width", "frames", "negative"):
+        if getattr(arguments, name) and all(getattr(line, name) is not None for line in lines):
+            note(f"--{name} has no effect: every prompt in {arguments.prompts} has its own.")
+    if arguments.fps != FPS and all(job.frames == 1 for job in jobs):
+        note(f"--fps {arguments.fps} has no effect on images.")
 
 
 def build_plan(arguments: argparse.Namespace, lines: "list[PromptLine]") -> Plan:
@@ -111,10 +137,11 @@ def build_plan(arguments: argparse.Namespace, lines: "list[PromptLine]") -> Plan
     name, pipeline, weights = find_weights(arguments)
     settings = fill_settings(arguments, read_defaults(pipeline, weights.config), name)
     config = read_config_of(arguments, settings)
-    check_negative(arguments, config, lines)
+    check_negative(arguments, config, lines)  # the guidance may be the model's
     sizes = (settings.height or 0, settings.width or 0, settings.frames or 0)
     jobs = build_jobs(lines, arguments.negative or "", arguments.seed, *sizes)
     check_jobs(lines, jobs)
+    note_unused(arguments, lines, jobs)
     build_solver(config.solver, config.steps, config.shift)
     device = pick_device(arguments.device)
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -139,8 +166,7 @@ def build_plan(arguments: argparse.Namespace, lines: "list[PromptLine]") -> Plan
 
 def find_weights(arguments: argparse.Namespace) -> "tuple[str, Path, Weights]":
     """The name of the pipeline, its folder, and the weights of the transformer, which may be elsewhere."""
-    from wanloom.assets import find_pipeline
-    from wanloom.recipes.trained import is_published, open_published, open_trained
+    from wanloom.recipes.trained import open_published, open_trained
 
     given, name = arguments.checkpoint, arguments.model
     if not given and name and (folder := Path(expand_home(name))).exists() and not (folder / "transformer").is_dir():
@@ -223,8 +249,6 @@ def build_layout(arguments: argparse.Namespace, guidance: float, model: "DiTConf
     from wanloom.parallel.settings import ParallelConfig
 
     world, tp, branches = world_size(), arguments.tp, arguments.cfg_parallel
-    if tp < 1:
-        raise UserError(f"--tp is {tp}, it must be at least 1.")
     if world % tp:
         raise UserError(f"--tp {tp} does not divide the number of processes, which is {world}: --nproc changes it.")
     if branches == 2 and guidance == 1:

@@ -49,8 +49,9 @@ def launch(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 
     Raises UserError when they cannot be started.
     """
+    check(arguments)
+    check_gpus(arguments)
     restarts = getattr(arguments, "max_restarts", None)
-    check(arguments, restarts)
     parser = argparse.ArgumentParser(add_help=False)
     add_arguments(parser, restarts=hasattr(arguments, "max_restarts"))
     command = parser.parse_known_args(words)[1]
@@ -59,10 +60,9 @@ def launch(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     return run_processes(arguments.nproc, ("-m", "wanloom", *command), restarts or 0)
 
 
-def check(arguments: argparse.Namespace, restarts: int | None) -> None:
-    """Raises UserError when so many processes cannot be."""
-    import torch
-
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UserError when so many processes cannot be, whatever the machine has."""
+    restarts = getattr(arguments, "max_restarts", None)
     if "RANK" in os.environ:
         raise UserError("--nproc starts processes, but this is one of several already (RANK is set): leave it out.")
     if arguments.nproc is None:
@@ -71,9 +71,16 @@ def check(arguments: argparse.Namespace, restarts: int | None) -> None:
         raise UserError(f"--nproc is {arguments.nproc}: at least one process is needed.")
     if restarts is not None and restarts < 0:
         raise UserError(f"--max-restarts is {restarts}: it counts from 0.")
-    device = getattr(arguments, "device", None) or "cuda"
+    device = getattr(arguments, "device", None) or ""
     if ":" in device:
         raise UserError(f"--device {device} is one device, --nproc takes one for each process: leave it out.")
+
+
+def check_gpus(arguments: argparse.Namespace) -> None:
+    """Raises UserError when there are fewer GPUs than processes that each need one."""
+    import torch
+
+    device = getattr(arguments, "device", None) or "cuda"
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and device == "cuda" else None
     if gpus is not None and arguments.nproc > gpus:
         raise UserError(f"--nproc is {arguments.nproc}, but this machine has {gpus} GPUs and each process needs one.")

@@ -229,11 +229,13 @@ def check_alike(identity: dict[str, str]) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises UserError for settings that cannot be and folders that are not there or in the way."""
+    """Raises UserError for settings that cannot be, folders that are in the way, and a model that is none."""
+    from wanloom.assets import check_name
     from wanloom.data.places import check_folders
 
     read_config(arguments)
     check_folders(arguments.input, arguments.out)
+    check_name(arguments.model or "tiny", PARTS)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,15 +6,20 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanloom.assets import check_name
+from wanloom.cli.train_checks import check_folder
+from wanloom.config import UserError, expand_home, nearest
 from wanloom.memory import GIB
-from wanloom.terminal import Terminal, plural, say, show_log
+from wanloom.recipes.effects import find_notes
+from wanloom.recipes.layers import recipe_names
+from wanloom.recipes.run import Run, load_run, use_mock
+from wanloom.terminal import Terminal, note, plural, say, show_log
 
 if TYPE_CHECKING:
     from wanloom.data.loader import Source
     from wanloom.model.dit import WanDiT
     from wanloom.model.settings import DiTConfig
     from wanloom.parallel.mesh import Layout
-    from wanloom.recipes.run import Run
 
 HELP = """Print what a recipe, a run or a prepared folder holds.
 
@@ -60,61 +65,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises UserError for words that do not go together and a target that is not there."""
-    from wanloom.config import UserError, expand_home, nearest
-    from wanloom.recipes.layers import recipe_names
-
+    """Raises UserError for words that do not go together, settings that are none and a target that is not there."""
     if arguments.explain:
-        if arguments.settings or arguments.target in recipe_names():
-            raise UserError(
-                "--explain takes one name, of a setting or a section, such as optimizer, or none: the meanings are the "
-                "same in every recipe."
-            )
-        return
+        return check_explain(arguments)
     if arguments.target is None:
         raise UserError("`wanloom show` needs TARGET, a recipe, a YAML file, a run folder or a prepared folder.")
+    check_options(arguments)
     path = Path(expand_home(arguments.target))
-    if arguments.per_node and not arguments.world:
-        raise UserError("--per-node is for a layout: say with --world how many processes there are.")
-    if (arguments.model or arguments.out) and not arguments.page:
-        raise UserError("--model and --out are for the page of a prepared folder: give --page too.")
     if arguments.target not in (names := recipe_names()) and not path.exists():
         beside = [str(other) for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
         raise UserError(
             f"There is no recipe, file or folder '{path}'.{nearest(str(path), [*names, *beside])} "
             f"The recipes are {', '.join(names)}."
         )
+    return check_recipe(arguments) if is_recipe(arguments.target) else check_target(arguments, path)
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raises UserError for options that are wrong whatever the target is."""
+    for name in ("world", "per_node"):
+        if (number := getattr(arguments, name)) is not None and number < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {number}: it counts from 1.")
+    if arguments.per_node and not arguments.world:
+        raise UserError("--per-node is for a layout: say with --world how many processes there are.")
+    if (arguments.model or arguments.out) and not arguments.page:
+        raise UserError("--model and --out are for the page of a prepared folder: give --page too.")
+
+
+def check_recipe(arguments: argparse.Namespace) -> None:
+    """Raises UserError for a recipe that cannot be shown."""
+    if arguments.page:
+        raise UserError(f"--page is for a prepared folder, which '{arguments.target}' is not.")
+    run = read_recipe(arguments)
+    check_name(run.model)
+    if run.data.path or run.data.sources:
+        for source in run.data.resolved():
+            check_folder(source.path)
+
+
+def check_target(arguments: argparse.Namespace, path: Path) -> None:
+    """Raises UserError for what cannot be shown of a folder."""
+    if arguments.page and arguments.settings:
+        raise UserError(f"'{arguments.settings[0]}' is one word too many: --out FILE says where the page goes.")
+    if arguments.settings or arguments.mock or arguments.training_mode or arguments.world:
+        raise UserError(f"{path} is a folder: settings can only be given for a recipe.")
+    if arguments.page and (path / "checkpoints").is_dir():
+        raise UserError(f"--page is for a prepared folder, '{path}' is a run.")
+    if arguments.model:
+        check_name(arguments.model, ("vae",))
+
+
+def check_explain(arguments: argparse.Namespace) -> None:
+    """Raises UserError for what has no effect beside --explain, and for a setting that is none."""
+    from wanloom.cli.explain import explain_settings
+
+    if arguments.settings or arguments.target in recipe_names():
+        raise UserError(
+            "--explain takes one name, of a setting or a section, such as optimizer, or none: the meanings are the "
+            "same in every recipe."
+        )
+    others = ("training_mode", "mock", "world", "per_node", "page", "out", "model")
+    if given := [name for name in others if getattr(arguments, name)]:
+        raise UserError(
+            f"--{given[0].replace('_', '-')} has no effect beside --explain, which is of all settings: leave it out."
+        )
+    explain_settings(Run, arguments.target)
+
+
+def is_recipe(target: str) -> bool:
+    """Whether a target that is there is a recipe, not a folder of something."""
+    return target in recipe_names() or not Path(expand_home(target)).is_dir()
+
+
+def read_recipe(arguments: argparse.Namespace) -> Run:
+    return load_run(arguments.target, use_mock(arguments.settings, arguments.mock), arguments.training_mode)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from wanloom.config import UserError, expand_home
-    from wanloom.recipes.layers import recipe_names
-    from wanloom.recipes.run import Run, load_run, use_mock
-
-    check(arguments)
     if arguments.explain:
         from wanloom.cli.explain import explain_settings
 
         say(explain_settings(Run, arguments.target), end="")
         return 0
-    path, names = Path(expand_home(arguments.target)), recipe_names()
+    check(arguments)
+    path = Path(expand_home(arguments.target))
     show_log(Terminal(stderr=True))
-    if arguments.target in names or not path.is_dir():
-        if arguments.page:
-            raise UserError(f"--page is for a prepared folder, which '{arguments.target}' is not.")
-        recipe = load_run(arguments.target, use_mock(arguments.settings, arguments.mock), arguments.training_mode)
-        for name in ("world", "per_node"):
-            if (number := getattr(arguments, name)) is not None and number < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {number}: it counts from 1.")
+    if is_recipe(arguments.target):
+        recipe = read_recipe(arguments)
+        for text in find_notes(recipe, arguments.target):
+            note(text)
         show_recipe(recipe, arguments.world, arguments.per_node or PER_NODE)
-        return 0
-    if arguments.page and arguments.settings:
-        raise UserError(f"'{arguments.settings[0]}' is one word too many: --out FILE says where the page goes.")
-    if arguments.settings or arguments.mock or arguments.training_mode or arguments.world:
-        raise UserError(f"{path} is a folder: settings can only be given for a recipe.")
-    if (path / "checkpoints").is_dir():
-        if arguments.page:
-            raise UserError(f"--page is for a prepared folder, '{path}' is a run.")
+    elif (path / "checkpoints").is_dir():
         show_run(path)
     elif arguments.page:
         from wanloom.cli.show_page import show_page
@@ -125,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def show_recipe(run: "Run", world: int | None, per_node: int) -> None:
+def show_recipe(run: Run, world: int | None, per_node: int) -> None:
     """The resolved settings as YAML, and what follows from them as YAML comments."""
     import torch
 
@@ -165,7 +206,7 @@ def show_layout(layout: "Layout", per_node: int) -> None:
         say(f"#   {axis} {size}: {AXIS_WORDS[axis]}; rank 0 with {ranks}, {where} of {per_node}")
 
 
-def show_memory(run: "Run", model: "WanDiT", layout: "Layout") -> None:
+def show_memory(run: Run, model: "WanDiT", layout: "Layout") -> None:
     """What the rank that has most holds, in GiB."""
     from wanloom.parallel.memory import KEPT, activation_bytes, held_params, state_bytes
 
@@ -185,7 +226,7 @@ def show_memory(run: "Run", model: "WanDiT", layout: "Layout") -> None:
     )
 
 
-def show_plan(run: "Run", config: "DiTConfig", layout: "Layout | None" = None) -> None:
+def show_plan(run: Run, config: "DiTConfig", layout: "Layout | None" = None) -> None:
     """Samples, packs and FLOPs of a step, planned from the index alone; and how even they are over a layout."""
     from wanloom.data.loader import Plan, open_sources
     from wanloom.model.flops import train_flops

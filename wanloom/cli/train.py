@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import wanloom
 from wanloom.cli import launch
 from wanloom.cli.hints import generate_command
 from wanloom.cli.train_checks import check, tell_outlook
-from wanloom.terminal import Terminal, plural, say, show_log
+from wanloom.terminal import Terminal, note, plural, say, show_log
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
     from collections.abc import Callable
@@ -70,8 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         with together():
             if rank() == 0:
                 held.enter_context(lock_folder(run_dir, taken))
-                for note in find_notes(config, arguments.recipe):
-                    say(note, file=sys.stderr)
+        for text in find_notes(config, arguments.recipe):
+            note(text)
         stopped = start(config, run_dir)
     if stopped is None:
         return 0

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanloom.assets import check_name
 from wanloom.config import UserError, nearest
 from wanloom.recipes.run import load_run, split_init, use_mock
 from wanloom.terminal import plural
@@ -30,6 +31,7 @@ def check(arguments: argparse.Namespace) -> "Run":
         check_folder(source.path) if not run.data.mock else None
     if not list_checkpoints(Path(run.run_dir)):  # a run that goes on has weights of its own
         check_init(run.init)
+    check_name(run.model)
     if os.environ.get("RANK", "0") == "0":  # the others come when it is in use already
         check_run_dir(Path(run.run_dir))
     return run
@@ -39,7 +41,7 @@ def check_folder(path: str) -> None:
     """Raises UserError for a folder of data on this machine that is not there."""
     if "://" not in path and "::" not in path and not Path(path).exists():
         where = "" if Path(path).is_absolute() else f" in {Path.cwd()}: relative paths begin where the command runs"
-        raise UserError(f"There is no folder '{path}'{where or '.'}")
+        raise UserError(f"There is no folder '{path}'{where}.")
 
 
 def check_init(init: str) -> None:

@@ -43,4 +43,6 @@ class PrepareConfig(Config):
                 raise ValueError(f"--{name.replace('_', '-')} is at least 1")
         if self.dtype not in ("bf16", "fp32"):
             raise ValueError(f"--dtype {self.dtype} is not one of bf16, fp32")
+        if "seed" in self.model_fields_set and self.framing.crop != "random" and not self.val_fraction:
+            raise ValueError("--seed is of random crops and the validation share, and there is neither: leave it out")
         return self

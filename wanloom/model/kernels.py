@@ -22,16 +22,15 @@ ones are tested on meta tensors only: arguments and shapes.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanloom.config import UserError, nearest
-from wanloom.model.settings import Kernel
+from wanloom.config import UserError
+from wanloom.model.settings import check_kernel_name
 
-KERNELS = get_args(Kernel)
 HALF = (torch.bfloat16, torch.float16)
 LSE_BLOCK = 32  # `efficient` reads the log-sum-exp in blocks of so many queries
 BIAS_BLOCK = 16  # and wants the rows of the bias at multiples of so many values
@@ -53,10 +52,7 @@ def resolve_kernel(name: str, device: str, dtype: torch.dtype) -> str:
 
     Raises UserError for an unknown name and for a kernel that cannot run here.
     """
-    if name not in KERNELS:
-        raise UserError(
-            f"There is no attention kernel '{name}'; known are {', '.join(KERNELS)}.{nearest(name, KERNELS)}"
-        )
+    check_kernel_name(name)
     half, found = dtype in HALF, f"not {device} and {str(dtype).removeprefix('torch.')}"
     if device != "cuda":
         if name not in ("auto", "flash"):

@@ -1,12 +1,21 @@
 """The shape of a model and the names of its kernels; apart from the model so that they are checked without torch."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
-from wanloom.config import Config
+from wanloom.config import Config, UserError, nearest
 
 Kernel = Literal["auto", "cudnn", "flash", "efficient"]
+KERNELS = get_args(Kernel)
+
+
+def check_kernel_name(name: str) -> None:
+    """Raises UserError for a name that no kernel has."""
+    if name not in KERNELS:
+        raise UserError(
+            f"There is no attention kernel '{name}'; known are {', '.join(KERNELS)}.{nearest(name, KERNELS)}"
+        )
 
 
 class DiTConfig(Config):

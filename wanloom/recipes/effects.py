@@ -2,7 +2,8 @@
 
 In: a run, and what was said of it. Out: one sentence for each such setting. The one decision: on the command line it is
 a mistake; in a recipe of one's own, which serves runs of several kinds, it is worth a note; what shipped recipes,
-presets and defaults hold is nobody's wish. What depends on the data or the device is told when these are known.
+presets and defaults hold is nobody's wish. What depends on the data or the device is told when these are known,
+and a run that is cut short by `train.steps` may keep the rest of its words.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,12 +28,6 @@ def _of_sampler(sampler: str) -> Callable[["Run"], str]:
     return lambda run: "" if run.flow.sampler == sampler else f"with flow.sampler={run.flow.sampler}"
 
 
-def _after_warmup(run: "Run") -> str:
-    steps, warmup = run.train.steps, run.schedule.warmup_steps
-    short = run.train.epochs is None and 0 < steps <= warmup
-    return f"in a run of {steps:,} steps with schedule.warmup_steps={warmup}" if short else ""
-
-
 SAMPLERS = {
     "logit_normal": ("flow.logit_mean", "flow.logit_std"),
     "mode": ("flow.mode_scale",),
@@ -49,7 +44,6 @@ RULES = (
         lambda run: "with schedule.kind=constant" if run.schedule.kind == "constant" else "",
     ),
     Rule(("schedule.kind",), lambda run: "with schedule.min_lr_ratio=1" if run.schedule.min_lr_ratio == 1 else ""),
-    Rule(("schedule.kind", "schedule.min_lr_ratio"), _after_warmup),
     Rule(
         ("parallel.context", "parallel.cp_ulysses"),
         lambda run: "without parallel.cp above 1" if run.parallel.cp == 1 else "",
@@ -57,14 +51,6 @@ RULES = (
     Rule(
         ("data.sources.0.repeats", "data.sources.0.weight"),
         lambda run: "with a single source" if len(run.data.sources) == 1 else "",
-    ),
-    Rule(
-        ("log.validate_every",),
-        lambda run: (
-            f"in a run of {run.train.steps:,} steps"
-            if run.train.epochs is None and run.log.validate_every > run.train.steps
-            else ""
-        ),
     ),
 )
 
@@ -86,7 +72,7 @@ def find_notes(run: "Run", recipe: str) -> list[str]:
     # a recipe that `wanloom show` wrote holds the presets too
     preset = [pair for values in PRESETS.values() for pair in _leaves({"flow": values})]
     names = {name for name, value in said.items() if (name, value) not in preset and _value(run, name) == value}
-    return [f"Note: {sentence} ({recipe} says it)." for sentence in _idle(run, names)]
+    return [f"{sentence} ({recipe} says it)." for sentence in _idle(run, names)]
 
 
 def _idle(run: "Run", names: set[str]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wanloom.assets import NOTE
 from wanloom.codecs.identity import files_identity, folder_identity
-from wanloom.config import UserError, build_config, cut
+from wanloom.config import build_config
 from wanloom.dist import together
 from wanloom.folders import check_finite, read_json
 from wanloom.model.dit import WanDiT, cast_weights
@@ -23,8 +23,8 @@ from wanloom.model.published import find_files
 from wanloom.model.settings import DiTConfig
 from wanloom.model.weights import load_dit, read_config
 from wanloom.parallel.params import fill, local
+from wanloom.recipes.found import check_weights, find_trained, is_published
 from wanloom.train.checkpoint import load_tensors, load_weights
-from wanloom.train.saved import find_checkpoint, read_recipe, read_state
 
 
 @dataclass(frozen=True)
@@ -109,24 +109,9 @@ def open_trained(path: Path, ema: bool = False) -> Weights:
     Raises UserError if there is none, or with `ema` if there is no average: before anything slow is done.
     """
     if is_published(path):
-        if ema:
-            raise UserError(
-                f"{path} holds one set of weights and no average beside it: leave out --ema, or `:ema` in init."
-            )
+        check_weights(path, ema)
         return open_published(path)
     return open_checkpoint(path, ema)
-
-
-def is_published(path: Path) -> bool:
-    """Whether there are weights as files, and no checkpoint."""
-    if path.is_file():
-        if (path.parent / "state.json").is_file():
-            raise UserError(f"{path} is a piece of a checkpoint: give the folder, {path.parent}.")
-        return True
-    # a run folder too holds a safetensors file, the states of the empty caption
-    if (path / "state.json").is_file() or (path / "checkpoints").is_dir() or not path.is_dir():
-        return False
-    return (path / "transformer").is_dir() or (path / "transformer_2").is_dir() or any(path.glob("*.safetensors"))
 
 
 def open_published(path: Path) -> Published:
@@ -145,19 +130,7 @@ def open_published(path: Path) -> Published:
 
 def open_checkpoint(run_or_step: Path, ema: bool) -> Trained:
     """The newest checkpoint of a run, or the checkpoint itself."""
-    path = find_checkpoint(run_or_step)
-    state = read_state(path)
-    recipe = read_recipe(path)
-    try:
-        model, average = recipe["model"], recipe["ema"]["decay"]
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{path / 'run.yaml'} does not tell the model of the run: {error}.") from error
-    if not isinstance(model, str):
-        raise UserError(f"{path / 'run.yaml'} does not tell the model of the run: it is {cut(repr(model))}.")
-    if ema and not average:
-        raise UserError(
-            f"{path} has no averaged weights: the run had no ema.decay. Leave out --ema, or `:ema` in init."
-        )
+    path, state, model = find_trained(run_or_step, ema)
     digest = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
     identity = digest[:16] + ("-ema" if ema else "")
     return Trained(path, state["step"], model, build_config(DiTConfig, state["model"]), identity)
