@@ -83,8 +83,8 @@ class ForeignError(Exception):
     """What a library raised about the bytes of a file from outside, in its words."""
 
 
-class foreign(AbstractContextManager[None]):  # noqa: N801 - used like a function
-    """The border around a library that reads a file from outside: all it raises about the file is a ForeignError.
+class Foreign(AbstractContextManager[None]):
+    """`with Foreign():` around a library that reads a file from outside: all it raises about it is a ForeignError.
 
     A Rust library raises a bare `Exception`, a TypeError of its own code, or a panic, which is no `Exception` at all.
     So only here, where no code of ours runs inside, everything is taken but what is of the machine or the user.

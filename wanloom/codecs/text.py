@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from wanloom.codecs.parts import ForeignError, PartConfig, fill_part, foreign, read_part
+from wanloom.codecs.parts import Foreign, ForeignError, PartConfig, fill_part, read_part
 from wanloom.config import UserError, build_config, cut
 from wanloom.folders import MOST_REASON, read_json
 
@@ -133,7 +133,7 @@ def load_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
     for other in folder.glob("*.json"):  # the library reads several of them, and a deep one would exhaust its stack
         read_json(other)
     try:
-        with foreign():
+        with Foreign():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
             )
