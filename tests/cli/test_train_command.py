@@ -676,4 +676,4 @@ def test_one_step_passes():
 def test_the_long_wait_of_compilation_is_said_beforehand():
     run, said = load_run("tiny", ["run_dir=x", "data.path=x", "compile=block"]), []
     tell_outlook(run, [4], [1.0], [], said.append)
-    assert said[1].startswith("compile=block: the first step takes minutes longer")
+    assert said[1].startswith("compile=block: the first step takes minutes")

@@ -142,6 +142,8 @@ def build_plan(arguments: argparse.Namespace, lines: "list[PromptLine]") -> Plan
     jobs = build_jobs(lines, arguments.negative or "", arguments.seed, *sizes)
     check_jobs(lines, jobs)
     note_unused(arguments, lines, jobs)
+    if name == "tiny" and weights.path == pipeline:
+        note_unknown(jobs)
     build_solver(config.solver, config.steps, config.shift)
     device = pick_device(arguments.device)
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -205,6 +207,20 @@ def check_jobs(lines: "list[PromptLine]", jobs: "list[Job]") -> None:
             raise UserError(f"{line.where}: {error}" if line.where else str(error)) from error
         if not job.prompt.strip() and rank() == 0:
             note(f"the prompt of '{job.name}' is empty, so it shows anything.")
+
+
+def note_unknown(jobs: "list[Job]") -> None:
+    """A line on prompts that the shipped transformer was not trained on: their clips look broken, and are not."""
+    from wanloom.data.shapes import SCENES, TEMPLATES
+
+    known = [scene.caption(template) for scene in SCENES for template in range(len(TEMPLATES))]
+    strange = [job.prompt for job in jobs if job.prompt not in known]
+    if strange:
+        which = "this prompt" if len(strange) == len(jobs) == 1 else f"{len(strange)} of these prompts"
+        note(
+            f"tiny was trained on small shapes in the six sentences of the demo alone, such as '{known[0]}': with "
+            f"{which} it may miss motion, colour and shape."
+        )
 
 
 def check_sizes(plan: Plan) -> None:

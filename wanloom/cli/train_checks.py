@@ -81,9 +81,7 @@ def tell_outlook(
     steps = f"{plural(run.train.steps, 'step')} {'passes' if run.train.steps == 1 else 'pass'}"
     say(f"{steps} over {often}; the first checkpoint comes after {first}{soon}.")
     if run.compile == "block":
-        say(
-            "compile=block: the first step takes minutes longer, in which the blocks are compiled and nothing is shown."
-        )
+        say("compile=block: the first step takes minutes, in which its blocks are compiled and nothing is shown.")
     if unknown:
         say(f"The bf16 peak of {' and '.join(unknown)} is not known: the log has no MFU.")
 
