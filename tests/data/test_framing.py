@@ -120,7 +120,7 @@ def test_keep_aspect_uses_the_area_of_height_and_width() -> None:
         ({"height": 480, "width": 832, "max_area": 1000, "keep_aspect": True}, "not both"),
         ({"max_area": 100}, "less than one token"),
         ({"max_aspect": 0.5}, "--max-aspect 0.5 is not between 1 and 1000"),
-        ({"max_aspect": float("nan")}, "--max-aspect nan is not between 1 and 1000"),
+        ({"max_aspect": float("nan")}, "'max_aspect' is nan: it must be a finite number"),
     ],
 )
 def test_sizes_that_cannot_be(values: dict, message: str) -> None:

@@ -193,9 +193,7 @@ def test_a_picture_that_stays_is_one_sample_of_one_frame(tmp_path: Path) -> None
         read(slow, LimitsConfig(max_pictures=1000), frames=1, clips="all")
 
 
-@pytest.mark.parametrize(
-    "values", [{"max_pixels": 0}, {"max_pictures": 0}, {"max_seconds": 0.0}, {"max_seconds": float("nan")}]
-)
+@pytest.mark.parametrize("values", [{"max_pixels": 0}, {"max_pictures": 0}, {"max_seconds": 0.0}])
 def test_limits_that_cannot_be(values: dict) -> None:
     with pytest.raises(UserError, match="lets no file pass"):
         build_config(LimitsConfig, values)

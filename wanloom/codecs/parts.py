@@ -24,7 +24,7 @@ C = TypeVar("C", bound="PartConfig")
 class PartConfig(Config):
     """What is read of a part's config.json; what a library writes beside it is left out."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore")
 
 
 def read_part(schema: type[C], folder: Path, what: str, kind: str) -> C:
