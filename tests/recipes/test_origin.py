@@ -22,7 +22,7 @@ from wanloom.recipes.run import load_run
 
 def notes(model: str | Path, *sources: str | Path) -> list[str]:
     said: list[str] = []
-    paths = ", ".join(f"{{path: '{path}', weight: 1}}" for path in sources)
+    paths = ", ".join(f"{{path: '{path}'}}" for path in sources)
     check_origins(load_run("tiny", [f"model='{model}'", f"data.sources=[{paths}]"]), said.append)
     return said
 
