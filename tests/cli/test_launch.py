@@ -284,8 +284,10 @@ def test_a_named_device_is_not_for_several(monkeypatch, capsys):
     assert "--device cuda:1 is one device" in capsys.readouterr().err
 
 
-def test_the_command_is_the_same_without_its_options(monkeypatch):
+def test_the_command_is_the_same_without_its_options(monkeypatch, tmp_path):
     started = []
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(launch, "run_processes", lambda *arguments: started.append(arguments) or 7)
