@@ -47,6 +47,7 @@ def test_every_rule_is_tried_above():
 def test_what_a_word_says_by_default_is_no_mistake():
     load_run("tiny", ["flow.mode_scale=1.29", "parallel.context=auto", "flow.mix_uniform_ratio=0"])
     load_run("tiny", ["data.sources=[{path: a, repeats: 2}, {path: b}]"])
+    load_run("tiny", ["data.sources=[{path: a, repeats: 1, weight: 1}]"])  # what is so by default is no wish
     load_run("tiny", ["train.steps=2", "log.validate_every=100"])  # a trial of a longer run
 
 

@@ -28,6 +28,11 @@ def _of_sampler(sampler: str) -> Callable[["Run"], str]:
     return lambda run: "" if run.flow.sampler == sampler else f"with flow.sampler={run.flow.sampler}"
 
 
+def _share(run: "Run") -> float:
+    source = run.data.sources[0]
+    return source.repeats or source.weight or 1  # 1 says what is so anyway
+
+
 SAMPLERS = {
     "logit_normal": ("flow.logit_mean", "flow.logit_std"),
     "mode": ("flow.mode_scale",),
@@ -50,7 +55,7 @@ RULES = (
     ),
     Rule(
         ("data.sources.0.repeats", "data.sources.0.weight"),
-        lambda run: "with a single source" if len(run.data.sources) == 1 else "",
+        lambda run: "with a single source" if len(run.data.sources) == 1 and _share(run) != 1 else "",
     ),
 )
 
