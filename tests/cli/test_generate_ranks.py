@@ -18,7 +18,7 @@ from test_generate_command import save_checkpoint
 
 from wanloom import dist
 from wanloom.cli import generate, main
-from wanloom.cli.generate_plan import build_layout, build_plan, check_alike, check_arguments
+from wanloom.cli.generate_plan import build_layout, build_plan, check_alike, check_arguments, check_names
 from wanloom.config import UserError
 from wanloom.model.settings import CONFIGS
 from wanloom.sample.media import read_mp4
@@ -136,6 +136,7 @@ def test_a_layout_that_cannot_be_is_one_sentence(monkeypatch, world, words, mess
     monkeypatch.setenv("WORLD_SIZE", str(world))
     arguments = parse(*words)
     with pytest.raises(UserError) as raised:
+        check_names(arguments)
         check_arguments(arguments)
         build_layout(arguments, arguments.guidance or 5.0, CONFIGS["tiny"])
     assert message in str(raised.value)
