@@ -22,9 +22,9 @@ from torch import Tensor
 from benchmarks.clips import write_clip
 from benchmarks.dfm_way import count_frames, load_frames, load_video, spread
 from benchmarks.measure import THREADS, Row, main, take_turns
-from wanloom.data.framing import Frame, FramingConfig, choose_frame
-from wanloom.data.picture import Clip
-from wanloom.data.video import TimingConfig, read_clips
+from wanloom.media.framing import Frame, FramingConfig, choose_frame
+from wanloom.media.picture import Clip
+from wanloom.media.video import TimingConfig, read_clips
 
 CLIPS = (  # Mbit/s, options of x264, what it is like
     (1.0, {}, "1 Mbit/s"),

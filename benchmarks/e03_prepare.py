@@ -29,11 +29,11 @@ from wanloom.assets import find_pipeline
 from wanloom.codecs.text import TextCodec, clean_prompt
 from wanloom.codecs.vae import VaeCodec
 from wanloom.data.encode import Encoders
-from wanloom.data.framing import FramingConfig, choose_frame
 from wanloom.data.prepare import prepare
 from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.data.shards import Dataset
-from wanloom.data.video import TimingConfig, read_clips
+from wanloom.media.framing import FramingConfig, choose_frame
+from wanloom.media.video import TimingConfig, read_clips
 
 SLOTS = 226
 FPS = 16

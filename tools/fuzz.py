@@ -20,10 +20,10 @@ import av
 import numpy as np
 from PIL import Image
 
-from wanloom.data.decoding import MediaError
-from wanloom.data.framing import Frame, FramingConfig, choose_frame
-from wanloom.data.limits import LimitsConfig
-from wanloom.data.video import TimingConfig, kind_of, read_clips
+from wanloom.media.decoding import MediaError
+from wanloom.media.framing import Frame, FramingConfig, choose_frame
+from wanloom.media.limits import LimitsConfig
+from wanloom.media.video import TimingConfig, kind_of, read_clips
 
 WIDTH, HEIGHT, PICTURES = 64, 48, 7
 VIDEOS = {

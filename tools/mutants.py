@@ -46,7 +46,7 @@ ATTENDS = "tests/model/test_attention.py::test_equals_a_plain_loop_with_its_grad
 SEQUENCE = "tests/model/test_sequence.py"
 FLOW = "tests/objective/test_flow.py"
 OPTIM = "tests/train/test_optim.py"
-CLOCK = "tests/data/test_clock.py"
+CLOCK = "tests/media/test_clock.py"
 LAYOUT = "tests/layouts/test_layouts.py::test_a_layout_equals_one_process"
 EXCHANGED = "tests/layouts/test_layouts.py::test_what_is_exchanged_grows_with_the_packs_only_where_it_must"
 
@@ -374,19 +374,19 @@ MUTANTS = (
         ("tests/data/test_index.py::test_mapped_columns_are_those_in_memory",),
     ),
     Mutant(
-        "wanloom/data/image_colour.py",
+        "wanloom/media/image_colour.py",
         "values ** (1 / gamma)",
         "values**gamma",
-        ("tests/data/test_image_colour.py::test_gamma_and_primaries_of_a_png",),
+        ("tests/media/test_image_colour.py::test_gamma_and_primaries_of_a_png",),
     ),
     Mutant(
-        "wanloom/data/clock.py",
+        "wanloom/media/clock.py",
         "max(PAUSE, 2 * interval,",
         "max(PAUSE,",
         (f"{CLOCK}::test_a_picture_each_quarter_of_a_minute_is_no_jump",),
     ),
     Mutant(
-        "wanloom/data/clock.py",
+        "wanloom/media/clock.py",
         "last, length = shown[-1]",
         "last, length = max(shown, key=sum)",
         (f"{CLOCK}::test_the_end_is_that_of_the_last_picture_shown",),

@@ -9,8 +9,8 @@ import pytest
 from wanloom.cli import demo, main
 from wanloom.data import shapes
 from wanloom.evaluate.shapes import measure
+from wanloom.media.write import read_mp4, write_mp4
 from wanloom.report.page import Score
-from wanloom.sample.media import read_mp4, write_mp4
 
 
 @pytest.fixture

@@ -23,12 +23,12 @@ from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError
 from wanloom.files import folder_for_one
+from wanloom.media.write import read_mp4
 from wanloom.model.dit import WanDiT
 from wanloom.model.weights import load_dit, save_weights
 from wanloom.recipes.trained import open_trained
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import Request, generate
-from wanloom.sample.media import read_mp4
 from wanloom.sample.prompts import Job, PromptLine, build_jobs
 from wanloom.sample.settings import DEFAULTS, GenerateConfig, latents_shape
 from wanloom.train.checkpoint import Checkpointer
@@ -315,7 +315,7 @@ def test_no_video_stays_without_its_json(tiny_pipeline, tmp_path, capsys, monkey
     if fails == "json":
         monkeypatch.setattr(Path, "write_text", full)
     else:
-        monkeypatch.setattr(f"wanloom.sample.media.{fails}", full)
+        monkeypatch.setattr(f"wanloom.media.write.{fails}", full)
     words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, *out_at(tmp_path)]
     expect_mistake(capsys, words, "000-x' cannot be written: No space left on device.")
     assert list((tmp_path / "out").iterdir()) == []
@@ -354,7 +354,7 @@ def test_a_full_disk_is_one_sentence(tiny_pipeline, tmp_path, capsys, monkeypatc
     def full(path, frames):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wanloom.sample.media.write_sheet", full)
+    monkeypatch.setattr("wanloom.media.write.write_sheet", full)
     words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, *out_at(tmp_path)]
     expect_mistake(capsys, words, "000-x' cannot be written: No space left on device.")
 

@@ -20,7 +20,7 @@ from wanloom.config import UserError
 from wanloom.data.encode import Encoders
 from wanloom.data.shapes import build_clip
 from wanloom.data.shards import Dataset
-from wanloom.sample.media import write_mp4
+from wanloom.media.write import write_mp4
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,9 +16,9 @@ from wanloom.assets import TINY
 from wanloom.cli import main
 from wanloom.codecs.vae import VaeCodec
 from wanloom.data.shards import Dataset
+from wanloom.media.write import write_png
 from wanloom.recipes.run import load_run
 from wanloom.report.data import size_of
-from wanloom.sample.media import write_png
 
 
 def test_a_recipe_is_printed_as_a_recipe(tmp_path, capsys):

@@ -9,11 +9,11 @@ from media_files import write_numbers, write_stream
 from rich.console import Console
 
 from wanloom.data.advice import advise_clips, advise_frames
-from wanloom.data.framing import FramingConfig
 from wanloom.data.prepare import prepare
 from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.data.report import print_report
-from wanloom.data.video import TimingConfig
+from wanloom.media.framing import FramingConfig
+from wanloom.media.video import TimingConfig
 
 
 def test_the_frames_that_take_nine_of_ten() -> None:

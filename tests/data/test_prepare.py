@@ -23,7 +23,6 @@ from rich.console import Console
 from wanloom.config import UserError
 from wanloom.data import prepare as prepare_module
 from wanloom.data.encode import default_batch, sample_key
-from wanloom.data.framing import FramingConfig
 from wanloom.data.ledger import Ledger
 from wanloom.data.plan import read_entries
 from wanloom.data.prepare import Finished, prepare
@@ -31,8 +30,9 @@ from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.data.report import print_report
 from wanloom.data.shards import Dataset
 from wanloom.data.spool import Spool
-from wanloom.data.video import TimingConfig
 from wanloom.files import write_atomic
+from wanloom.media.framing import FramingConfig
+from wanloom.media.video import TimingConfig
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["wanloom.data.prepare", "pytest"])

@@ -11,10 +11,10 @@ from wanloom import memory
 from wanloom.cli import main
 from wanloom.config import UserError
 from wanloom.data.encode import Block, Writer
-from wanloom.data.framing import FramingConfig
 from wanloom.data.memory import BYTES, check_batch, find_helps
 from wanloom.data.prepare_settings import PrepareConfig
-from wanloom.data.video import TimingConfig
+from wanloom.media.framing import FramingConfig
+from wanloom.media.video import TimingConfig
 
 
 def config(**framing: Any) -> PrepareConfig:

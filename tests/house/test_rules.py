@@ -21,7 +21,7 @@ TOOLS = sorted((ROOT / "tools").glob("*.py"))
 FLOORS = (
     {"", "assets", "config", "dist", "files", "folders", "keys", "memory", "signals", "tensors", "terminal"}
     | {"devices", "threads"},
-    {"model", "codecs", "objective", "data"},
+    {"model", "codecs", "objective", "media", "data"},
     {"parallel", "adapt"},
     {"train", "sample", "evaluate"},
     {"recipes", "report", "cli", "__main__"},
@@ -39,6 +39,7 @@ SIDEWAYS = {
     ("folders", "terminal"),
     ("memory", "config"),
     ("tensors", "files"),
+    ("data", "media"),
     ("data", "model"),
     ("cli", "recipes"),
     ("cli", "report"),

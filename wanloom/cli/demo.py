@@ -155,7 +155,7 @@ def write_clips(folder: Path, seed: int) -> dict[Any, Path]:
     The caption is written last: where it is, the clip of an earlier start is whole.
     """
     from wanloom.data import shapes
-    from wanloom.sample.media import write_mp4
+    from wanloom.media.write import write_mp4
 
     folder.mkdir(exist_ok=True)
     paths = {}
@@ -189,7 +189,7 @@ def prompt_seed(seed: int, index: int) -> int:
 def judge(folder: Path, prompts: list[tuple[Any, str]], seed: int) -> list[tuple[Any, str, Path, Any]]:
     """(scene, prompt, clip, what is seen in it) for every prompt, found by the json that generate wrote beside it."""
     from wanloom.evaluate.shapes import measure
-    from wanloom.sample.media import read_mp4
+    from wanloom.media.write import read_mp4
 
     made = {}
     for path in folder.glob("*.json"):

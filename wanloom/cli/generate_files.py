@@ -105,7 +105,7 @@ def content_of(plan: "Plan", job: "Job", facts: dict[str, Any]) -> dict[str, Any
 
 def write_result(plan: "Plan", job: "Job", frames: "Tensor", facts: dict[str, Any]) -> Path:
     """The files of one job, all of them or none; returns the first. Raises UserError when they cannot be written."""
-    from wanloom.sample.media import write_mp4, write_png, write_sheet
+    from wanloom.media.write import write_mp4, write_png, write_sheet
 
     *media, note = outputs_of(plan, job)
     waiting = {path: temporary_name(path) for path in (note, *reversed(media))}

@@ -175,10 +175,10 @@ OTHER = (
 
 def read_config(arguments: argparse.Namespace) -> "PrepareConfig":
     """The settings of the command line; what was not given keeps its default."""
-    from wanloom.data.framing import FramingConfig
-    from wanloom.data.limits import LimitsConfig
     from wanloom.data.prepare_settings import PrepareConfig
-    from wanloom.data.video import TimingConfig
+    from wanloom.media.framing import FramingConfig
+    from wanloom.media.limits import LimitsConfig
+    from wanloom.media.video import TimingConfig
 
     def given(names: tuple[str, ...]) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(arguments, name)) is not None}

@@ -10,8 +10,8 @@ import os
 import time
 from typing import NamedTuple
 
-from wanloom.data.decoding import MediaError
-from wanloom.data.media import MediaFile
+from wanloom.media.container import MediaFile
+from wanloom.media.decoding import MediaError
 
 SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system that is in use
 PIECE = 1 << 22  # bytes of one read

@@ -19,17 +19,17 @@ from torch import Tensor
 
 from wanloom.config import UserError
 from wanloom.data.content import Content
-from wanloom.data.decoding import MediaError
-from wanloom.data.framing import Frame, aspect_change, choose_frame
 from wanloom.data.ledger import Ledger
 from wanloom.data.memory import describe_batch, find_helps
-from wanloom.data.picture import Clip
 from wanloom.data.plan import Entry
 from wanloom.data.prepare_settings import PrepareConfig
-from wanloom.data.readers import read_ahead
 from wanloom.data.tar import tar_pair
-from wanloom.data.video import read_clips
 from wanloom.dist import world_size
+from wanloom.media.decoding import MediaError
+from wanloom.media.framing import Frame, aspect_change, choose_frame
+from wanloom.media.picture import Clip
+from wanloom.media.readers import read_ahead
+from wanloom.media.video import read_clips
 from wanloom.memory import enough_memory
 
 MOST_CLIPS, MOST_PIXELS = 16, 4_000_000  # of a batch; one clip of 81 frames of 832x480 has 32 million pixels

@@ -18,8 +18,8 @@ from wanloom.config import UserError
 from wanloom.data.captions import Caption, Sidecars, read_captions
 from wanloom.data.content import Stamp, hash_file, read_stamp
 from wanloom.data.tables import TABLES
-from wanloom.data.video import kind_of
 from wanloom.files import is_special, parse_json
+from wanloom.media.video import kind_of
 from wanloom.terminal import is_text
 
 

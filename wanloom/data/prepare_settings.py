@@ -5,9 +5,9 @@ import os
 from pydantic import Field, model_validator
 
 from wanloom.config import Config
-from wanloom.data.framing import FramingConfig
-from wanloom.data.limits import LimitsConfig
-from wanloom.data.video import TimingConfig
+from wanloom.media.framing import FramingConfig
+from wanloom.media.limits import LimitsConfig
+from wanloom.media.video import TimingConfig
 from wanloom.threads import count_cores
 
 

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from wanloom.data.advice import advise
-from wanloom.data.clock import JUMPS
 from wanloom.data.plan import Plan
+from wanloom.media.clock import JUMPS
 from wanloom.terminal import plural, printable
 
 NAMES = 5  # file names shown for one line of the table; report.json has all

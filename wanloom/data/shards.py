@@ -199,7 +199,7 @@ def scan_folder(fs: fsspec.AbstractFileSystem, root: str, path: str) -> pa.Table
     names = fs.find(root)
     tars = sorted(name for name in names if name.endswith(".tar"))
     if not tars:
-        from wanloom.data.video import kind_of  # with its decoders, which nothing else here needs
+        from wanloom.media.video import kind_of  # with its decoders, which nothing else here needs
 
         here = shlex.quote(path)
         if any(kind_of(name) for name in names):

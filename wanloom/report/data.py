@@ -19,7 +19,7 @@ from markupsafe import Markup
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError
 from wanloom.data.shards import Dataset
-from wanloom.sample.media import write_sheet
+from wanloom.media.write import write_sheet
 from wanloom.sample.settings import video_shape
 
 NUM_SAMPLES = 24

@@ -9,9 +9,9 @@ import pytest
 from media_files import write_video
 from test_video import gradient, native, read
 
-from wanloom.data.colour import Gamut, bands, on_black, srgb_to_linear
-from wanloom.data.decoding import MediaError
-from wanloom.data.picture import SWS_FLAGS, Screen
+from wanloom.media.colour import Gamut, bands, on_black, srgb_to_linear
+from wanloom.media.decoding import MediaError
+from wanloom.media.picture import SWS_FLAGS, Screen
 
 WEIGHTS = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.114), 7: (0.212, 0.087)}
 WEIGHTS[9] = (0.2627, 0.0593)
@@ -227,7 +227,7 @@ def test_alpha_beside_the_pictures_is_laid_on_black(
         options=options,
         bit_rate=4_000_000,
     )
-    monkeypatch.setattr("wanloom.data.player.FAR", 0.5)
+    monkeypatch.setattr("wanloom.media.player.FAR", 0.5)
     clips = read(path, mode="frames", frames_per_video=3)
     assert len(clips) == 3
     for clip, number in zip(clips, (8, 24, 40), strict=True):
@@ -245,7 +245,7 @@ def test_alpha_beside_the_pictures_that_no_decoder_takes_is_a_drop(
     path = write_video(
         tmp_path / "a.webm", [rgba] * 2, codec=codec, pix_fmt="yuva420p", source_format="rgba", options=options
     )
-    monkeypatch.setattr("wanloom.data.media.BESIDE", {})
+    monkeypatch.setattr("wanloom.media.container.BESIDE", {})
     with pytest.raises(MediaError, match="has transparency beside its pictures") as caught:
         read(path, frames=1)
     assert caught.value.kind == "colour"
@@ -287,7 +287,7 @@ def test_deep_rgb_goes_to_the_nearest_level(pix_fmt: str, channels: int) -> None
 def test_what_is_done_in_bands_is_what_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     rgba = rng.integers(0, 256, (97, 33, 4), dtype=np.uint8)
-    monkeypatch.setattr("wanloom.data.colour.BAND", 33 * 10 + 5)
+    monkeypatch.setattr("wanloom.media.colour.BAND", 33 * 10 + 5)
     assert [part.shape[0] for (part,) in bands(rgba)] == [10] * 9 + [7]
     expected = np.round(rgba[..., :3] * (rgba[..., 3:] / 255.0)).astype(np.uint8)
     assert np.array_equal(on_black(rgba[..., :3], rgba[..., 3]), expected)
@@ -297,10 +297,10 @@ def test_the_report_has_the_colours_of_every_file(tmp_path: Path) -> None:
     from fake_encoders import IDENTITY, build_encoders
     from PIL import Image
 
-    from wanloom.data.framing import FramingConfig
     from wanloom.data.prepare import prepare
     from wanloom.data.prepare_settings import PrepareConfig
-    from wanloom.data.video import TimingConfig
+    from wanloom.media.framing import FramingConfig
+    from wanloom.media.video import TimingConfig
 
     source = tmp_path / "in"
     source.mkdir()

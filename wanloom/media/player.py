@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import av.error
 
-from wanloom.data.clock import Clock, decodable
-from wanloom.data.decoding import MediaError
-from wanloom.data.limits import Budget
-from wanloom.data.media import choose_decoder
+from wanloom.media.clock import Clock, decodable
+from wanloom.media.container import choose_decoder
+from wanloom.media.decoding import MediaError
+from wanloom.media.limits import Budget
 
 TICK = Fraction(1, 1000)  # containers with millisecond clocks (Matroska) round by up to half of this
 FAR = 10  # seconds that are worth a jump

@@ -11,11 +11,11 @@ from media_files import numbered, read_number, write_numbers, write_video
 from PIL import Image
 
 from wanloom.config import UserError
-from wanloom.data.decoding import MediaError
-from wanloom.data.framing import Frame
-from wanloom.data.media import MediaFile, choose_track, open_container, picture_rate
-from wanloom.data.picture import Clip
-from wanloom.data.video import TimingConfig, kind_of, read_clips
+from wanloom.media.container import MediaFile, choose_track, open_container, picture_rate
+from wanloom.media.decoding import MediaError
+from wanloom.media.framing import Frame
+from wanloom.media.picture import Clip
+from wanloom.media.video import TimingConfig, kind_of, read_clips
 
 
 def native(width: float, height: float, number: int) -> Frame:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wanloom.data.decoding import MediaError
+from wanloom.media.decoding import MediaError
 
 MATRICES = {1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
 UNTAGGED = {0, 2, 3}  # RGB, where there is none; unspecified; reserved

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 LEFT_OPEN = """
-from wanloom.data.readers import read_ahead
+from wanloom.media.readers import read_ahead
 left = read_ahead([1, 2], lambda job: iter(range(10)), 2)
 print(next(left), flush=True)
 """

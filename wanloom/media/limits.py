@@ -10,7 +10,7 @@ import time
 from pydantic import model_validator
 
 from wanloom.config import Config
-from wanloom.data.decoding import MediaError
+from wanloom.media.decoding import MediaError
 
 
 class LimitsConfig(Config):

@@ -12,9 +12,9 @@ from PIL import Image
 from test_video import native, read
 
 from wanloom.config import UserError
-from wanloom.data import decoding as decoding_module
-from wanloom.data.decoding import Decoding, MediaError
-from wanloom.data.media import MediaFile
+from wanloom.media import decoding as decoding_module
+from wanloom.media.container import MediaFile
+from wanloom.media.decoding import Decoding, MediaError
 
 ERRORS = (
     ValueError("a"),
@@ -41,7 +41,7 @@ def foreign(module: str, filename: str = "<made>") -> Callable[[Callable[[], Any
 
 
 def own(work: Callable[[], Any]) -> Any:
-    space: dict[str, Any] = {"__name__": "wanloom.data.picture"}
+    space: dict[str, Any] = {"__name__": "wanloom.media.picture"}
     exec("def call(work): return work()", space)
     return space["call"](work)
 

@@ -16,8 +16,8 @@ from typing import Any
 import av
 from av.stream import Disposition
 
-from wanloom.data.decoding import MediaError, unreadable
-from wanloom.data.limits import USUAL, Budget, LimitsConfig
+from wanloom.media.decoding import MediaError, unreadable
+from wanloom.media.limits import USUAL, Budget, LimitsConfig
 
 READ_BYTES = 1 << 16  # at once
 GENERATE_STAMPS = 1  # AVFMT_FLAG_GENPTS, which PyAV sets: it takes decode stamps for moments of showing

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from wanloom.config import UserError, build_config
-from wanloom.data.framing import FramingConfig, aspect_change, choose_frame
+from wanloom.media.framing import FramingConfig, aspect_change, choose_frame
 
 
 def draw_sizes(count: int) -> list[tuple[int, int]]:

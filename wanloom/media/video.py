@@ -18,13 +18,13 @@ import numpy as np
 from pydantic import model_validator
 
 from wanloom.config import Config
-from wanloom.data.clock import JUMPS, Extent, scan
-from wanloom.data.decoding import Decoding, MediaError
-from wanloom.data.limits import USUAL, LimitsConfig
-from wanloom.data.media import MediaFile, choose_track, open_container, picture_rate
-from wanloom.data.picture import ChooseFrame, Clip, Screen, read_image
-from wanloom.data.player import FAR, TICK, Player
-from wanloom.data.readers import read_ahead
+from wanloom.media.clock import JUMPS, Extent, scan
+from wanloom.media.container import MediaFile, choose_track, open_container, picture_rate
+from wanloom.media.decoding import Decoding, MediaError
+from wanloom.media.limits import USUAL, LimitsConfig
+from wanloom.media.picture import ChooseFrame, Clip, Screen, read_image
+from wanloom.media.player import FAR, TICK, Player
+from wanloom.media.readers import read_ahead
 
 VIDEO_SUFFIXES = frozenset(
     f".{name}"

@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from test_colour import TO_SRGB, from_linear, patches, to_linear, worst
 from test_video import gradient, read
 
-from wanloom.data.decoding import MediaError
+from wanloom.media.decoding import MediaError
 
 # columns of XYZ under D50, as the profiles of Apple, Adobe and HP have them
 COLUMNS = {

@@ -19,11 +19,11 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
-from wanloom.data.colour import UNKNOWN, UNTAGGED, Colour, on_black, to_8_bits, video_colour
-from wanloom.data.decoding import MediaError
-from wanloom.data.framing import Frame
-from wanloom.data.image_colour import image_to_rgb
-from wanloom.data.media import MediaFile
+from wanloom.media.colour import UNKNOWN, UNTAGGED, Colour, on_black, to_8_bits, video_colour
+from wanloom.media.container import MediaFile
+from wanloom.media.decoding import MediaError
+from wanloom.media.framing import Frame
+from wanloom.media.image_colour import image_to_rgb
 
 SWS_FLAGS = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC, SWS_ACCURATE_RND, SWS_FULL_CHR_H_INT
 EXIF_ORIENTATION, TURNS = 0x0112, range(2, 9)

@@ -15,8 +15,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
-from wanloom.data.decoding import MediaError
-from wanloom.data.media import MediaFile, choose_track, frame_interval, open_container
+from wanloom.media.container import MediaFile, choose_track, frame_interval, open_container
+from wanloom.media.decoding import MediaError
 
 LEAP, LEAP_FRAMES = Fraction(10), 50
 PAUSE = Fraction(1)  # seconds that a picture may always stay

@@ -13,12 +13,12 @@ from PIL import Image
 from test_video import native
 
 from wanloom.config import UserError, build_config
-from wanloom.data import limits as limits_module
-from wanloom.data.decoding import MediaError
-from wanloom.data.framing import Frame, FramingConfig, choose_frame
-from wanloom.data.limits import Budget, LimitsConfig
-from wanloom.data.picture import Clip
-from wanloom.data.video import TimingConfig, kind_of, read_clips
+from wanloom.media import limits as limits_module
+from wanloom.media.decoding import MediaError
+from wanloom.media.framing import Frame, FramingConfig, choose_frame
+from wanloom.media.limits import Budget, LimitsConfig
+from wanloom.media.picture import Clip
+from wanloom.media.video import TimingConfig, kind_of, read_clips
 
 MIB = 1 << 20
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from wanloom.data import shapes
-from wanloom.sample.media import read_mp4, write_mp4, write_png, write_sheet
+from wanloom.media.write import read_mp4, write_mp4, write_png, write_sheet
 
 
 def clip(frames: int = 9, height: int = 48, width: int = 80) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_the_same_frames_are_the_same_bytes(tmp_path):
     frames = torch.nn.functional.interpolate(coarse, size=(96, 160), mode="bilinear").mul(255)
     np.save(tmp_path / "frames.npy", frames.permute(0, 2, 3, 1).to(torch.uint8).numpy())
     script = (
-        "import sys, numpy, pathlib; from wanloom.sample.media import write_mp4;"
+        "import sys, numpy, pathlib; from wanloom.media.write import write_mp4;"
         "write_mp4(pathlib.Path(sys.argv[2]), numpy.load(sys.argv[1], allow_pickle=False), 16)"
     )
     for fill in ("0", "1", "90", "165"):
@@ -78,7 +78,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wanloom.sample.media.av.VideoFrame", SimpleNamespace(from_ndarray=full))
+    monkeypatch.setattr("wanloom.media.write.av.VideoFrame", SimpleNamespace(from_ndarray=full))
     with pytest.raises(OSError, match="No space"):
         write_mp4(tmp_path / "a.mp4", clip(), 16)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"old"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
-from wanloom.data.colour import (
+from wanloom.media.colour import (
     HDR,
     LIKE_SRGB,
     SHOWN_ALIKE,
@@ -28,7 +28,7 @@ from wanloom.data.colour import (
     srgb_to_linear,
     to_8_bits,
 )
-from wanloom.data.decoding import MediaError
+from wanloom.media.decoding import MediaError
 
 ADOBE = ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06), SRGB[3])
 ADOBE_GAMMA = 563 / 256

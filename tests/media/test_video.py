@@ -12,11 +12,11 @@ from media_files import numbered, read_number, write_numbers, write_video
 from PIL import Image
 
 from wanloom.config import UserError, build_config
-from wanloom.data import player as player_module
-from wanloom.data.decoding import MediaError
-from wanloom.data.framing import Frame, FramingConfig, choose_frame
-from wanloom.data.picture import SWS_FLAGS, Clip, Screen
-from wanloom.data.video import TimingConfig, kind_of, read_clips
+from wanloom.media import player as player_module
+from wanloom.media.decoding import MediaError
+from wanloom.media.framing import Frame, FramingConfig, choose_frame
+from wanloom.media.picture import SWS_FLAGS, Clip, Screen
+from wanloom.media.video import TimingConfig, kind_of, read_clips
 
 CORNERS = np.zeros((48, 80, 3), dtype=np.uint8)
 CORNERS[:24, :40], CORNERS[:24, 40:], CORNERS[24:, :40] = (230, 20, 20), (20, 230, 20), (20, 20, 230)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from media_files import B_FRAMES, numbered, read_number, remux, shift, write_numbers, write_stream, write_video
 
-from wanloom.data import player as player_module
-from wanloom.data.clock import DISORDER, JUMPS, scan
-from wanloom.data.decoding import MediaError
-from wanloom.data.framing import Frame
-from wanloom.data.media import MediaFile
-from wanloom.data.picture import Clip
-from wanloom.data.video import HELD, TimingConfig, play_through, read_clips
+from wanloom.media import player as player_module
+from wanloom.media.clock import DISORDER, JUMPS, scan
+from wanloom.media.container import MediaFile
+from wanloom.media.decoding import MediaError
+from wanloom.media.framing import Frame
+from wanloom.media.picture import Clip
+from wanloom.media.video import HELD, TimingConfig, play_through, read_clips
 
 
 def native(width: float, height: float, number: int) -> Frame:
