@@ -28,12 +28,12 @@ from benchmarks.measure import Row, main, take_turns
 from wanloom.assets import find_pipeline
 from wanloom.codecs.text import TextCodec, clean_prompt
 from wanloom.codecs.vae import VaeCodec
-from wanloom.data.encode import Encoders
-from wanloom.data.prepare import prepare
-from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.data.shards import Dataset
 from wanloom.media.framing import FramingConfig, choose_frame
 from wanloom.media.video import TimingConfig, read_clips
+from wanloom.prepare.encode import Encoders
+from wanloom.prepare.run import prepare
+from wanloom.prepare.settings import PrepareConfig
 
 SLOTS = 226
 FPS = 16

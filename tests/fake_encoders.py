@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanloom.data.encode import Encoders
+from wanloom.prepare.encode import Encoders
 
 IDENTITY = {"vae": "fake", "text-encoder": "fake", "device": "cpu"}
 

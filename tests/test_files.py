@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from wanloom.config import UserError, sentence_of
-from wanloom.data.spool import Spool
 from wanloom.files import LOCK, lock_folder, parse_json, write_atomic, written
+from wanloom.prepare.spool import Spool
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

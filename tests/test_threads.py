@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wanloom.data.prepare_settings import PrepareConfig
+from wanloom.prepare.settings import PrepareConfig
 from wanloom.threads import count_cores
 
 ROOT = Path(__file__).parents[1]

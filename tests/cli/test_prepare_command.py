@@ -17,10 +17,10 @@ from wanloom.cli import prepare as prepare_command
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError
-from wanloom.data.encode import Encoders
 from wanloom.data.shapes import build_clip
 from wanloom.data.shards import Dataset
 from wanloom.media.write import write_mp4
+from wanloom.prepare.encode import Encoders
 
 ROOT = Path(__file__).parents[2]
 

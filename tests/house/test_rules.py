@@ -22,7 +22,8 @@ FLOORS = (
     {"", "assets", "config", "dist", "files", "folders", "keys", "memory", "signals", "tensors", "terminal"}
     | {"devices", "threads"},
     {"model", "codecs", "objective", "media", "data"},
-    {"parallel", "adapt"},
+    {"prepare"},
+    {"parallel"},
     {"train", "sample", "evaluate"},
     {"recipes", "report", "cli", "__main__"},
 )

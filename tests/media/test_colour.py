@@ -297,10 +297,10 @@ def test_the_report_has_the_colours_of_every_file(tmp_path: Path) -> None:
     from fake_encoders import IDENTITY, build_encoders
     from PIL import Image
 
-    from wanloom.data.prepare import prepare
-    from wanloom.data.prepare_settings import PrepareConfig
     from wanloom.media.framing import FramingConfig
     from wanloom.media.video import TimingConfig
+    from wanloom.prepare.run import prepare
+    from wanloom.prepare.settings import PrepareConfig
 
     source = tmp_path / "in"
     source.mkdir()

@@ -7,10 +7,10 @@ import pytest
 from fake_encoders import IDENTITY, build_encoders
 
 from tools.fuzz import IMAGES, VIDEOS, mutants, read_mutant, write_originals
-from wanloom.data.prepare import prepare
-from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
+from wanloom.prepare.run import prepare
+from wanloom.prepare.settings import PrepareConfig
 
 KINDS = {"mp4", "mov", "mkv", "avi", "webm", "wmv", "ts", "gif", "png", "jpg", "webp", "avif", "tiff"}
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, as they are when prepare runs

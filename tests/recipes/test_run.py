@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from wanloom.config import UserError, setting_paths
-from wanloom.data.encode import PrepareConfig
 from wanloom.model.flops import train_flops
 from wanloom.model.settings import CONFIGS
 from wanloom.objective.settings import PRESETS
+from wanloom.prepare.encode import PrepareConfig
 from wanloom.recipes.layers import recipe_names
 from wanloom.recipes.run import (
     MAY_CHANGE,

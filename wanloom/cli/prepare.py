@@ -13,9 +13,9 @@ from wanloom.signals import StopSignal
 from wanloom.terminal import Terminal
 
 if TYPE_CHECKING:
-    from wanloom.data.encode import Encoders, Progress
-    from wanloom.data.prepare import Finished
-    from wanloom.data.prepare_settings import PrepareConfig
+    from wanloom.prepare.encode import Encoders, Progress
+    from wanloom.prepare.run import Finished
+    from wanloom.prepare.settings import PrepareConfig
 
 HELP = """Turn a folder of videos and images with captions into a folder to train on.
 
@@ -175,10 +175,10 @@ OTHER = (
 
 def read_config(arguments: argparse.Namespace) -> "PrepareConfig":
     """The settings of the command line; what was not given keeps its default."""
-    from wanloom.data.prepare_settings import PrepareConfig
     from wanloom.media.framing import FramingConfig
     from wanloom.media.limits import LimitsConfig
     from wanloom.media.video import TimingConfig
+    from wanloom.prepare.settings import PrepareConfig
 
     def given(names: tuple[str, ...]) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -209,7 +209,7 @@ def load_encoders(pipeline: Path, device: str) -> "Encoders":
 
     from wanloom.codecs.text import TextCodec
     from wanloom.codecs.vae import VaeCodec
-    from wanloom.data.encode import Encoders
+    from wanloom.prepare.encode import Encoders
 
     vae = VaeCodec.load(pipeline, device)
     text = TextCodec.load(pipeline, device, torch.bfloat16 if device == "cuda" else torch.float32)
@@ -242,10 +242,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Prepare, with a progress bar and the report on rank 0; 128 and the number of the signal when it was stopped."""
     config = read_config(arguments)
     from wanloom.assets import find_pipeline
-    from wanloom.data.memory import check_batch
     from wanloom.data.places import check_folders
-    from wanloom.data.prepare import prepare
     from wanloom.dist import pick_device, rank, together
+    from wanloom.prepare.memory import check_batch
+    from wanloom.prepare.run import prepare
     from wanloom.threads import one_thread
 
     with together():
@@ -298,7 +298,7 @@ def tell(done: "Finished", out: Path, model: str, console: Any, seconds: float) 
     """Print the report, and how to go on."""
     from wanloom.cli.hints import train_command
     from wanloom.data.places import REPORT
-    from wanloom.data.report import print_report, summarise
+    from wanloom.prepare.report import print_report, summarise
 
     print_report(done.report, console)
     what = f"is ready after {seconds:.0f} s" if not done.was_complete else "was complete already, nothing was done"

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from wanloom.config import UserError
-from wanloom.data.captions import Caption, Captions, Problem, read_captions
-from wanloom.data.tables import TABLES
+from wanloom.prepare.captions import Caption, Captions, Problem, read_captions
+from wanloom.prepare.tables import TABLES
 
 
 def read(root: Path, media: list[str], key: str | None = None) -> Captions:
@@ -350,10 +350,10 @@ def test_a_parquet_that_unpacks_to_more_than_is_sane_is_refused_unread(
     path = tmp_path / "metadata.parquet"
     table = pa.table({"file": ["a.mp4", "b.mp4"], "caption": ["x" * 2_000_000, "y"]})
     pq.write_table(table, path, compression="zstd", use_dictionary=False)
-    monkeypatch.setattr("wanloom.data.tables.MOST_GROUP_BYTES", 1 << 20)
+    monkeypatch.setattr("wanloom.prepare.tables.MOST_GROUP_BYTES", 1 << 20)
     with pytest.raises(UserError, match="row group 0 unpacks to 1 MiB: write it with smaller row groups"):
         read(tmp_path, ["a.mp4"])
-    monkeypatch.setattr("wanloom.data.tables.MOST_ROWS", 1)
+    monkeypatch.setattr("wanloom.prepare.tables.MOST_ROWS", 1)
     with pytest.raises(UserError, match="has 2 rows, at most 1 are read"):
         read(tmp_path, ["a.mp4"])
     path.unlink()

@@ -16,17 +16,17 @@ from fake_encoders import IDENTITY, build_encoders
 from test_prepare import ALL, config, contents, mixed, put_image, put_video, small_shards  # noqa: F401
 
 from wanloom.config import UserError
-from wanloom.data import prepare as prepare_module
-from wanloom.data.encode import Encoders, Progress, plan_blocks
-from wanloom.data.ledger import Ledger
-from wanloom.data.plan import Entry
-from wanloom.data.prepare import prepare
-from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.data.shards import Dataset
 from wanloom.dist import process_group
+from wanloom.prepare import run as prepare_module
+from wanloom.prepare.encode import Encoders, Progress, plan_blocks
+from wanloom.prepare.ledger import Ledger
+from wanloom.prepare.listing import Entry
+from wanloom.prepare.run import prepare
+from wanloom.prepare.settings import PrepareConfig
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["wanloom.data.prepare", "torch.distributed", "pytest"])
+PROCESSES.set_forkserver_preload(["wanloom.prepare.run", "torch.distributed", "pytest"])
 Trouble = Callable[[pytest.MonkeyPatch], None]
 
 

@@ -20,21 +20,21 @@ import torch
 
 import wanloom
 from wanloom.config import UserError
-from wanloom.data.crew import Crew
-from wanloom.data.encode import Block, Encoders, Progress, Writer, encode_blocks, plan_blocks
-from wanloom.data.energon import write_energon
 from wanloom.data.index import INDEX, build_table, encode_index
-from wanloom.data.ledger import Ledger
 from wanloom.data.places import DONE, REPORT, WORK, check_folders
-from wanloom.data.plan import Plan, build_plan, read_entries
-from wanloom.data.prepare_settings import PrepareConfig
-from wanloom.data.report import Report, explain_nothing
 from wanloom.data.shards import index_rows
-from wanloom.data.spool import SPLITS, Spool
 from wanloom.data.tar import scan_tar
 from wanloom.dist import rank, together, world_size
 from wanloom.files import parse_json, write_atomic
 from wanloom.memory import enough_memory
+from wanloom.prepare.crew import Crew
+from wanloom.prepare.encode import Block, Encoders, Progress, Writer, encode_blocks, plan_blocks
+from wanloom.prepare.energon import write_energon
+from wanloom.prepare.ledger import Ledger
+from wanloom.prepare.listing import Plan, build_plan, read_entries
+from wanloom.prepare.report import Report, explain_nothing
+from wanloom.prepare.settings import PrepareConfig
+from wanloom.prepare.spool import SPLITS, Spool
 from wanloom.terminal import plural
 
 FREE = {"workers", "strict", "follow_links"}  # settings that change no byte of the result

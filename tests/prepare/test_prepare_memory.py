@@ -10,11 +10,11 @@ import torch
 from wanloom import memory
 from wanloom.cli import main
 from wanloom.config import UserError
-from wanloom.data.encode import Block, Writer
-from wanloom.data.memory import BYTES, check_batch, find_helps
-from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
+from wanloom.prepare.encode import Block, Writer
+from wanloom.prepare.memory import BYTES, check_batch, find_helps
+from wanloom.prepare.settings import PrepareConfig
 
 
 def config(**framing: Any) -> PrepareConfig:

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from wanloom.data.advice import advise
-from wanloom.data.plan import Plan
 from wanloom.media.clock import JUMPS
+from wanloom.prepare.advice import advise
+from wanloom.prepare.listing import Plan
 from wanloom.terminal import plural, printable
 
 NAMES = 5  # file names shown for one line of the table; report.json has all

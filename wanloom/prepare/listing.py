@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wanloom.config import UserError
-from wanloom.data.captions import Caption, Sidecars, read_captions
-from wanloom.data.content import Stamp, hash_file, read_stamp
-from wanloom.data.tables import TABLES
 from wanloom.files import is_special, parse_json
 from wanloom.media.video import kind_of
+from wanloom.prepare.captions import Caption, Sidecars, read_captions
+from wanloom.prepare.content import Stamp, hash_file, read_stamp
+from wanloom.prepare.tables import TABLES
 from wanloom.terminal import is_text
 
 

@@ -11,16 +11,16 @@ from media_files import write_numbers
 from PIL import Image
 
 from wanloom.config import UserError
-from wanloom.data import content as content_module
-from wanloom.data.content import Content, hash_file, read_stamp
 from wanloom.data.places import WORK
-from wanloom.data.plan import list_files, read_entries
-from wanloom.data.prepare import PLAN, prepare
-from wanloom.data.prepare_settings import PrepareConfig
-from wanloom.data.spool import Spool
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Frame, FramingConfig
 from wanloom.media.video import TimingConfig, read_clips
+from wanloom.prepare import content as content_module
+from wanloom.prepare.content import Content, hash_file, read_stamp
+from wanloom.prepare.listing import list_files, read_entries
+from wanloom.prepare.run import PLAN, prepare
+from wanloom.prepare.settings import PrepareConfig
+from wanloom.prepare.spool import Spool
 
 
 def picture(path: Path, level: int) -> Path:

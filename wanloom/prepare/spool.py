@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from wanloom.config import UserError
-from wanloom.data.ledger import Ledger
 from wanloom.data.places import DONE, WORK
 from wanloom.data.tar import END, scan_tar
 from wanloom.files import lock_folder, write_atomic
+from wanloom.prepare.ledger import Ledger
 
 SPLITS: tuple[str, ...] = ("train", "val")
 COPY_BYTES = 1 << 24

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from fake_encoders import IDENTITY, build_encoders
 from test_prepare import config, put_image, put_video, small_shards
 
-from wanloom.data import prepare as prepare_module
-from wanloom.data.prepare import prepare
 from wanloom.data.shards import Dataset
+from wanloom.prepare import run as prepare_module
+from wanloom.prepare.run import prepare
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")

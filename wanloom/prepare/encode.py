@@ -18,11 +18,6 @@ import torch
 from torch import Tensor
 
 from wanloom.config import UserError
-from wanloom.data.content import Content
-from wanloom.data.ledger import Ledger
-from wanloom.data.memory import describe_batch, find_helps
-from wanloom.data.plan import Entry
-from wanloom.data.prepare_settings import PrepareConfig
 from wanloom.data.tar import tar_pair
 from wanloom.dist import world_size
 from wanloom.media.decoding import MediaError
@@ -31,6 +26,11 @@ from wanloom.media.picture import Clip
 from wanloom.media.readers import read_ahead
 from wanloom.media.video import read_clips
 from wanloom.memory import enough_memory
+from wanloom.prepare.content import Content
+from wanloom.prepare.ledger import Ledger
+from wanloom.prepare.listing import Entry
+from wanloom.prepare.memory import describe_batch, find_helps
+from wanloom.prepare.settings import PrepareConfig
 
 MOST_CLIPS, MOST_PIXELS = 16, 4_000_000  # of a batch; one clip of 81 frames of 832x480 has 32 million pixels
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

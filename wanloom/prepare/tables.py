@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wanloom.config import UserError
-from wanloom.data.names import Names
 from wanloom.files import is_special, json_fault, parse_json
+from wanloom.prepare.names import Names
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_COLUMNS = ("file_name", "file", "path", "video")

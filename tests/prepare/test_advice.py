@@ -8,12 +8,12 @@ from fake_encoders import IDENTITY, build_encoders
 from media_files import write_numbers, write_stream
 from rich.console import Console
 
-from wanloom.data.advice import advise_clips, advise_frames
-from wanloom.data.prepare import prepare
-from wanloom.data.prepare_settings import PrepareConfig
-from wanloom.data.report import print_report
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
+from wanloom.prepare.advice import advise_clips, advise_frames
+from wanloom.prepare.report import print_report
+from wanloom.prepare.run import prepare
+from wanloom.prepare.settings import PrepareConfig
 
 
 def test_the_frames_that_take_nine_of_ten() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from wanloom.memory import check_memory
 
 if TYPE_CHECKING:
-    from wanloom.data.prepare_settings import PrepareConfig
+    from wanloom.prepare.settings import PrepareConfig
 
 BYTES = 3 + 3 * 4  # of a pixel: uint8 and fp32
 Shape = tuple[int, int, int, int]
@@ -18,7 +18,7 @@ Shape = tuple[int, int, int, int]
 
 def check_batch(config: "PrepareConfig", device: str) -> None:
     """Raises UserError when a batch of the one size that all clips get cannot fit."""
-    from wanloom.data.encode import default_batch
+    from wanloom.prepare.encode import default_batch
 
     height, width = config.framing.height, config.framing.width
     if height is None or width is None or config.framing.keep_aspect:

@@ -21,21 +21,21 @@ from PIL import Image
 from rich.console import Console
 
 from wanloom.config import UserError
-from wanloom.data import prepare as prepare_module
-from wanloom.data.encode import default_batch, sample_key
-from wanloom.data.ledger import Ledger
-from wanloom.data.plan import read_entries
-from wanloom.data.prepare import Finished, prepare
-from wanloom.data.prepare_settings import PrepareConfig
-from wanloom.data.report import print_report
 from wanloom.data.shards import Dataset
-from wanloom.data.spool import Spool
 from wanloom.files import write_atomic
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
+from wanloom.prepare import run as prepare_module
+from wanloom.prepare.encode import default_batch, sample_key
+from wanloom.prepare.ledger import Ledger
+from wanloom.prepare.listing import read_entries
+from wanloom.prepare.report import print_report
+from wanloom.prepare.run import Finished, prepare
+from wanloom.prepare.settings import PrepareConfig
+from wanloom.prepare.spool import Spool
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["wanloom.data.prepare", "pytest"])
+PROCESSES.set_forkserver_preload(["wanloom.prepare.run", "pytest"])
 
 
 def config(**values) -> PrepareConfig:
