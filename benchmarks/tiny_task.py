@@ -16,9 +16,9 @@ from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.data.loader import Loader, Plan
 from wanloom.data.settings import BatchConfig, SourceConfig
-from wanloom.data.shapes import SEEN, build_clip
 from wanloom.data.shards import Dataset
 from wanloom.data.tar import END, tar_pair
+from wanloom.demo.shapes import SEEN, build_clip
 from wanloom.evaluate.validation import build_validation
 from wanloom.files import write_atomic
 from wanloom.model.dit import WanDiT, init_weights

@@ -4,7 +4,7 @@
     python tools/build_tiny.py text --work build/tiny          # a minute or two
     python tools/build_tiny.py pipeline --work build/tiny --out wanloom/assets/tiny
 
-`vae` trains an AutoencoderKLWan of small widths on the clips of wanloom.data.shapes: single frames first, then clips
+`vae` trains an AutoencoderKLWan of small widths on the clips of wanloom.demo.shapes: single frames first, then clips
 of 17 frames in small cut-outs, then whole pictures of 9 to 49 frames, because a causal VAE that saw only short clips
 falls apart on long ones. `text` makes a tokenizer and trains a UMT5 encoder to fill in masked words and to name, from
 any one state, all words of its sentence. `pipeline` measures the latents' mean and standard deviation and writes the
@@ -28,7 +28,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from safetensors.torch import load_file, save_file
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from wanloom.data import shapes
+from wanloom.demo import shapes
 from wanloom.model.dit import WanDiT, init_weights
 from wanloom.model.settings import CONFIGS
 from wanloom.model.weights import load_dit, save_dit

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from wanloom.cli import demo, main
-from wanloom.data import shapes
-from wanloom.evaluate.shapes import measure
+from wanloom.demo import shapes
+from wanloom.demo.measure import measure
+from wanloom.demo.page import Score
 from wanloom.media.write import read_mp4, write_mp4
-from wanloom.report.page import Score
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from wanloom.cli import prepare as prepare_command
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError
-from wanloom.data.shapes import build_clip
 from wanloom.data.shards import Dataset
+from wanloom.demo.shapes import build_clip
 from wanloom.media.write import write_mp4
 from wanloom.prepare.encode import Encoders
 

@@ -25,7 +25,7 @@ FLOORS = (
     {"prepare"},
     {"parallel"},
     {"train", "sample", "evaluate"},
-    {"recipes", "report", "cli", "__main__"},
+    {"recipes", "report", "demo", "cli", "__main__"},
 )
 # rooms of one floor do not know each other, but for these
 SIDEWAYS = {
@@ -42,6 +42,7 @@ SIDEWAYS = {
     ("tensors", "files"),
     ("data", "media"),
     ("data", "model"),
+    ("cli", "demo"),
     ("cli", "recipes"),
     ("cli", "report"),
     ("__main__", "cli"),

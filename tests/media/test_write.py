@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wanloom.data import shapes
+from wanloom.demo import shapes
 from wanloom.media.write import read_mp4, write_mp4, write_png, write_sheet
 
 

@@ -48,7 +48,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; 0 when every target is reached, 1 when not."""
-    from wanloom.report.page import build_page
+    from wanloom.demo.page import build_page
 
     check(arguments)
     console = Terminal()
@@ -154,7 +154,7 @@ def write_clips(folder: Path, seed: int) -> dict[Any, Path]:
 
     The caption is written last: where it is, the clip of an earlier start is whole.
     """
-    from wanloom.data import shapes
+    from wanloom.demo import shapes
     from wanloom.media.write import write_mp4
 
     folder.mkdir(exist_ok=True)
@@ -171,7 +171,7 @@ def write_clips(folder: Path, seed: int) -> dict[Any, Path]:
 
 def write_prompts(path: Path, seed: int) -> list[tuple[Any, str]]:
     """The prompts as JSON lines: all held-out scenes, then seen ones spread evenly; returns (scene, prompt)."""
-    from wanloom.data import shapes
+    from wanloom.demo import shapes
 
     spread = [shapes.SEEN[(i * 7) % len(shapes.SEEN)] for i in range(NUM_PROMPTS - len(shapes.HELD_OUT))]
     scenes = [*shapes.HELD_OUT, *spread]
@@ -188,7 +188,7 @@ def prompt_seed(seed: int, index: int) -> int:
 
 def judge(folder: Path, prompts: list[tuple[Any, str]], seed: int) -> list[tuple[Any, str, Path, Any]]:
     """(scene, prompt, clip, what is seen in it) for every prompt, found by the json that generate wrote beside it."""
-    from wanloom.evaluate.shapes import measure
+    from wanloom.demo.measure import measure
     from wanloom.media.write import read_mp4
 
     made = {}
@@ -203,8 +203,8 @@ def judge(folder: Path, prompts: list[tuple[Any, str]], seed: int) -> list[tuple
 
 def build_report(out: Path, rows: list[Any], commands: list[tuple[str, float]], clips: dict[Any, Path]) -> Any:
     """Everything report.html shows."""
-    from wanloom.data import shapes
-    from wanloom.report.page import Command, Pair, Report, Score
+    from wanloom.demo import shapes
+    from wanloom.demo.page import Command, Pair, Report, Score
 
     held_out = [row for row in rows if row[0] in shapes.HELD_OUT]
     seen = [row for row in rows if row[0] not in shapes.HELD_OUT]

@@ -211,7 +211,7 @@ def check_jobs(lines: "list[PromptLine]", jobs: "list[Job]") -> None:
 
 def note_unknown(jobs: "list[Job]") -> None:
     """A line on prompts that the shipped transformer was not trained on: their clips look broken, and are not."""
-    from wanloom.data.shapes import SCENES, TEMPLATES
+    from wanloom.demo.shapes import SCENES, TEMPLATES
 
     known = [scene.caption(template) for scene in SCENES for template in range(len(TEMPLATES))]
     strange = [job.prompt for job in jobs if job.prompt not in known]

@@ -1,4 +1,4 @@
-"""What a clip of wanloom.data.shapes shows, measured from its pixels: colour, shape and direction of motion.
+"""What a clip of wanloom.demo.shapes shows, measured from its pixels: colour, shape and direction of motion.
 
 In: frames `(F, H, W, 3)` uint8. Out: a Scene, or what could not be seen as None. The shape is the one whose outline of
 equal area, laid on the blob's centre, overlaps it best; so a ragged edge or a lost corner does not decide alone.
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wanloom.data.shapes import COLORS, DIRECTIONS, SHAPES, Scene, coverage
+from wanloom.demo.shapes import COLORS, DIRECTIONS, SHAPES, Scene, coverage
 
 MIN_CONTRAST = 40  # of 255, between blob and background; less is noise
 MAX_AREA = 0.5  # of the picture; more is texture, not a shape on a background

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from wanloom.data import shapes
-from wanloom.evaluate.shapes import Seen, measure
+from wanloom.demo import shapes
+from wanloom.demo.measure import Seen, measure
 
 
 def test_every_scene_is_recognised():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wanloom.report.page import Command, Pair, Report, Score, build_page, draw_curves
+from wanloom.demo.page import Command, Pair, Report, Score, build_page, draw_curves
 
 
 def build_report(clip: Path, prompt: str = "A red circle.") -> Report:

@@ -70,7 +70,7 @@ def build_page(report: Report) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["video"] = _data_uri
     environment.filters["percent"] = lambda pair: f"{100 * pair[0] / pair[1]:.0f}%" if pair[1] else "-"
-    template = environment.from_string(files("wanloom.report").joinpath("page.html").read_text(encoding="utf-8"))
+    template = environment.from_string(files("wanloom.demo").joinpath("page.html").read_text(encoding="utf-8"))
     return template.render(report=report, curve=Markup(draw_curves(report.curves)), css=_css())
 
 
