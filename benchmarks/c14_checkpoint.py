@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Row, main, take_turns
-from wanloom.train.checkpoint import Checkpointer, load_tensors
-from wanloom.train.pieces import Box, Stored
-from wanloom.train.saved import find_checkpoint
-from wanloom.train.settings import CheckpointConfig
+from wanloom.checkpoint.pieces import Box, Stored
+from wanloom.checkpoint.saved import find_checkpoint
+from wanloom.checkpoint.settings import CheckpointConfig
+from wanloom.checkpoint.writer import Checkpointer, load_tensors
 
 KINDS = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
 

@@ -3,8 +3,8 @@
 import torch
 
 from benchmarks import c14_checkpoint
-from wanloom.train.checkpoint import Checkpointer
-from wanloom.train.settings import CheckpointConfig
+from wanloom.checkpoint.settings import CheckpointConfig
+from wanloom.checkpoint.writer import Checkpointer
 
 
 def test_every_row_is_measured(tmp_path, monkeypatch):

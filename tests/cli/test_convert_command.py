@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from wanloom.checkpoint.settings import CheckpointConfig
+from wanloom.checkpoint.writer import Checkpointer
 from wanloom.cli import main
 from wanloom.cli.convert import whole_folder
 from wanloom.codecs.text import TextCodec
@@ -19,8 +21,6 @@ from wanloom.model.weights import load_dit
 from wanloom.sample.generate import Request, draw_request_noise, generate
 from wanloom.sample.settings import GenerateConfig, latents_shape
 from wanloom.sample.solvers import build_scheduler
-from wanloom.train.checkpoint import Checkpointer
-from wanloom.train.settings import CheckpointConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 PROMPT, NEGATIVE = "A red circle moves to the left.", "a cat in snow"

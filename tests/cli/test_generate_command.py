@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from wanloom.checkpoint.settings import CheckpointConfig
+from wanloom.checkpoint.writer import Checkpointer
 from wanloom.cli import main
 from wanloom.cli.generate_files import write_result
 from wanloom.cli.generate_plan import check_jobs, note_unknown, note_unused
@@ -31,8 +33,6 @@ from wanloom.sample import generate as sampling
 from wanloom.sample.generate import Request, generate
 from wanloom.sample.prompts import Job, PromptLine, build_jobs
 from wanloom.sample.settings import DEFAULTS, GenerateConfig, latents_shape
-from wanloom.train.checkpoint import Checkpointer
-from wanloom.train.settings import CheckpointConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 SMALL = ["--height", "32", "--width", "48", "--frames", "5", "--steps", "2", "--device", "cpu"]

@@ -29,7 +29,7 @@ rank, out = os.environ["RANK"], pathlib.Path(sys.argv[1])
 follow_launcher()
 if "join" in sys.argv:
     from wanloom.dist import gather, process_group
-    from wanloom.train.checkpoint import _build_group
+    from wanloom.checkpoint.writer import _build_group
     joined = process_group()
     joined.__enter__()
     gather(None)

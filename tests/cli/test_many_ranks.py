@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from wanloom.checkpoint.saved import list_checkpoints
 from wanloom.cli import main
 from wanloom.train.metrics import read_metrics
-from wanloom.train.saved import list_checkpoints
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["train", "tiny", "--mock=1x64x64,9x32x32,5x48x32", "batch.samples=4", "batch.tokens_per_pack=40"]
@@ -20,7 +20,7 @@ WORDS += ["ema.decay=0.9", "log.every=1", "checkpoint.every=3"]
 FULL = """
 import os, resource, sys
 from wanloom.cli import main
-from wanloom.train import checkpoint
+from wanloom.checkpoint import writer
 write, limits = checkpoint.write_pieces, [resource.RLIM_INFINITY, 1000]
 def write_pieces(*words):
     if os.environ["RANK"] == sys.argv[1]:
@@ -35,7 +35,7 @@ import os, signal, sys
 from datetime import timedelta
 from wanloom import dist
 from wanloom.cli import main
-from wanloom.train import checkpoint
+from wanloom.checkpoint import writer
 dist.TIMEOUT = timedelta(seconds=10)
 write, number = checkpoint.write_pieces, []
 def write_pieces(*words):

@@ -18,6 +18,8 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from wanloom import memory
+from wanloom.checkpoint.saved import find_checkpoint, list_checkpoints, read_state
+from wanloom.checkpoint.writer import load_weights
 from wanloom.cli import main, train
 from wanloom.cli.train_checks import tell_outlook, times
 from wanloom.data.mock import MockDataset
@@ -31,11 +33,9 @@ from wanloom.objective.noise import draw_noise, draw_uniform
 from wanloom.recipes.run import load_run
 from wanloom.train import loop
 from wanloom.train import step as step_module
-from wanloom.train.checkpoint import load_weights
 from wanloom.train.loop import Trainer
 from wanloom.train.metrics import read_metrics
 from wanloom.train.peaks import find_peak
-from wanloom.train.saved import find_checkpoint, list_checkpoints, read_state
 
 TIMES = {"seconds", "tokens_per_second", "model_tflops_per_gpu", "peak_memory_gib"}
 SMALL = [

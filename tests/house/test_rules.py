@@ -24,7 +24,7 @@ FLOORS = (
     {"model", "codecs", "objective", "media", "data"},
     {"prepare"},
     {"parallel"},
-    {"train", "sample", "evaluate"},
+    {"checkpoint", "train", "sample", "evaluate"},
     {"recipes", "report", "demo", "cli", "__main__"},
 )
 # rooms of one floor do not know each other, but for these
@@ -42,6 +42,7 @@ SIDEWAYS = {
     ("tensors", "files"),
     ("data", "media"),
     ("data", "model"),
+    ("train", "checkpoint"),
     ("cli", "demo"),
     ("cli", "recipes"),
     ("cli", "report"),

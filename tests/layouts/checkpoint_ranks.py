@@ -20,6 +20,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from wanloom.checkpoint import writer as module
+from wanloom.checkpoint.saved import find_checkpoint
+from wanloom.checkpoint.settings import CheckpointConfig
+from wanloom.checkpoint.writer import Checkpointer, load_tensors, load_weights
 from wanloom.cli.train import build_model
 from wanloom.config import UserError
 from wanloom.dist import gather, is_lost
@@ -29,10 +33,6 @@ from wanloom.parallel.mesh import Mesh, resolve_layout
 from wanloom.parallel.params import box_of, local
 from wanloom.parallel.settings import ParallelConfig
 from wanloom.recipes.run import dump_run, load_run
-from wanloom.train import checkpoint as module
-from wanloom.train.checkpoint import Checkpointer, load_tensors, load_weights
-from wanloom.train.saved import find_checkpoint
-from wanloom.train.settings import CheckpointConfig
 
 SHAPES = {"one": (1, 5), "three": (3,), "seven": (7, 6), "wide": (6, 7), "even": (8, 5), "flat": (13, 2, 3)}
 CUT_BY_TP = {"seven": 0, "wide": 1, "even": 0, "three": 0}

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from layouts.runs import Case, Result, build_parts, result_of, take_steps
 
+from wanloom.checkpoint.saved import find_checkpoint, read_state
+from wanloom.checkpoint.settings import CheckpointConfig
+from wanloom.checkpoint.writer import Checkpointer, load_tensors
 from wanloom.config import UserError
 from wanloom.parallel.params import local
-from wanloom.train.checkpoint import Checkpointer, load_tensors
-from wanloom.train.saved import find_checkpoint, read_state
-from wanloom.train.settings import CheckpointConfig
 
 SAVED_AT, LAST = 3, 8
 

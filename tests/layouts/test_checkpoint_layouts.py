@@ -11,9 +11,9 @@ import pytest
 import torch
 from checkpoint_ranks import SHAPES, STATE, begin_run, full
 
-from wanloom.train.checkpoint import Checkpointer, load_tensors, load_weights
-from wanloom.train.saved import find_checkpoint, list_checkpoints
-from wanloom.train.settings import CheckpointConfig
+from wanloom.checkpoint.saved import find_checkpoint, list_checkpoints
+from wanloom.checkpoint.settings import CheckpointConfig
+from wanloom.checkpoint.writer import Checkpointer, load_tensors, load_weights
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.data.loader import Totals
 from wanloom.objective.settings import FlowConfig
 from wanloom.train import loop
 from wanloom.train.loop import RunState, Settings, Trainer
-from wanloom.train.settings import CheckpointConfig, LogConfig, ScheduleConfig, TrainConfig
+from wanloom.train.settings import LogConfig, ScheduleConfig, TrainConfig
 from wanloom.train.step import Cause, NonFiniteError, StepResult
 
 

@@ -270,8 +270,8 @@ def describe(source: "Source") -> str:
 
 def show_run(path: Path) -> None:
     """How far a run is, and its checkpoints."""
+    from wanloom.checkpoint.saved import list_checkpoints, read_state
     from wanloom.train.metrics import FILE, format_seconds, read_metrics
-    from wanloom.train.saved import list_checkpoints, read_state
 
     records = read_metrics(path / FILE)
     if records:

@@ -85,6 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def start(run: "Run", run_dir: Path) -> int | None:
     """Train to the end, or to a signal, whose number is returned."""
+    from wanloom.checkpoint.saved import read_state
+    from wanloom.checkpoint.writer import Checkpointer
     from wanloom.data.loader import Loader, Plan, open_sources
     from wanloom.dist import local_world_size, pick_device, rank, together, world_size
     from wanloom.files import write_atomic
@@ -95,11 +97,9 @@ def start(run: "Run", run_dir: Path) -> int | None:
     from wanloom.recipes.memory import check_run
     from wanloom.recipes.origin import check_origins, note_unhashed
     from wanloom.recipes.run import dump_run, model_config, settle_steps
-    from wanloom.train.checkpoint import Checkpointer
     from wanloom.train.loop import Settings, Trainer
     from wanloom.train.metrics import Metrics, ProgressLine
     from wanloom.train.peaks import find_peak
-    from wanloom.train.saved import read_state
     from wanloom.train.step import Objective, build_batch
 
     show_log(Terminal(quiet=rank() > 0))  # opening the data may have something to say
@@ -197,11 +197,11 @@ def choose_kernel(run: "Run", device: "torch.device") -> str:
 
 def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
     """Where to go on. Raises UserError when the draws, the recipe or the data are not those of the checkpoint."""
+    from wanloom.checkpoint.saved import read_recipe, read_state
     from wanloom.config import UserError, build_config
     from wanloom.keys import SCHEME
     from wanloom.recipes.run import MAY_CHANGE, Run, changed_settings
     from wanloom.train.loop import RunState
-    from wanloom.train.saved import read_recipe, read_state
 
     if newest is None:
         return RunState()
@@ -251,11 +251,11 @@ def build_parts(
     """Model, optimizer and average: new, from a pipeline, or as a checkpoint has them."""
     import torch
 
+    from wanloom.checkpoint.writer import load_tensors
     from wanloom.evaluate.validation import build_validation
     from wanloom.keys import SCHEME
     from wanloom.recipes.empty_text import sum_of
     from wanloom.recipes.run import dump_run
-    from wanloom.train.checkpoint import load_tensors
     from wanloom.train.ema import Ema
     from wanloom.train.loop import Parts
     from wanloom.train.optim import AdamW
@@ -300,7 +300,7 @@ def note_threads(checkpoint: Path, device: "torch.device", say: "Callable[[str],
     """Say that sums are rounded otherwise from here on: another machine, or other settings, give other threads."""
     import torch
 
-    from wanloom.train.saved import read_state
+    from wanloom.checkpoint.saved import read_state
 
     before, now = read_state(checkpoint).get("threads"), torch.get_num_threads()
     if device.type == "cpu" and before not in (None, now):

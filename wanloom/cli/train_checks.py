@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanloom.assets import check_name
+from wanloom.checkpoint.saved import list_checkpoints
 from wanloom.config import UserError, nearest
 from wanloom.recipes.run import load_run, split_init, use_mock
 from wanloom.terminal import plural
-from wanloom.train.saved import list_checkpoints
 
 if TYPE_CHECKING:
     from wanloom.recipes.run import Run

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from wanloom.checkpoint.saved import find_checkpoint, read_recipe, read_state
 from wanloom.config import UserError, cut
-from wanloom.train.saved import find_checkpoint, read_recipe, read_state
 
 
 def is_published(path: Path) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from wanloom.assets import find_pipeline
+from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.config import Config, UserError, UserPath, build_config, dump_yaml, merge, parse_overrides
 from wanloom.data.settings import BatchConfig, DataConfig
 from wanloom.model.settings import CONFIGS, DiTConfig
@@ -23,7 +24,7 @@ from wanloom.parallel.settings import Compile, ParallelConfig, Recompute
 from wanloom.recipes.effects import check_words
 from wanloom.recipes.layers import read_layers
 from wanloom.recipes.names import NAMES_ELSEWHERE
-from wanloom.train.settings import CheckpointConfig, EmaConfig, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from wanloom.train.settings import EmaConfig, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 MIX = "mix"
 MIXES = {  # made-up shapes, by the tokens of the clip

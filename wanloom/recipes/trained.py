@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wanloom.assets import NOTE
+from wanloom.checkpoint.writer import load_tensors, load_weights
 from wanloom.codecs.identity import files_identity, folder_identity
 from wanloom.config import build_config
 from wanloom.dist import together
@@ -24,7 +25,6 @@ from wanloom.model.settings import DiTConfig
 from wanloom.model.weights import load_dit, read_config
 from wanloom.parallel.params import fill, local
 from wanloom.recipes.found import check_weights, find_trained, is_published
-from wanloom.train.checkpoint import load_tensors, load_weights
 
 
 @dataclass(frozen=True)

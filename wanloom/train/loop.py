@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from wanloom.checkpoint.writer import Checkpointer
 from wanloom.config import UserError, sentence_of
 from wanloom.dist import gather, highest, is_lost, rank, together, world_size
 from wanloom.memory import out_of, short_of
@@ -22,7 +23,6 @@ from wanloom.model.dit import WanDiT
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import Mesh
 from wanloom.signals import StopSignal
-from wanloom.train.checkpoint import Checkpointer
 from wanloom.train.ema import Ema
 from wanloom.train.metrics import Metrics, ProgressLine, peak_memory_gib
 from wanloom.train.optim import AdamW, learning_rate

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
+from wanloom.checkpoint import saved
+from wanloom.checkpoint import writer as module
+from wanloom.checkpoint.pieces import CHUNK
+from wanloom.checkpoint.saved import find_checkpoint, find_damage, list_checkpoints, read_state, seal
+from wanloom.checkpoint.settings import CheckpointConfig
+from wanloom.checkpoint.writer import Checkpointer, load_tensors, load_weights
 from wanloom.config import UserError
 from wanloom.model.settings import DiTConfig
 from wanloom.recipes.trained import open_checkpoint
 from wanloom.threads import one_thread
-from wanloom.train import checkpoint as module
-from wanloom.train import saved
-from wanloom.train.checkpoint import Checkpointer, load_tensors, load_weights
-from wanloom.train.pieces import CHUNK
-from wanloom.train.saved import find_checkpoint, find_damage, list_checkpoints, read_state, seal
-from wanloom.train.settings import CheckpointConfig
 
 CONFIG = DiTConfig(dim=8, ffn_dim=8, num_heads=1, num_layers=1)
 
@@ -132,7 +132,7 @@ def test_what_ends_the_reading_is_what_is_raised(tmp_path, monkeypatch, error):
     def read(*_):
         raise error
 
-    monkeypatch.setattr("wanloom.train.pieces.Stored.read_data", read)
+    monkeypatch.setattr("wanloom.checkpoint.pieces.Stored.read_data", read)
     with pytest.raises(type(error)):
         load_tensors(tmp_path / "checkpoints" / "step_0000001", tensors)
 

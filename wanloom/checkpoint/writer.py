@@ -24,15 +24,15 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
+from wanloom.checkpoint.pieces import Box, Stored, share, write_pieces
+from wanloom.checkpoint.saved import FOLDER, damaged, find_damage, list_checkpoints, read_state, seal, step_of
+from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.config import UserError, build_config, sentence_of
 from wanloom.dist import gather, rank, together, world_size
 from wanloom.files import remove, write_atomic
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.params import local
 from wanloom.threads import one_thread
-from wanloom.train.pieces import Box, Stored, share, write_pieces
-from wanloom.train.saved import FOLDER, damaged, find_damage, list_checkpoints, read_state, seal, step_of
-from wanloom.train.settings import CheckpointConfig
 
 PARTIAL = ".partial"
 FILE_BYTES = 2**30  # of a file, and of its block of memory for the copies
