@@ -52,10 +52,10 @@ from wanloom.data.index import Index, build_table, read_table
 from wanloom.data.index import Row as Sampled
 from wanloom.data.shards import Dataset, Sample
 from wanloom.evaluate.validation import build_validation
+from wanloom.formats.transformer import state_dict_as
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
 from wanloom.model.sequence import unpatchify
-from wanloom.model.weights import state_dict_as
 from wanloom.train.step import Batch, forward_backward
 
 TRAIN: dict[Size, int] = {(17, 64, 64): 160, (9, 96, 64): 96, (1, 64, 64): 96}  # whole batches of each size

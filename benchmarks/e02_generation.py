@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, main, take_turns
-from wanloom.assets import find_pipeline
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
-from wanloom.model.weights import load_dit
+from wanloom.formats.pipeline import find_pipeline
+from wanloom.formats.transformer import load_dit
 from wanloom.sample.generate import Request, draw_request_noise, generate
 from wanloom.sample.settings import GenerateConfig, latents_shape
 from wanloom.sample.solvers import build_scheduler

@@ -25,10 +25,10 @@ from torch import Tensor
 from benchmarks.clips import write_clip
 from benchmarks.dfm_way import count_frames, load_video
 from benchmarks.measure import Row, main, take_turns
-from wanloom.assets import find_pipeline
 from wanloom.codecs.text import TextCodec, clean_prompt
 from wanloom.codecs.vae import VaeCodec
 from wanloom.data.shards import Dataset
+from wanloom.formats.pipeline import find_pipeline
 from wanloom.media.framing import FramingConfig, choose_frame
 from wanloom.media.video import TimingConfig, read_clips
 from wanloom.prepare.encode import Encoders

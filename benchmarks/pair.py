@@ -17,10 +17,10 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from benchmarks.peer import build_diffusers, cast_as_loaded
+from wanloom.formats.transformer import state_dict_as
 from wanloom.model.dit import WanDiT, cast_weights
 from wanloom.model.sequence import Pack, build_pack, grid_of, patchify
 from wanloom.model.settings import DiTConfig
-from wanloom.model.weights import state_dict_as
 
 WIDTHS = {  # of one block of the published models
     "1.3B": {"dim": 1536, "ffn_dim": 8960, "num_heads": 12},

@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from wanloom.model.published import config_json
+from wanloom.formats.published import config_json
 from wanloom.model.settings import DiTConfig
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from wanloom.assets import find_pipeline
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.data.loader import Loader, Plan
@@ -21,6 +20,7 @@ from wanloom.data.tar import END, tar_pair
 from wanloom.demo.shapes import SEEN, build_clip
 from wanloom.evaluate.validation import build_validation
 from wanloom.files import write_atomic
+from wanloom.formats.pipeline import find_pipeline
 from wanloom.model.dit import WanDiT, init_weights
 from wanloom.model.flops import train_flops
 from wanloom.model.settings import CONFIGS

@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from wanloom.demo import shapes
+from wanloom.formats.transformer import load_dit, save_dit
 from wanloom.model.dit import WanDiT, init_weights
 from wanloom.model.settings import CONFIGS
-from wanloom.model.weights import load_dit, save_dit
 
 SEED = 20210
 HELD_OUT_SEED = 77

@@ -122,10 +122,10 @@ MUTANTS = (
     Mutant("wanloom/model/dit.py", "bias.append(math.log(slots - length))", "bias.append(math.log(slots))", (PACK,)),
     Mutant("wanloom/model/dit.py", "tuple(param.shape), (seed, ", "tuple(param.shape), (seed % 2, ", (SEEDS,)),
     Mutant(
-        "wanloom/model/published.py",
+        "wanloom/formats/published.py",
         '    ("eps", "eps", "eps"),\n',
         "",
-        ("tests/model/test_weights.py::test_the_eps_of_a_file_reaches_every_norm",),
+        ("tests/formats/test_transformer.py::test_the_eps_of_a_file_reaches_every_norm",),
     ),
     Mutant(
         "wanloom/model/modulation.py",

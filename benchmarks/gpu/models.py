@@ -176,7 +176,7 @@ class DiffusersModel(nn.Module):
     def __init__(self, bench: Bench, weights: WanDiT, recompute: bool) -> None:
         super().__init__()
         from benchmarks.peer import build_diffusers, cast_as_loaded
-        from wanloom.model.weights import rename, state_dict_as
+        from wanloom.formats.transformer import rename, state_dict_as
 
         self.slots = weights.config.text_slots
         with torch.device(bench.device):

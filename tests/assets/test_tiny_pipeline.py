@@ -5,14 +5,14 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from wanloom.assets import TINY, find_local, find_pipeline, full_name
 from wanloom.cli import demo
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError
-from wanloom.data import shapes
+from wanloom.demo import shapes
+from wanloom.formats.pipeline import TINY, find_local, find_pipeline, full_name
+from wanloom.formats.transformer import load_dit, read_config
 from wanloom.model.settings import CONFIGS
-from wanloom.model.weights import load_dit, read_config
 from wanloom.sample.settings import read_defaults
 
 SEED = 4711  # neither of the seeds of tools/build_tiny.py

@@ -6,7 +6,7 @@ import torch
 from benchmarks import e01_training, tiny_task
 from benchmarks.e01_training import BucketRun, Judge, OwnRun, Point, build_theirs, group_samples, reach, shift_levels
 from benchmarks.pair import relative
-from wanloom.model.weights import state_dict_as
+from wanloom.formats.transformer import state_dict_as
 from wanloom.objective.flow import sample_sigma
 
 

@@ -17,7 +17,7 @@ from wanloom.cli import main
 from wanloom.cli.convert import whole_folder
 from wanloom.codecs.text import TextCodec
 from wanloom.config import UserError
-from wanloom.model.weights import load_dit
+from wanloom.formats.transformer import load_dit
 from wanloom.sample.generate import Request, draw_request_noise, generate
 from wanloom.sample.settings import GenerateConfig, latents_shape
 from wanloom.sample.solvers import build_scheduler
@@ -245,7 +245,7 @@ def test_sigterm_leaves_nothing(trained, tmp_path, monkeypatch):
     def stopped(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("wanloom.model.weights.save_file", stopped)
+    monkeypatch.setattr("wanloom.formats.transformer.save_file", stopped)
     assert main(["convert", str(trained), str(tmp_path / "out")]) == 143
     assert list(tmp_path.iterdir()) == []
 
@@ -259,7 +259,7 @@ def test_a_stop_that_a_library_makes_an_error_of_is_a_stop(trained, tmp_path, ca
         except KeyboardInterrupt as error:
             raise UserError("The file is damaged: fetch it again.") from error
 
-    monkeypatch.setattr("wanloom.model.weights.save_file", stopped)
+    monkeypatch.setattr("wanloom.formats.transformer.save_file", stopped)
     assert main(["convert", str(trained), str(tmp_path / "out")]) == 143
     assert "damaged" not in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 

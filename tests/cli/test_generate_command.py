@@ -25,9 +25,9 @@ from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError
 from wanloom.files import folder_for_one
+from wanloom.formats.transformer import load_dit, save_weights
 from wanloom.media.write import read_mp4
 from wanloom.model.dit import WanDiT
-from wanloom.model.weights import load_dit, save_weights
 from wanloom.recipes.trained import open_trained
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import Request, generate

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from wanloom.assets import TINY
 from wanloom.cli import main
 from wanloom.codecs.vae import VaeCodec
 from wanloom.data.shards import Dataset
+from wanloom.formats.pipeline import TINY
 from wanloom.media.write import write_png
 from wanloom.recipes.run import load_run
 from wanloom.report.data import size_of

@@ -25,10 +25,10 @@ from wanloom.cli.train_checks import tell_outlook, times
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order
 from wanloom.data.tar import END, tar_pair
+from wanloom.formats.transformer import state_dict_as
 from wanloom.keys import SCHEME, keyed_normal
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import forward_flops
-from wanloom.model.weights import state_dict_as
 from wanloom.objective.noise import draw_noise, draw_uniform
 from wanloom.recipes.run import load_run
 from wanloom.train import loop

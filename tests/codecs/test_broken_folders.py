@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError
-from wanloom.model.weights import load_dit
+from wanloom.formats.transformer import load_dit
 
 DEEP = "[" * 100_000 + "]" * 100_000
 LOADERS: dict[str, Callable[[Path], object]] = {

@@ -6,7 +6,7 @@ import torch
 from wanloom.data.mock import MockDataset
 from wanloom.evaluate import validation
 from wanloom.evaluate.validation import SIGMAS, build_validation
-from wanloom.model.weights import load_dit
+from wanloom.formats.transformer import load_dit
 from wanloom.objective.noise import draw_noise
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 

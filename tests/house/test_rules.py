@@ -19,17 +19,16 @@ PACKAGE = ROOT / "wanloom"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 FLOORS = (
-    {"", "assets", "config", "dist", "files", "folders", "keys", "memory", "signals", "tensors", "terminal"}
+    {"", "config", "dist", "files", "folders", "keys", "memory", "signals", "tensors", "terminal"}
     | {"devices", "threads"},
     {"model", "codecs", "objective", "media", "data"},
-    {"prepare"},
+    {"formats", "prepare"},
     {"parallel"},
     {"checkpoint", "train", "sample", "evaluate"},
     {"recipes", "report", "demo", "cli", "__main__"},
 )
 # rooms of one floor do not know each other, but for these
 SIDEWAYS = {
-    ("assets", "config"),
     ("devices", "config"),
     ("dist", "config"),
     ("dist", "devices"),

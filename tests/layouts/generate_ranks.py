@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from wanloom.formats.transformer import load_dit
 from wanloom.model.dit import WanDiT
-from wanloom.model.weights import load_dit
 from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import Layout, Mesh

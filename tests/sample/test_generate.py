@@ -11,8 +11,8 @@ from torch import Tensor
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import UserError, build_config
+from wanloom.formats.transformer import load_dit
 from wanloom.model.dit import WanDiT
-from wanloom.model.weights import load_dit
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import Request, draw_request_noise, generate, plan_packs
 from wanloom.sample.prompts import PromptLine, build_jobs

@@ -10,8 +10,8 @@ from wanloom.data.loader import Item, Loader, Plan
 from wanloom.data.mock import MockDataset
 from wanloom.data.settings import BatchConfig, SourceConfig
 from wanloom.data.shards import Sample
+from wanloom.formats.transformer import load_dit, state_dict_as
 from wanloom.model.sequence import patchify
-from wanloom.model.weights import load_dit, state_dict_as
 from wanloom.objective.noise import draw_noise, draw_uniform
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import ONE_PROCESS, Layout, Mesh

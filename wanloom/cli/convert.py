@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import wanloom
-from wanloom.assets import NOTE, check_name, find_pipeline, full_name
 from wanloom.config import UserError
 from wanloom.files import LOCK, lock_folder, remove
+from wanloom.formats.pipeline import NOTE, check_name, find_pipeline, full_name
 from wanloom.recipes.found import check_weights
 from wanloom.signals import StopSignal
 from wanloom.terminal import say
@@ -154,7 +154,7 @@ def name_parts(source: Path, model: str | None) -> str:
 
 def write_diffusers(weights: "Weights", ema: bool, pipeline: Path, folder: Path) -> None:
     """A folder for WanPipeline.from_pretrained. Raises UserError when a part is missing."""
-    from wanloom.model.weights import save_weights
+    from wanloom.formats.transformer import save_weights
 
     copy_parts(pipeline, {name: folder / name for name in COPIED})
     save_weights(weights.load_weights(ema), weights.config, folder / "transformer", "diffusers")
@@ -162,7 +162,7 @@ def write_diffusers(weights: "Weights", ema: bool, pipeline: Path, folder: Path)
 
 def write_original(weights: "Weights", ema: bool, pipeline: Path, folder: Path) -> None:
     """The parts of an original folder that are no pickles."""
-    from wanloom.model.weights import save_weights
+    from wanloom.formats.transformer import save_weights
 
     copy_parts(pipeline, {"tokenizer": folder / ORIGINAL_TOKENIZER})
     place = folder / "transformer"

@@ -70,8 +70,8 @@ def find_recipe(model: str, text_dim: int) -> tuple[str, list[str]] | None:
     For a model that no recipe names it is that of the nearest size with such a text encoder. None for a folder without
     a transformer.
     """
-    from wanloom.assets import find_local
-    from wanloom.model.weights import read_config
+    from wanloom.formats.pipeline import find_local
+    from wanloom.formats.transformer import read_config
     from wanloom.recipes.layers import recipe_names
     from wanloom.recipes.run import load_run, model_config
 

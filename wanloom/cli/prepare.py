@@ -230,8 +230,8 @@ def check_alike(identity: dict[str, str]) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises UserError for settings that cannot be, folders that are in the way, and a model that is none."""
-    from wanloom.assets import check_name
     from wanloom.data.places import check_folders
+    from wanloom.formats.pipeline import check_name
 
     read_config(arguments)
     check_folders(arguments.input, arguments.out)
@@ -241,9 +241,9 @@ def check(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prepare, with a progress bar and the report on rank 0; 128 and the number of the signal when it was stopped."""
     config = read_config(arguments)
-    from wanloom.assets import find_pipeline
     from wanloom.data.places import check_folders
     from wanloom.dist import pick_device, rank, together
+    from wanloom.formats.pipeline import find_pipeline
     from wanloom.prepare.memory import check_batch
     from wanloom.prepare.run import prepare
     from wanloom.threads import one_thread

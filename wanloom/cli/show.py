@@ -6,9 +6,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanloom.assets import check_name
 from wanloom.cli.train_checks import check_folder
 from wanloom.config import UserError, expand_home, nearest
+from wanloom.formats.pipeline import check_name
 from wanloom.memory import GIB
 from wanloom.recipes.effects import find_notes
 from wanloom.recipes.layers import recipe_names

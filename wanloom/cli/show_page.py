@@ -12,12 +12,12 @@ if TYPE_CHECKING:  # torch is imported only when the command runs
 
 def show_page(path: Path, file: Path, model: str | None) -> None:
     """Write the page of a prepared folder. Raises UserError when its VAE is not known or not here."""
-    from wanloom.assets import find_pipeline
     from wanloom.cli.show import describe
     from wanloom.codecs.vae import VaeCodec
     from wanloom.data.shards import Dataset
     from wanloom.dist import pick_device
     from wanloom.files import write_atomic
+    from wanloom.formats.pipeline import find_pipeline
     from wanloom.report.data import GENERATOR, DataPage, build_data_page, draw_sheets
 
     if file.exists() and (not file.is_file() or GENERATOR not in file.read_bytes()[:1000]):

@@ -314,11 +314,11 @@ def build_model(run: "Run", config: "DiTConfig", mesh: "Mesh", fill: bool) -> "W
     """The part of the model that is this rank's, in fp32; without `fill` its values are left for a checkpoint."""
     import torch
 
-    from wanloom.assets import find_pipeline
     from wanloom.config import UserError
     from wanloom.dist import together
+    from wanloom.formats.pipeline import find_pipeline
+    from wanloom.formats.transformer import load_dit
     from wanloom.model.dit import WanDiT, init_weights
-    from wanloom.model.weights import load_dit
     from wanloom.parallel import params
     from wanloom.parallel.apply import apply_layout
     from wanloom.recipes.run import split_init

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanloom.assets import check_name
 from wanloom.checkpoint.saved import list_checkpoints
 from wanloom.config import UserError, nearest
+from wanloom.formats.pipeline import check_name
 from wanloom.recipes.run import load_run, split_init, use_mock
 from wanloom.terminal import plural
 

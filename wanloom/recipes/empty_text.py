@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from wanloom.assets import find_pipeline
 from wanloom.config import UserError
 from wanloom.files import write_atomic
+from wanloom.formats.pipeline import find_pipeline
 from wanloom.keys import keyed_normal
 from wanloom.recipes.run import Run
 

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from wanloom.assets import find_pipeline
 from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.config import Config, UserError, UserPath, build_config, dump_yaml, merge, parse_overrides
 from wanloom.data.settings import BatchConfig, DataConfig
+from wanloom.formats.pipeline import find_pipeline
 from wanloom.model.settings import CONFIGS, DiTConfig
 from wanloom.objective.settings import PRESETS, FlowConfig
 from wanloom.parallel.settings import Compile, ParallelConfig, Recompute
@@ -175,7 +175,7 @@ def model_config(model: str) -> DiTConfig:
     known = PUBLISHED.get(model, model)
     if known in CONFIGS:
         return CONFIGS[known]
-    from wanloom.model.weights import read_config  # takes torch
+    from wanloom.formats.transformer import read_config  # takes torch
 
     return read_config(find_pipeline(model, ("transformer",)))
 

@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanloom.assets import NOTE
 from wanloom.checkpoint.writer import load_tensors, load_weights
 from wanloom.codecs.identity import files_identity, folder_identity
 from wanloom.config import build_config
 from wanloom.dist import together
 from wanloom.folders import check_finite, read_json
+from wanloom.formats.pipeline import NOTE
+from wanloom.formats.published import find_files
+from wanloom.formats.transformer import load_dit, read_config
 from wanloom.model.dit import WanDiT, cast_weights
-from wanloom.model.published import find_files
 from wanloom.model.settings import DiTConfig
-from wanloom.model.weights import load_dit, read_config
 from wanloom.parallel.params import fill, local
 from wanloom.recipes.found import check_weights, find_trained, is_published
 

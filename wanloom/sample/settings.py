@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from wanloom.assets import NOTE
 from wanloom.config import Config, UserError, build_config, cut
+from wanloom.formats.pipeline import NOTE
 from wanloom.model.settings import CONFIGS, DiTConfig
 
 SPATIAL_STEP = 16  # pixels of one token, rows and columns: 8 in the VAE times 2 in the patch

@@ -5,7 +5,7 @@ from pathlib import Path
 from wanloom.config import UserError, expand_home
 
 NOTE = "wanloom.json"  # beside a model: where its weights come from, and how it is sampled
-TINY = Path(__file__).parent / "tiny"
+TINY = Path(__file__).parents[1] / "assets" / "tiny"
 
 
 def find_pipeline(name: str, parts: tuple[str, ...] = ()) -> Path:

@@ -10,11 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from wanloom.config import UserError
 from wanloom.folders import Stored
-from wanloom.model import weights
-from wanloom.model.dit import WanDiT, keeps_fp32
-from wanloom.model.published import config_json, parse_config
-from wanloom.model.settings import CONFIGS, DiTConfig
-from wanloom.model.weights import (
+from wanloom.formats import transformer
+from wanloom.formats.published import config_json, parse_config
+from wanloom.formats.transformer import (
     LAYOUTS,
     config_of,
     load_dit,
@@ -25,6 +23,8 @@ from wanloom.model.weights import (
     shape_in_file,
     state_dict_as,
 )
+from wanloom.model.dit import WanDiT, keeps_fp32
+from wanloom.model.settings import CONFIGS, DiTConfig
 
 NAME = "diffusion_pytorch_model"
 FILE = f"{NAME}.safetensors"
@@ -448,7 +448,7 @@ def test_a_save_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(transformer, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
         save_dit(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -6,10 +6,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from wanloom.formats.transformer import state_dict_as
 from wanloom.model.dit import WanDiT
 from wanloom.model.sequence import Pack, build_pack, grid_of, patchify
 from wanloom.model.settings import DiTConfig
-from wanloom.model.weights import state_dict_as
 
 SMALL = DiTConfig(
     dim=48, ffn_dim=80, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=64
