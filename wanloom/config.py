@@ -1,6 +1,6 @@
 """The base of every config: strict, frozen, made from YAML and `key.path=value`, with errors that say what to do.
 
-A config class sits beside the code that reads it; `recipes/run.py` only composes them. A user's mistake anywhere in
+A config class sits beside the code that reads it; `runs/recipe.py` only composes them. A user's mistake anywhere in
 wanloom is a `UserError`: one sentence that the command line prints without a traceback.
 """
 

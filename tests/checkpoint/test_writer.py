@@ -20,7 +20,7 @@ from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.checkpoint.writer import Checkpointer, load_tensors, load_weights
 from wanloom.config import UserError
 from wanloom.model.settings import DiTConfig
-from wanloom.recipes.trained import open_checkpoint
+from wanloom.runs.trained import open_checkpoint
 from wanloom.threads import one_thread
 
 CONFIG = DiTConfig(dim=8, ffn_dim=8, num_heads=1, num_layers=1)

@@ -7,7 +7,7 @@ import pytest
 from wanloom.cli import main
 from wanloom.cli.explain import explain_settings
 from wanloom.config import Config, section_of, setting_paths
-from wanloom.recipes.run import Run
+from wanloom.runs.recipe import Run
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 

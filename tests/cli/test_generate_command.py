@@ -28,7 +28,7 @@ from wanloom.files import folder_for_one
 from wanloom.formats.transformer import load_dit, save_weights
 from wanloom.media.write import read_mp4
 from wanloom.model.dit import WanDiT
-from wanloom.recipes.trained import open_trained
+from wanloom.runs.trained import open_trained
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import Request, generate
 from wanloom.sample.prompts import Job, PromptLine, build_jobs
@@ -199,7 +199,7 @@ def test_each_text_is_encoded_once_and_the_encoder_is_gone_before_the_model(tiny
 
     monkeypatch.setattr(TextCodec, "load", watched_load)
     monkeypatch.setattr(TextCodec, "encode", watched_encode)
-    monkeypatch.setattr("wanloom.recipes.trained.load_dit", watched_model)
+    monkeypatch.setattr("wanloom.runs.trained.load_dit", watched_model)
     words = ["--prompt", "x", "--prompt", "y", "--prompt", "x", *SMALL, "--frames", "1", *out_at(tmp_path)]
     assert main(["generate", "--model", str(tiny_pipeline), *words]) == 0
     assert sorted(encoded) == ["", "x", "y"] and alive == [None]

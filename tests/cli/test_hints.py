@@ -18,8 +18,8 @@ from wanloom.cli.words import Parser
 from wanloom.config import parse_overrides
 from wanloom.data.shards import Dataset
 from wanloom.data.tar import END, tar_pair
-from wanloom.recipes.layers import recipe_names
-from wanloom.recipes.run import load_run
+from wanloom.runs.layers import recipe_names
+from wanloom.runs.recipe import load_run
 
 ROOT = Path(__file__).parents[2]
 SIZE = ["--height", "32", "--width", "32", "--frames", "5"]

@@ -17,8 +17,8 @@ from wanloom.codecs.vae import VaeCodec
 from wanloom.data.shards import Dataset
 from wanloom.formats.pipeline import TINY
 from wanloom.media.write import write_png
-from wanloom.recipes.run import load_run
 from wanloom.report.data import size_of
+from wanloom.runs.recipe import load_run
 
 
 def test_a_recipe_is_printed_as_a_recipe(tmp_path, capsys):

@@ -30,7 +30,7 @@ from wanloom.keys import SCHEME, keyed_normal
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import forward_flops
 from wanloom.objective.noise import draw_noise, draw_uniform
-from wanloom.recipes.run import load_run
+from wanloom.runs.recipe import load_run
 from wanloom.train import loop
 from wanloom.train import step as step_module
 from wanloom.train.loop import Trainer
@@ -513,7 +513,7 @@ def test_a_prepared_folder_and_the_empty_caption_of_a_pipeline(tmp_path, prepare
     assert main(["show", f"{tmp_path}/x"]) == 0
     assert "step_0000002: 8 samples" in capsys.readouterr().out
 
-    from wanloom.recipes.empty_text import empty_text
+    from wanloom.runs.empty_text import empty_text
 
     run = load_run("tiny", [f"model={tiny_pipeline}", f"data.path={folder}"])
     states = empty_text(run, tmp_path, 64, torch.device("cpu"))
@@ -527,7 +527,7 @@ def test_other_states_of_the_empty_caption_are_not_trained_on(tmp_path, tiny_pip
     """A flipped bit, and a file that is whole but another one."""
     from safetensors.torch import save_file
 
-    from wanloom.recipes.empty_text import sum_of
+    from wanloom.runs.empty_text import sum_of
 
     write_data(tmp_path / "data")
     settings = [f"model={tiny_pipeline}", f"data.path={tmp_path}/data", f"run_dir={tmp_path}/run"]

@@ -25,7 +25,8 @@ FLOORS = (
     {"formats", "prepare"},
     {"parallel"},
     {"checkpoint", "train", "sample", "evaluate"},
-    {"recipes", "report", "demo", "cli", "__main__"},
+    {"runs"},
+    {"report", "demo", "cli", "__main__"},
 )
 # rooms of one floor do not know each other, but for these
 SIDEWAYS = {
@@ -43,7 +44,6 @@ SIDEWAYS = {
     ("data", "model"),
     ("train", "checkpoint"),
     ("cli", "demo"),
-    ("cli", "recipes"),
     ("cli", "report"),
     ("__main__", "cli"),
 }
@@ -328,7 +328,7 @@ def test_help_is_quick():
         subprocess.run([sys.executable, "-m", "wanloom", "--help"], check=True, capture_output=True, cwd=ROOT)
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 1.0
-    code = "import sys, wanloom.cli, wanloom.recipes.run; sys.exit('torch' in sys.modules)"
+    code = "import sys, wanloom.cli, wanloom.runs.recipe; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

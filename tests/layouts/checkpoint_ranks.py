@@ -32,7 +32,7 @@ from wanloom.model.settings import DiTConfig
 from wanloom.parallel.mesh import Mesh, resolve_layout
 from wanloom.parallel.params import box_of, local
 from wanloom.parallel.settings import ParallelConfig
-from wanloom.recipes.run import dump_run, load_run
+from wanloom.runs.recipe import dump_run, load_run
 
 SHAPES = {"one": (1, 5), "three": (3,), "seven": (7, 6), "wide": (6, 7), "even": (8, 5), "flat": (13, 2, 3)}
 CUT_BY_TP = {"seven": 0, "wide": 1, "even": 0, "three": 0}

@@ -13,12 +13,12 @@ import wanloom
 from wanloom.config import UserError
 from wanloom.files import LOCK, lock_folder, remove
 from wanloom.formats.pipeline import NOTE, check_name, find_pipeline, full_name
-from wanloom.recipes.found import check_weights
+from wanloom.runs.found import check_weights
 from wanloom.signals import StopSignal
 from wanloom.terminal import say
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
-    from wanloom.recipes.trained import Weights
+    from wanloom.runs.trained import Weights
 
 HELP = """Write a model as a folder that others load. OUT must not be there yet; it appears whole, or not at all.
 
@@ -76,7 +76,7 @@ def needed_parts(layout: str) -> tuple[str, ...]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the folder; 0, or 128 and the signal that stopped it."""
-    from wanloom.recipes.trained import open_trained
+    from wanloom.runs.trained import open_trained
 
     out, source = arguments.out, arguments.source
     with StopSignal("nothing") as stop:

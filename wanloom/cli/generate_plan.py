@@ -14,7 +14,7 @@ from wanloom.devices import check_device_name
 from wanloom.formats.pipeline import check_name, find_pipeline, full_name
 from wanloom.memory import check_memory
 from wanloom.model.settings import check_kernel_name
-from wanloom.recipes.found import check_weights, is_published
+from wanloom.runs.found import check_weights, is_published
 from wanloom.terminal import note
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch is imported only when the command runs
 
     from wanloom.model.settings import DiTConfig
     from wanloom.parallel.mesh import Layout
-    from wanloom.recipes.trained import Weights
+    from wanloom.runs.trained import Weights
     from wanloom.sample.prompts import Job, PromptLine
     from wanloom.sample.settings import Defaults, GenerateConfig
 
@@ -168,7 +168,7 @@ def build_plan(arguments: argparse.Namespace, lines: "list[PromptLine]") -> Plan
 
 def find_weights(arguments: argparse.Namespace) -> "tuple[str, Path, Weights]":
     """The name of the pipeline, its folder, and the weights of the transformer, which may be elsewhere."""
-    from wanloom.recipes.trained import open_published, open_trained
+    from wanloom.runs.trained import open_published, open_trained
 
     given, name = arguments.checkpoint, arguments.model
     if not given and name and (folder := Path(expand_home(name))).exists() and not (folder / "transformer").is_dir():

@@ -40,7 +40,7 @@ def as_word(path: Path) -> str:
 def train_command(data: Path, model: str) -> str | None:
     """How to train `model` on a prepared folder; None where nothing that is shipped fits."""
     from wanloom.data.shards import Dataset
-    from wanloom.recipes.run import load_run
+    from wanloom.runs.recipe import load_run
 
     dataset = Dataset.open(data)
     train, val = dataset.rows("train"), dataset.rows("val")
@@ -72,8 +72,8 @@ def find_recipe(model: str, text_dim: int) -> tuple[str, list[str]] | None:
     """
     from wanloom.formats.pipeline import find_local
     from wanloom.formats.transformer import read_config
-    from wanloom.recipes.layers import recipe_names
-    from wanloom.recipes.run import load_run, model_config
+    from wanloom.runs.layers import recipe_names
+    from wanloom.runs.recipe import load_run, model_config
 
     runs = {name: load_run(name, []) for name in recipe_names()}
     if same := [name for name, run in runs.items() if run.model == model]:

@@ -10,9 +10,9 @@ from wanloom.cli.train_checks import check_folder
 from wanloom.config import UserError, expand_home, nearest
 from wanloom.formats.pipeline import check_name
 from wanloom.memory import GIB
-from wanloom.recipes.effects import find_notes
-from wanloom.recipes.layers import recipe_names
-from wanloom.recipes.run import Run, load_run, use_mock
+from wanloom.runs.effects import find_notes
+from wanloom.runs.layers import recipe_names
+from wanloom.runs.recipe import Run, load_run, use_mock
 from wanloom.terminal import Terminal, note, plural, say, show_log
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def show_recipe(run: Run, world: int | None, per_node: int) -> None:
 
     from wanloom.model.dit import WanDiT
     from wanloom.parallel.mesh import resolve_layout
-    from wanloom.recipes.run import dump_run, model_config
+    from wanloom.runs.recipe import dump_run, model_config
 
     config = model_config(run.model)
     layout = resolve_layout(run.parallel, world, config, run.batch.samples) if world else None
@@ -230,7 +230,7 @@ def show_plan(run: Run, config: "DiTConfig", layout: "Layout | None" = None) -> 
     """Samples, packs and FLOPs of a step, planned from the index alone; and how even they are over a layout."""
     from wanloom.data.loader import Plan, open_sources
     from wanloom.model.flops import train_flops
-    from wanloom.recipes.run import settle_steps
+    from wanloom.runs.recipe import settle_steps
 
     ranks = layout.data_ranks if layout else 1
     sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
@@ -293,7 +293,7 @@ def show_data(path: Path) -> None:
     """Samples, sizes and captions of a prepared folder."""
     from wanloom.data.shards import Dataset
     from wanloom.model.dit import PATCH_SIZE
-    from wanloom.recipes.origin import read_settings
+    from wanloom.runs.origin import read_settings
     from wanloom.sample.settings import video_shape
 
     source = Dataset.open(path)

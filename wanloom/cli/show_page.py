@@ -39,8 +39,8 @@ def choose_vae(source: "Dataset", model: str | None) -> tuple[str, str]:
 
     Raises UserError for a model with another VAE, and when it has to be named.
     """
-    from wanloom.recipes.origin import identify, read_settings
-    from wanloom.recipes.run import PUBLISHED
+    from wanloom.runs.origin import identify, read_settings
+    from wanloom.runs.recipe import PUBLISHED
 
     made_with = read_settings(source.path).get("vae")
     if model is None:

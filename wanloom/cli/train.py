@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch is imported only when the command runs
     from wanloom.model.dit import WanDiT
     from wanloom.model.settings import DiTConfig
     from wanloom.parallel.mesh import Layout, Mesh
-    from wanloom.recipes.run import Run
+    from wanloom.runs.recipe import Run
     from wanloom.train.loop import Parts, RunState
     from wanloom.train.metrics import ProgressLine
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from wanloom.dist import rank, together, world_size
     from wanloom.files import lock_folder
-    from wanloom.recipes.effects import find_notes
+    from wanloom.runs.effects import find_notes
 
     with together():
         config = check(arguments)
@@ -93,10 +93,10 @@ def start(run: "Run", run_dir: Path) -> int | None:
     from wanloom.memory import enough_memory
     from wanloom.model.flops import train_flops
     from wanloom.parallel.mesh import Mesh, resolve_layout
-    from wanloom.recipes.empty_text import FILE, check_same, empty_text
-    from wanloom.recipes.memory import check_run
-    from wanloom.recipes.origin import check_origins, note_unhashed
-    from wanloom.recipes.run import dump_run, model_config, settle_steps
+    from wanloom.runs.empty_text import FILE, check_same, empty_text
+    from wanloom.runs.memory import check_run
+    from wanloom.runs.origin import check_origins, note_unhashed
+    from wanloom.runs.recipe import dump_run, model_config, settle_steps
     from wanloom.train.loop import Settings, Trainer
     from wanloom.train.metrics import Metrics, ProgressLine
     from wanloom.train.peaks import find_peak
@@ -200,7 +200,7 @@ def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
     from wanloom.checkpoint.saved import read_recipe, read_state
     from wanloom.config import UserError, build_config
     from wanloom.keys import SCHEME
-    from wanloom.recipes.run import MAY_CHANGE, Run, changed_settings
+    from wanloom.runs.recipe import MAY_CHANGE, Run, changed_settings
     from wanloom.train.loop import RunState
 
     if newest is None:
@@ -254,8 +254,8 @@ def build_parts(
     from wanloom.checkpoint.writer import load_tensors
     from wanloom.evaluate.validation import build_validation
     from wanloom.keys import SCHEME
-    from wanloom.recipes.empty_text import sum_of
-    from wanloom.recipes.run import dump_run
+    from wanloom.runs.empty_text import sum_of
+    from wanloom.runs.recipe import dump_run
     from wanloom.train.ema import Ema
     from wanloom.train.loop import Parts
     from wanloom.train.optim import AdamW
@@ -321,8 +321,8 @@ def build_model(run: "Run", config: "DiTConfig", mesh: "Mesh", fill: bool) -> "W
     from wanloom.model.dit import WanDiT, init_weights
     from wanloom.parallel import params
     from wanloom.parallel.apply import apply_layout
-    from wanloom.recipes.run import split_init
-    from wanloom.recipes.trained import open_trained
+    from wanloom.runs.recipe import split_init
+    from wanloom.runs.trained import open_trained
 
     def apply(model: "WanDiT") -> None:
         apply_layout(model, mesh, run.train.precision == "bf16", run.recompute, run.offload, run.compile)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from wanloom.checkpoint.saved import list_checkpoints
 from wanloom.config import UserError, nearest
 from wanloom.formats.pipeline import check_name
-from wanloom.recipes.run import load_run, split_init, use_mock
+from wanloom.runs.recipe import load_run, split_init, use_mock
 from wanloom.terminal import plural
 
 if TYPE_CHECKING:
-    from wanloom.recipes.run import Run
+    from wanloom.runs.recipe import Run
 
 OWN = {"checkpoints", "run.yaml", "metrics.jsonl", "tensorboard"}  # in the folder of a run
 LOGS = (".log", ".out", ".err")  # what a shell or a scheduler may have put there before

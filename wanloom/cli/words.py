@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 def explain_setting(option: str, value: str) -> str:
     """On an option that is one in other trainers, where wanloom has a setting."""
     from wanloom.config import meant
-    from wanloom.recipes.run import Run
+    from wanloom.runs.recipe import Run
 
     found = meant(Run, option.lstrip("-").replace("-", "_"))
     if found and " " not in found:

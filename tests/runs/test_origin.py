@@ -16,8 +16,8 @@ from wanloom.config import UserError
 from wanloom.data.places import DONE
 from wanloom.data.shards import Dataset
 from wanloom.data.tar import END, tar_pair
-from wanloom.recipes.origin import check_origins, note_unhashed
-from wanloom.recipes.run import load_run
+from wanloom.runs.origin import check_origins, note_unhashed
+from wanloom.runs.recipe import load_run
 
 
 def notes(model: str | Path, *sources: str | Path) -> list[str]:

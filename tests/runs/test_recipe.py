@@ -9,8 +9,8 @@ from wanloom.model.flops import train_flops
 from wanloom.model.settings import CONFIGS
 from wanloom.objective.settings import PRESETS
 from wanloom.prepare.encode import PrepareConfig
-from wanloom.recipes.layers import recipe_names
-from wanloom.recipes.run import (
+from wanloom.runs.layers import recipe_names
+from wanloom.runs.recipe import (
     MAY_CHANGE,
     MIXES,
     Run,

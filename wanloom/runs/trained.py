@@ -24,7 +24,7 @@ from wanloom.formats.transformer import load_dit, read_config
 from wanloom.model.dit import WanDiT, cast_weights
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.params import fill, local
-from wanloom.recipes.found import check_weights, find_trained, is_published
+from wanloom.runs.found import check_weights, find_trained, is_published
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from wanloom.memory import check_memory, in_gib
 from wanloom.parallel.memory import activation_bytes, held_params, state_bytes
-from wanloom.recipes.run import Run
+from wanloom.runs.recipe import Run
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from wanloom.data.places import DONE
 from wanloom.data.shards import Dataset
 from wanloom.files import parse_json
 from wanloom.formats.pipeline import find_local
-from wanloom.recipes.run import Run
+from wanloom.runs.recipe import Run
 from wanloom.terminal import plural
 
 # the key in prepare.json, how to call it, the folders of a pipeline that it is the identity of

@@ -19,7 +19,7 @@ from wanloom.config import UserError
 from wanloom.files import write_atomic
 from wanloom.formats.pipeline import find_pipeline
 from wanloom.keys import keyed_normal
-from wanloom.recipes.run import Run
+from wanloom.runs.recipe import Run
 
 FILE = "empty_text.safetensors"
 

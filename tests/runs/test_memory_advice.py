@@ -7,8 +7,8 @@ from wanloom import memory
 from wanloom.config import UserError
 from wanloom.model.dit import DiTConfig
 from wanloom.parallel.mesh import ParallelConfig, resolve_layout
-from wanloom.recipes.memory import check_run, find_helps, rank_states
-from wanloom.recipes.run import load_run
+from wanloom.runs.memory import check_run, find_helps, rank_states
+from wanloom.runs.recipe import load_run
 
 SMALL = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)  # the 1.3B
 CLIP = 32_760  # tokens of 81 frames of 480 x 832

@@ -16,7 +16,7 @@ import yaml
 from wanloom.config import MOST_CHARACTERS, UserError, cut, expand_home, explain_yaml, load_yaml, nearest
 from wanloom.objective.settings import PRESETS
 
-RECIPES = files("wanloom.recipes")
+RECIPES = files("wanloom") / "recipes"
 MOST_LAYERS = 10
 MOST_NAMES = 1000  # of a folder, among which a near one is looked for
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wanloom.config import UserError, section_at
 from wanloom.objective.settings import PRESETS
-from wanloom.recipes.layers import read_layers, recipe_names
+from wanloom.runs.layers import read_layers, recipe_names
 
 if TYPE_CHECKING:
-    from wanloom.recipes.run import Run
+    from wanloom.runs.recipe import Run
 
 
 class Rule(NamedTuple):

@@ -4,9 +4,9 @@ import pytest
 
 from wanloom.cli import main
 from wanloom.config import UserError
-from wanloom.recipes.effects import RULES, find_notes
-from wanloom.recipes.layers import recipe_names
-from wanloom.recipes.run import dump_run, load_run
+from wanloom.runs.effects import RULES, find_notes
+from wanloom.runs.layers import recipe_names
+from wanloom.runs.recipe import dump_run, load_run
 
 # words that have no effect, and the word beside them that gives them one
 IDLE = [

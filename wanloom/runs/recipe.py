@@ -21,9 +21,9 @@ from wanloom.formats.pipeline import find_pipeline
 from wanloom.model.settings import CONFIGS, DiTConfig
 from wanloom.objective.settings import PRESETS, FlowConfig
 from wanloom.parallel.settings import Compile, ParallelConfig, Recompute
-from wanloom.recipes.effects import check_words
-from wanloom.recipes.layers import read_layers
-from wanloom.recipes.names import NAMES_ELSEWHERE
+from wanloom.runs.effects import check_words
+from wanloom.runs.layers import read_layers
+from wanloom.runs.names import NAMES_ELSEWHERE
 from wanloom.train.settings import EmaConfig, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 MIX = "mix"
