@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wanloom.config import UserError
 from wanloom.data.loader import Loader, Plan
 from wanloom.data.mock import MockDataset
 from wanloom.data.settings import BatchConfig, SourceConfig
 from wanloom.dist import gather, pick_device, process_group, rank, world_size
+from wanloom.errors import UserError
 from wanloom.files import write_atomic
 from wanloom.model.dit import WanDiT, init_weights
 from wanloom.model.flops import train_flops

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from pydantic import Field
 
-from wanloom.config import Config, UserError, build_config, dump_yaml, load_yaml, merge, nearest, parse_overrides
+from wanloom.config import Config, build_config, dump_yaml, load_yaml, merge, parse_overrides
+from wanloom.errors import UserError, nearest
 
 
 class Inner(Config):

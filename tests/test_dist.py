@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from wanloom import cli, dist
-from wanloom.config import UserError
 from wanloom.dist import check_restarts, pick_device
+from wanloom.errors import UserError
 
 
 def test_the_device_is_what_there_is(monkeypatch):

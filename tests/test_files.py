@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wanloom.config import UserError, sentence_of
+from wanloom.errors import UserError, sentence_of
 from wanloom.files import LOCK, lock_folder, parse_json, write_atomic, written
 from wanloom.prepare.spool import Spool
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wanloom import memory
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.memory import GIB, check_memory, enough_memory, free_bytes
 
 HELPS = ("a smaller --height", "fewer --frames", "--precision bf16")

@@ -10,8 +10,8 @@ import torch.distributed
 
 from wanloom import cli
 from wanloom.cli import show
-from wanloom.config import UserError
 from wanloom.dist import Tally, gather, process_group, rank, says_first, together
+from wanloom.errors import UserError
 
 
 def agree(out: Path) -> None:

@@ -1,7 +1,6 @@
 """The base of every config: strict, frozen, made from YAML and `key.path=value`, with errors that say what to do.
 
-A config class sits beside the code that reads it; `runs/recipe.py` only composes them. A user's mistake anywhere in
-wanloom is a `UserError`: one sentence that the command line prints without a traceback.
+A config class sits beside the code that reads it; `runs/recipe.py` only composes them.
 """
 
 import os
@@ -12,6 +11,8 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from yaml.error import MarkedYAMLError
+
+from wanloom.errors import UserError, cut, nearest_word
 
 T = TypeVar("T", bound="Config")
 MOST_CHARACTERS, MOST_DEPTH, MOST_VALUES = 200_000, 30, 20_000  # of YAML: a mix of a thousand folders is far below
@@ -34,18 +35,6 @@ NEEDS = {  # by pydantic's type of an error
 }
 
 
-class UserError(Exception):
-    """A mistake or a limit that the user can do something about; the message says what."""
-
-
-def sentence_of(error: UserError | OSError) -> str:
-    """What to tell the user of an error."""
-    if isinstance(error, UserError):
-        return str(error)
-    name = "" if error.filename is None else f"'{error.filename}' cannot be used: "
-    return f"{name}{error.strerror or error}."
-
-
 def expand_home(path: str) -> str:
     """`~` at the begin is the home folder, as a shell has it: not every shell sees it in `run_dir=~/runs`."""
     return os.path.expanduser(path)
@@ -60,35 +49,6 @@ class Config(BaseModel):
     ELSEWHERE: ClassVar[dict[str, str]] = {}  # what settings are called elsewhere: the setting, or a sentence
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """`" Did you mean 'x'?"` for the known word that a slip of the fingers makes, or an empty string."""
-    near = nearest_word(word, known)
-    return f" Did you mean '{near}'?" if near else ""
-
-
-def nearest_word(word: str, known: Sequence[str]) -> str | None:
-    """The known word that is a letter or so away; a suggestion that misleads is worse than none."""
-    near = min(((distance(word.lower(), name.lower()), name) for name in known), default=(0, ""))
-    return near[1] if near[1] and near[0] <= max(1, len(word) // 3) else None
-
-
-def distance(a: str, b: str) -> int:
-    """Letters to add, leave out, replace or swap with the next one to make `b` of `a` (restricted Damerau-Levenshtein).
-
-    Words of other lengths are not compared letter by letter: the difference alone makes them far.
-    """
-    if abs(len(a) - len(b)) > max(1, len(a) // 3):
-        return max(len(a), len(b))
-    before, row = [0] * (len(b) + 1), list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, before, row = before, row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
-            if i > 1 and j > 1 and x == b[j - 2] and y == a[i - 2]:
-                row[j] = min(row[j], last[j - 2] + 1)
-    return row[-1]
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -147,11 +107,6 @@ def explain_yaml(error: yaml.YAMLError) -> str:
         reason = "a tab stands before a value, where YAML takes spaces only"
     mark = error.problem_mark or error.context_mark
     return f"line {mark.line + 1}: {reason}" if mark else reason
-
-
-def cut(text: str, most: int = 80) -> str:
-    """The begin of a text that may be long."""
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def dump_yaml(values: dict[str, Any]) -> str:

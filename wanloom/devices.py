@@ -2,7 +2,7 @@
 
 import re
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 
 NAME = re.compile(r"cpu|(cuda|mps|xpu)(:\d{1,3})?")
 

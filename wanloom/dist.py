@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from wanloom.config import UserError, sentence_of
 from wanloom.devices import check_device_name
+from wanloom.errors import UserError, sentence_of
 from wanloom.signals import LAUNCHER, ended_by_ctrl_c
 
 TIMEOUT = timedelta(minutes=30)  # the first step of a large model compiles, a checkpoint is read

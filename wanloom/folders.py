@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.files import parse_json
 from wanloom.terminal import note
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 
 GIB = 1 << 30
 OF_HOST = ("can't allocate memory", "not enough memory")  # how torch's allocator of host memory says it

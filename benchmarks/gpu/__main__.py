@@ -34,7 +34,7 @@ try:
     from benchmarks.gpu import attention, ceilings, ladder, packing, sampling, whole
     from benchmarks.gpu.instruments import Bench, Case, Line, as_dict
     from benchmarks.measure import RESULTS, machine, versions
-    from wanloom.config import UserError
+    from wanloom.errors import UserError
     from wanloom.files import write_atomic
 except ModuleNotFoundError as missing:
     sys.exit(f"benchmarks.gpu needs the package {missing.name}: install it (pip install {missing.name}).")

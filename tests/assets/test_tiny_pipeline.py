@@ -8,8 +8,8 @@ from diffusers import WanPipeline
 from wanloom.cli import demo
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
-from wanloom.config import UserError
 from wanloom.demo import shapes
+from wanloom.errors import UserError
 from wanloom.formats.pipeline import TINY, find_local, find_pipeline, full_name
 from wanloom.formats.transformer import load_dit, read_config
 from wanloom.model.settings import CONFIGS

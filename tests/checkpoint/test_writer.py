@@ -18,7 +18,7 @@ from wanloom.checkpoint.pieces import CHUNK
 from wanloom.checkpoint.saved import find_checkpoint, find_damage, list_checkpoints, read_state, seal
 from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.checkpoint.writer import Checkpointer, load_tensors, load_weights
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.model.settings import DiTConfig
 from wanloom.runs.trained import open_checkpoint
 from wanloom.threads import one_thread

@@ -16,7 +16,7 @@ from wanloom.checkpoint.writer import Checkpointer
 from wanloom.cli import main
 from wanloom.cli.convert import whole_folder
 from wanloom.codecs.text import TextCodec
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.formats.transformer import load_dit
 from wanloom.sample.generate import Request, draw_request_noise, generate
 from wanloom.sample.settings import GenerateConfig, latents_shape

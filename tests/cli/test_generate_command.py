@@ -23,7 +23,7 @@ from wanloom.cli.generate_files import write_result
 from wanloom.cli.generate_plan import check_jobs, note_unknown, note_unused
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.files import folder_for_one
 from wanloom.formats.transformer import load_dit, save_weights
 from wanloom.media.write import read_mp4

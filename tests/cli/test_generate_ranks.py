@@ -19,7 +19,7 @@ from test_generate_command import save_checkpoint
 from wanloom import dist
 from wanloom.cli import generate, main
 from wanloom.cli.generate_plan import build_layout, build_plan, check_alike, check_arguments, check_names
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.media.write import read_mp4
 from wanloom.model.settings import CONFIGS
 from wanloom.sample.prompts import PromptLine

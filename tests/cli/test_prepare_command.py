@@ -16,9 +16,9 @@ from wanloom.cli import main
 from wanloom.cli import prepare as prepare_command
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
-from wanloom.config import UserError
 from wanloom.data.shards import Dataset
 from wanloom.demo.shapes import build_clip
+from wanloom.errors import UserError
 from wanloom.media.write import write_mp4
 from wanloom.prepare.encode import Encoders
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.formats.transformer import load_dit
 
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
 from wanloom.codecs.text import TIED, TextCodec, clean_prompt
-from wanloom.config import UserError
+from wanloom.errors import UserError
 
 PROMPTS = ["A red circle moves to the left.", "", "The cat  runs\n through snow, and the dog   too &amp;amp; so on"]
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from wanloom.codecs.identity import folder_identity
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
-from wanloom.config import UserError
+from wanloom.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from wanloom.config import UserError
 from wanloom.data import index, index_cache
 from wanloom.data.index import INDEX, SCHEMA, Row, build_table, encode_index, read_table
 from wanloom.data.index_cache import cache_root, open_index
+from wanloom.errors import UserError
 
 COUNT = 500
 

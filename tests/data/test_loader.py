@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from wanloom.config import UserError
 from wanloom.data import index_cache
 from wanloom.data.index import INDEX, Row, build_table, encode_index, read_table
 from wanloom.data.loader import Loader, Plan, open_sources
 from wanloom.data.mock import MockDataset
 from wanloom.data.packing import pack_samples
 from wanloom.data.settings import BatchConfig, DataConfig, SourceConfig
+from wanloom.errors import UserError
 
 MIX = "17x64x64,1x64x64*2,9x32x64"
 

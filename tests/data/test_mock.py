@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from wanloom.config import UserError
 from wanloom.data.mock import MockDataset, parse_shapes
+from wanloom.errors import UserError
 
 
 def test_shapes_are_those_of_the_vae():

@@ -7,9 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from wanloom.config import UserError
 from wanloom.data.order import Order, source_weights
 from wanloom.data.settings import SourceConfig
+from wanloom.errors import UserError
 
 
 def test_every_pass_has_every_sample_once_and_another_order():

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from wanloom.config import UserError
 from wanloom.data.packing import _best_fit, max_over_mean, pack_samples
+from wanloom.errors import UserError
 
 IMAGE, CLIP_240P, CLIP_480P = 390, 8190, 32760  # tokens; the clips have 81 frames
 MIXES = {

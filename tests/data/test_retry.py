@@ -5,11 +5,11 @@ import logging
 
 import pytest
 
-from wanloom.config import UserError
 from wanloom.data import retry
 from wanloom.data.retry import PATIENCE, Fetching, read_patiently
 from wanloom.data.shards import Dataset
 from wanloom.data.tar import END, tar_pair
+from wanloom.errors import UserError
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from wanloom.config import UserError
 from wanloom.data import shards
 from wanloom.data.index import INDEX, SCHEMA, build_table, encode_index
 from wanloom.data.shards import Dataset, index_rows
 from wanloom.data.tar import END, MOST_JSON, scan_tar, tar_member, tar_pair, view_tensors
+from wanloom.errors import UserError
 from wanloom.files import write_atomic
 from wanloom.tensors import header_length
 

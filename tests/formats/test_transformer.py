@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from dit_reference import SMALL, build_model, build_reference
 from safetensors.torch import load_file, save_file
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.folders import Stored
 from wanloom.formats import transformer
 from wanloom.formats.published import config_json, parse_config

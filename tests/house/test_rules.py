@@ -19,8 +19,21 @@ PACKAGE = ROOT / "wanloom"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 FLOORS = (
-    {"", "config", "dist", "files", "folders", "keys", "memory", "signals", "tensors", "terminal"}
-    | {"devices", "threads"},
+    {"errors"},
+    {
+        "",
+        "config",
+        "devices",
+        "dist",
+        "files",
+        "folders",
+        "keys",
+        "memory",
+        "signals",
+        "tensors",
+        "terminal",
+        "threads",
+    },
     {"model", "codecs", "objective", "media", "data"},
     {"formats", "prepare"},
     {"parallel"},
@@ -30,15 +43,10 @@ FLOORS = (
 )
 # rooms of one floor do not know each other, but for these
 SIDEWAYS = {
-    ("devices", "config"),
-    ("dist", "config"),
     ("dist", "devices"),
     ("dist", "signals"),
-    ("files", "config"),
-    ("folders", "config"),
     ("folders", "files"),
     ("folders", "terminal"),
-    ("memory", "config"),
     ("tensors", "files"),
     ("data", "media"),
     ("data", "model"),

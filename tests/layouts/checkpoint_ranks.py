@@ -25,8 +25,8 @@ from wanloom.checkpoint.saved import find_checkpoint
 from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.checkpoint.writer import Checkpointer, load_tensors, load_weights
 from wanloom.cli.train import build_model
-from wanloom.config import UserError
 from wanloom.dist import gather, is_lost
+from wanloom.errors import UserError
 from wanloom.model.dit import WanDiT
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.mesh import Mesh, resolve_layout

@@ -12,7 +12,7 @@ from layouts.runs import Case, Result, build_parts, result_of, take_steps
 from wanloom.checkpoint.saved import find_checkpoint, read_state
 from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.checkpoint.writer import Checkpointer, load_tensors
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.parallel.params import local
 
 SAVED_AT, LAST = 3, 8

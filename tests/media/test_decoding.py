@@ -11,7 +11,7 @@ from media_files import write_numbers
 from PIL import Image
 from test_video import native, read
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.media import decoding as decoding_module
 from wanloom.media.container import MediaFile
 from wanloom.media.decoding import Decoding, MediaError

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from wanloom.config import UserError, build_config
+from wanloom.config import build_config
+from wanloom.errors import UserError
 from wanloom.media.framing import FramingConfig, aspect_change, choose_frame
 
 

@@ -12,7 +12,8 @@ from media_files import read_number, write_numbers
 from PIL import Image
 from test_video import native
 
-from wanloom.config import UserError, build_config
+from wanloom.config import build_config
+from wanloom.errors import UserError
 from wanloom.media import limits as limits_module
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Frame, FramingConfig, choose_frame

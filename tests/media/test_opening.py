@@ -10,7 +10,7 @@ from av.stream import Disposition
 from media_files import numbered, read_number, write_numbers, write_video
 from PIL import Image
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.media.container import MediaFile, choose_track, open_container, picture_rate
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Frame

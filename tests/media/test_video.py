@@ -11,7 +11,8 @@ import pytest
 from media_files import numbered, read_number, write_numbers, write_video
 from PIL import Image
 
-from wanloom.config import UserError, build_config
+from wanloom.config import build_config
+from wanloom.errors import UserError
 from wanloom.media import player as player_module
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Frame, FramingConfig, choose_frame

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.model import attention, kernels
 from wanloom.model.attention import PackedAttention
 from wanloom.model.kernels import resolve_kernel

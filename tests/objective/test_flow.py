@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from wanloom.config import UserError, build_config
+from wanloom.config import build_config
+from wanloom.errors import UserError
 from wanloom.objective.flow import flow_loss, loss_weight, noisy_and_velocity, sample_sigma, stratify
 from wanloom.objective.noise import draw_uniform
 from wanloom.objective.settings import PRESETS, FlowConfig

@@ -8,7 +8,7 @@ from small_model import build_model, draw_pack
 from torch import nn
 from torch._dynamo.utils import counters
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.model import attention
 from wanloom.model.modulation import build_layout, spread
 from wanloom.parallel import compile as module

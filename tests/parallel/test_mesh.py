@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.model.settings import CONFIGS
 from wanloom.parallel.mesh import AXES, Layout, resolve_layout
 from wanloom.parallel.settings import ParallelConfig

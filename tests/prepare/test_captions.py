@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.prepare.captions import Caption, Captions, Problem, read_captions
 from wanloom.prepare.tables import TABLES
 

@@ -10,8 +10,8 @@ from fake_encoders import IDENTITY, build_encoders
 from media_files import write_numbers
 from PIL import Image
 
-from wanloom.config import UserError
 from wanloom.data.places import WORK
+from wanloom.errors import UserError
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Frame, FramingConfig
 from wanloom.media.video import TimingConfig, read_clips

@@ -15,9 +15,9 @@ import torch
 from fake_encoders import IDENTITY, build_encoders
 from test_prepare import ALL, config, contents, mixed, put_image, put_video, small_shards  # noqa: F401
 
-from wanloom.config import UserError
 from wanloom.data.shards import Dataset
 from wanloom.dist import process_group
+from wanloom.errors import UserError
 from wanloom.prepare import run as prepare_module
 from wanloom.prepare.encode import Encoders, Progress, plan_blocks
 from wanloom.prepare.ledger import Ledger

@@ -20,8 +20,8 @@ from media_files import numbered, write_numbers, write_video
 from PIL import Image
 from rich.console import Console
 
-from wanloom.config import UserError
 from wanloom.data.shards import Dataset
+from wanloom.errors import UserError
 from wanloom.files import write_atomic
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig

@@ -9,7 +9,7 @@ import torch
 
 from wanloom import memory
 from wanloom.cli import main
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
 from wanloom.prepare.encode import Block, Writer

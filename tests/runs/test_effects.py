@@ -3,7 +3,7 @@
 import pytest
 
 from wanloom.cli import main
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.runs.effects import RULES, find_notes
 from wanloom.runs.layers import recipe_names
 from wanloom.runs.recipe import dump_run, load_run

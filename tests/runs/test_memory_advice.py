@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wanloom import memory
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.model.dit import DiTConfig
 from wanloom.parallel.mesh import ParallelConfig, resolve_layout
 from wanloom.runs.memory import check_run, find_helps, rank_states

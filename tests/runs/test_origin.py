@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save
 
 from wanloom.cli.prepare import identify as identify_for_prepare
-from wanloom.config import UserError
 from wanloom.data.places import DONE
 from wanloom.data.shards import Dataset
 from wanloom.data.tar import END, tar_pair
+from wanloom.errors import UserError
 from wanloom.runs.origin import check_origins, note_unhashed
 from wanloom.runs.recipe import load_run
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from wanloom.config import UserError, setting_paths
+from wanloom.config import setting_paths
+from wanloom.errors import UserError
 from wanloom.model.flops import train_flops
 from wanloom.model.settings import CONFIGS
 from wanloom.objective.settings import PRESETS

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
-from wanloom.config import UserError, build_config
+from wanloom.config import build_config
+from wanloom.errors import UserError
 from wanloom.formats.transformer import load_dit
 from wanloom.model.dit import WanDiT
 from wanloom.sample import generate as sampling

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.sample.prompts import read_prompts
 
 ODD = "a\u2028b\u0085c\x0bd\x0ce\u2029f\x1cg"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.sample.solvers import Solver, build_scheduler, build_solver
 
 SPREAD = 0.5  # standard deviation of the made-up data

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.train.metrics import Metrics, ProgressLine, format_seconds, read_metrics
 
 

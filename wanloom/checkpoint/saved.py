@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import ConfigDict, Field, ValidationError
 
-from wanloom.config import Config, UserError, explain_yaml, load_yaml
+from wanloom.config import Config, explain_yaml, load_yaml
+from wanloom.errors import UserError
 from wanloom.files import parse_json
 
 FOLDER = "checkpoints"

@@ -27,8 +27,9 @@ from torch import Tensor
 from wanloom.checkpoint.pieces import Box, Stored, share, write_pieces
 from wanloom.checkpoint.saved import FOLDER, damaged, find_damage, list_checkpoints, read_state, seal, step_of
 from wanloom.checkpoint.settings import CheckpointConfig
-from wanloom.config import UserError, build_config, sentence_of
+from wanloom.config import build_config
 from wanloom.dist import gather, rank, together, world_size
+from wanloom.errors import UserError, sentence_of
 from wanloom.files import remove, write_atomic
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.params import local

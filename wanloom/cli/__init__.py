@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import wanloom
 from wanloom.cli.words import Parser
-from wanloom.config import UserError, nearest, sentence_of
+from wanloom.errors import UserError, nearest, sentence_of
 from wanloom.signals import ended_by_ctrl_c, follow_launcher
 from wanloom.terminal import is_text, let_go, say
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import wanloom
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.files import LOCK, lock_folder, remove
 from wanloom.formats.pipeline import NOTE, check_name, find_pipeline, full_name
 from wanloom.runs.found import check_weights

@@ -16,7 +16,7 @@ from typing import Any
 
 import wanloom
 from wanloom.cli import main
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.files import remove, write_atomic
 from wanloom.terminal import Terminal, say
 from wanloom.threads import count_cores

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from wanloom.config import Config, UserError, meant_setting, section_of
+from wanloom.config import Config, meant_setting, section_of
+from wanloom.errors import UserError
 
 HEAD = """# Settings
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wanloom.cli import launch
 from wanloom.cli.generate_files import describe, find_done, write_result
 from wanloom.cli.generate_plan import FPS, Plan, build_plan, check_alike, check_words, helps_of
-from wanloom.config import UserError, cut
+from wanloom.errors import UserError, cut
 from wanloom.files import folder_for_one
 from wanloom.memory import enough_memory
 from wanloom.signals import StopSignal

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import wanloom
-from wanloom.config import UserError, sentence_of
+from wanloom.errors import UserError, sentence_of
 from wanloom.files import parse_json, temporary_name, written
 
 if TYPE_CHECKING:  # torch is imported only when the command runs

@@ -9,8 +9,9 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from wanloom.config import UserError, build_config, cut, expand_home
+from wanloom.config import build_config, expand_home
 from wanloom.devices import check_device_name
+from wanloom.errors import UserError, cut
 from wanloom.formats.pipeline import check_name, find_pipeline, full_name
 from wanloom.memory import check_memory
 from wanloom.model.settings import check_kernel_name

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from wanloom.config import UserError, expand_home, load_yaml
+from wanloom.config import expand_home, load_yaml
+from wanloom.errors import UserError
 from wanloom.sample.settings import video_shape
 
 if TYPE_CHECKING:

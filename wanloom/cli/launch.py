@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.signals import LAUNCHER, STOPS
 from wanloom.terminal import say
 from wanloom.threads import count_cores

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanloom.cli.train_checks import check_folder
-from wanloom.config import UserError, expand_home, nearest
+from wanloom.config import expand_home
+from wanloom.errors import UserError, nearest
 from wanloom.formats.pipeline import check_name
 from wanloom.memory import GIB
 from wanloom.runs.effects import find_notes

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.terminal import say
 
 if TYPE_CHECKING:  # torch is imported only when the command runs

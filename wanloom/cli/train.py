@@ -167,7 +167,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
 
 def check_effects(run: "Run", sources: "list[Source]", device: "torch.device") -> None:
     """Raises UserError for what is asked for and cannot be: a held-out loss of nothing, offloading to where it is."""
-    from wanloom.config import UserError
+    from wanloom.errors import UserError
 
     if run.log.validate_every and not any(len(source.rows("val")) for source in sources):
         raise UserError(
@@ -198,7 +198,8 @@ def choose_kernel(run: "Run", device: "torch.device") -> str:
 def resume_state(run: "Run", newest: Path | None, plan: "Plan") -> "RunState":
     """Where to go on. Raises UserError when the draws, the recipe or the data are not those of the checkpoint."""
     from wanloom.checkpoint.saved import read_recipe, read_state
-    from wanloom.config import UserError, build_config
+    from wanloom.config import build_config
+    from wanloom.errors import UserError
     from wanloom.keys import SCHEME
     from wanloom.runs.recipe import MAY_CHANGE, Run, changed_settings
     from wanloom.train.loop import RunState
@@ -314,8 +315,8 @@ def build_model(run: "Run", config: "DiTConfig", mesh: "Mesh", fill: bool) -> "W
     """The part of the model that is this rank's, in fp32; without `fill` its values are left for a checkpoint."""
     import torch
 
-    from wanloom.config import UserError
     from wanloom.dist import together
+    from wanloom.errors import UserError
     from wanloom.formats.pipeline import find_pipeline
     from wanloom.formats.transformer import load_dit
     from wanloom.model.dit import WanDiT, init_weights

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanloom.checkpoint.saved import list_checkpoints
-from wanloom.config import UserError, nearest
+from wanloom.errors import UserError, nearest
 from wanloom.formats.pipeline import check_name
 from wanloom.runs.recipe import load_run, split_init, use_mock
 from wanloom.terminal import plural

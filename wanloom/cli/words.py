@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from wanloom.config import UserError, cut, expand_home, nearest_word
+from wanloom.config import expand_home
+from wanloom.errors import UserError, cut, nearest_word
 
 
 class Parser(argparse.ArgumentParser):

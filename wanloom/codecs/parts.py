@@ -13,7 +13,8 @@ import torch
 from pydantic import ConfigDict
 from torch import nn
 
-from wanloom.config import Config, UserError, build_config, cut
+from wanloom.config import Config, build_config
+from wanloom.errors import UserError, cut
 from wanloom.folders import MOST_REASON, files_in, match_tensors, read_headers, read_json, read_tensors, tell_dtypes
 from wanloom.terminal import note
 

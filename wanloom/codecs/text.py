@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from wanloom.codecs.parts import Foreign, ForeignError, PartConfig, fill_part, read_part
-from wanloom.config import UserError, build_config, cut
+from wanloom.config import build_config
+from wanloom.errors import UserError, cut
 from wanloom.folders import MOST_REASON, read_json
 
 TIED = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor, which files have under either name or both

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 
 INDEX = "index.parquet"
 SPLITS = ("train", "val")

@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wanloom.config import UserError
 from wanloom.data.index import SPLITS, Builder, Columns, file_names, index_of, map_files
+from wanloom.errors import UserError
 from wanloom.files import parse_json, write_atomic
 
 FORMAT = 1  # of the files

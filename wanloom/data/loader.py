@@ -15,13 +15,13 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from wanloom.config import UserError
 from wanloom.data.index import Index, Row
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order, source_weights
 from wanloom.data.packing import max_over_mean, pack_samples
 from wanloom.data.settings import BatchConfig, DataConfig, SourceConfig
 from wanloom.data.shards import Dataset, Sample
+from wanloom.errors import UserError
 
 T = TypeVar("T")
 FINGERPRINT = 2  # the way in which data is recorded; others cannot be compared

@@ -8,9 +8,9 @@ repeatable as a real one.
 import re
 from itertools import cycle, islice
 
-from wanloom.config import UserError
 from wanloom.data.index import Index, Row, build_table, read_table
 from wanloom.data.shards import Sample
+from wanloom.errors import UserError
 from wanloom.keys import keyed_fractions, keyed_normal
 from wanloom.model.sequence import grid_of
 

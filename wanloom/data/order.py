@@ -16,8 +16,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from wanloom.config import UserError
 from wanloom.data.settings import SourceConfig
+from wanloom.errors import UserError
 
 RECENT = 2**13  # positions: a step is looked at several times, by those who pack, read and count
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 
 GOOD = 1.002  # max over mean at which nothing more is tried
 RATIOS = (1.0, 0.7, 0.5)  # work of a round over that of the round before

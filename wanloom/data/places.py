@@ -6,7 +6,7 @@ no torch, so that a wrong folder is told before it is loaded.
 
 from pathlib import Path
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 
 DONE = "prepare.json"  # written last: the folder is complete
 WORK = ".work"  # what prepare keeps while it runs

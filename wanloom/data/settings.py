@@ -2,7 +2,8 @@
 
 from pydantic import Field
 
-from wanloom.config import Config, UserError, UserPath
+from wanloom.config import Config, UserPath
+from wanloom.errors import UserError
 
 NO_DATA = (
     "Say once where the training data is: data.path=FOLDER for a prepared folder, data.sources for several, or "

@@ -26,12 +26,12 @@ import torch
 from fsspec.core import url_to_fs
 from torch import Tensor
 
-from wanloom.config import UserError
 from wanloom.data.index import AGAIN, INDEX, Columns, Index, Row, build_table, encode_index, read_table
 from wanloom.data.index_cache import open_index
 from wanloom.data.places import DONE, WORK
 from wanloom.data.retry import Fetching, read_patiently
 from wanloom.data.tar import TENSORS, Pair, scan_tar, view_tensors
+from wanloom.errors import UserError
 from wanloom.files import write_atomic
 from wanloom.model.sequence import grid_of
 

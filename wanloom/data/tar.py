@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from safetensors.torch import save
 from torch import Tensor
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.files import parse_json
 from wanloom.tensors import Entry, header_length, parse_header
 from wanloom.terminal import is_text

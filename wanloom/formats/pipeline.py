@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from wanloom.config import UserError, expand_home
+from wanloom.config import expand_home
+from wanloom.errors import UserError
 
 NOTE = "wanloom.json"  # beside a model: where its weights come from, and how it is sampled
 TINY = Path(__file__).parents[1] / "assets" / "tiny"

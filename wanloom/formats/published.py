@@ -8,7 +8,8 @@ Sources: config.json of Wan-AI/Wan2.1-T2V-1.3B (original) and Wan-AI/Wan2.1-T2V-
 from pathlib import Path
 from typing import Any
 
-from wanloom.config import UserError, build_config, cut
+from wanloom.config import build_config
+from wanloom.errors import UserError, cut
 from wanloom.folders import MOST_REASON, files_in, files_of_index
 from wanloom.model.sequence import PATCH
 from wanloom.model.settings import DiTConfig

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wanloom.config import UserError, build_config
+from wanloom.config import build_config
+from wanloom.errors import UserError
 from wanloom.folders import Stored, match_tensors, read_headers, read_json, read_tensors, tell_dtypes
 from wanloom.formats.published import check_channels, config_json, find_files, parse_config, transformer_folder
 from wanloom.model.dit import PATCH_SIZE, Fill, WanDiT, cast_weights

@@ -15,7 +15,7 @@ import av.error
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 
 OWN = "wanloom"
 DECODERS = {"av", "PIL"}

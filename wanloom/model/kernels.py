@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.model.settings import check_kernel_name
 
 HALF = (torch.bfloat16, torch.float16)

@@ -4,7 +4,8 @@ from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
-from wanloom.config import Config, UserError, nearest
+from wanloom.config import Config
+from wanloom.errors import UserError, nearest
 
 Kernel = Literal["auto", "cudnn", "flash", "efficient"]
 KERNELS = get_args(Kernel)

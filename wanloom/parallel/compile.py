@@ -12,7 +12,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.fx.experimental import _config as symbols
 from torch.utils._triton import has_triton
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.model.dit import Block, WanDiT
 from wanloom.parallel.settings import Compile
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.settings import ParallelConfig
 

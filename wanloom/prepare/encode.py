@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanloom.config import UserError
 from wanloom.data.tar import tar_pair
 from wanloom.dist import world_size
+from wanloom.errors import UserError
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Frame, aspect_change, choose_frame
 from wanloom.media.picture import Clip

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.files import is_special, parse_json
 from wanloom.media.video import kind_of
 from wanloom.prepare.captions import Caption, Sidecars, read_captions

@@ -19,12 +19,12 @@ import pyarrow as pa
 import torch
 
 import wanloom
-from wanloom.config import UserError
 from wanloom.data.index import INDEX, build_table, encode_index
 from wanloom.data.places import DONE, REPORT, WORK, check_folders
 from wanloom.data.shards import index_rows
 from wanloom.data.tar import scan_tar
 from wanloom.dist import rank, together, world_size
+from wanloom.errors import UserError
 from wanloom.files import parse_json, write_atomic
 from wanloom.memory import enough_memory
 from wanloom.prepare.crew import Crew

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from wanloom.config import UserError
 from wanloom.data.places import DONE, WORK
 from wanloom.data.tar import END, scan_tar
+from wanloom.errors import UserError
 from wanloom.files import lock_folder, write_atomic
 from wanloom.prepare.ledger import Ledger
 

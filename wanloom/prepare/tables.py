@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.files import is_special, json_fault, parse_json
 from wanloom.prepare.names import Names
 

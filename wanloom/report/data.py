@@ -17,8 +17,8 @@ import jinja2
 from markupsafe import Markup
 
 from wanloom.codecs.vae import VaeCodec
-from wanloom.config import UserError
 from wanloom.data.shards import Dataset
+from wanloom.errors import UserError
 from wanloom.media.write import write_sheet
 from wanloom.sample.settings import video_shape
 

@@ -9,7 +9,8 @@ and a run that is cut short by `train.steps` may keep the rest of its words.
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wanloom.config import UserError, section_at
+from wanloom.config import section_at
+from wanloom.errors import UserError
 from wanloom.objective.settings import PRESETS
 from wanloom.runs.layers import read_layers, recipe_names
 

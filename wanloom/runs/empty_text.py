@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.files import write_atomic
 from wanloom.formats.pipeline import find_pipeline
 from wanloom.keys import keyed_normal

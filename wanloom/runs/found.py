@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from wanloom.checkpoint.saved import find_checkpoint, read_recipe, read_state
-from wanloom.config import UserError, cut
+from wanloom.errors import UserError, cut
 
 
 def is_published(path: Path) -> bool:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from wanloom.config import MOST_CHARACTERS, UserError, cut, expand_home, explain_yaml, load_yaml, nearest
+from wanloom.config import MOST_CHARACTERS, expand_home, explain_yaml, load_yaml
+from wanloom.errors import UserError, cut, nearest
 from wanloom.objective.settings import PRESETS
 
 RECIPES = files("wanloom") / "recipes"

@@ -11,9 +11,9 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from wanloom.codecs.identity import folder_identity
-from wanloom.config import UserError
 from wanloom.data.places import DONE
 from wanloom.data.shards import Dataset
+from wanloom.errors import UserError
 from wanloom.files import parse_json
 from wanloom.formats.pipeline import find_local
 from wanloom.runs.recipe import Run

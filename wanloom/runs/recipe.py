@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from wanloom.checkpoint.settings import CheckpointConfig
-from wanloom.config import Config, UserError, UserPath, build_config, dump_yaml, merge, parse_overrides
+from wanloom.config import Config, UserPath, build_config, dump_yaml, merge, parse_overrides
 from wanloom.data.settings import BatchConfig, DataConfig
+from wanloom.errors import UserError
 from wanloom.formats.pipeline import find_pipeline
 from wanloom.model.settings import CONFIGS, DiTConfig
 from wanloom.objective.settings import PRESETS, FlowConfig

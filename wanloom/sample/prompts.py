@@ -12,7 +12,8 @@ from pathlib import Path
 
 from pydantic import Field, PrivateAttr
 
-from wanloom.config import Config, UserError, build_config
+from wanloom.config import Config, build_config
+from wanloom.errors import UserError
 from wanloom.files import json_fault, parse_json
 
 KINDS = (".txt", ".jsonl")

@@ -11,7 +11,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from wanloom.config import Config, UserError, build_config, cut
+from wanloom.config import Config, build_config
+from wanloom.errors import UserError, cut
 from wanloom.formats.pipeline import NOTE
 from wanloom.model.settings import CONFIGS, DiTConfig
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanloom.config import UserError, nearest
+from wanloom.errors import UserError, nearest
 from wanloom.sample.settings import MAX_SHIFT, SolverName
 
 NUM_TIMESTEPS = 1000  # timestep = 1000 * sigma

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from wanloom.checkpoint.writer import Checkpointer
-from wanloom.config import UserError, sentence_of
 from wanloom.dist import gather, highest, is_lost, rank, together, world_size
+from wanloom.errors import UserError, sentence_of
 from wanloom.memory import out_of, short_of
 from wanloom.model.dit import WanDiT
 from wanloom.objective.settings import FlowConfig

@@ -25,7 +25,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ign
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from wanloom.config import UserError
+from wanloom.errors import UserError
 from wanloom.files import parse_json, write_atomic
 from wanloom.terminal import Outlet, Terminal
 
