@@ -23,7 +23,8 @@ from PIL import Image
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Frame, FramingConfig, choose_frame
 from wanloom.media.limits import LimitsConfig
-from wanloom.media.video import TimingConfig, kind_of, read_clips
+from wanloom.media.video import TimingConfig, read_clips
+from wanloom.suffixes import kind_of
 
 WIDTH, HEIGHT, PICTURES = 64, 48, 7
 VIDEOS = {

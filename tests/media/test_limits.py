@@ -19,7 +19,8 @@ from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Frame, FramingConfig, choose_frame
 from wanloom.media.limits import Budget, LimitsConfig
 from wanloom.media.picture import Clip
-from wanloom.media.video import TimingConfig, kind_of, read_clips
+from wanloom.media.video import TimingConfig, read_clips
+from wanloom.suffixes import kind_of
 
 MIB = 1 << 20
 

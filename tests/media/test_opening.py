@@ -15,7 +15,8 @@ from wanloom.media.container import MediaFile, choose_track, open_container, pic
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Frame
 from wanloom.media.picture import Clip
-from wanloom.media.video import TimingConfig, kind_of, read_clips
+from wanloom.media.video import TimingConfig, read_clips
+from wanloom.suffixes import kind_of
 
 
 def native(width: float, height: float, number: int) -> Frame:

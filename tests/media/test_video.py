@@ -17,7 +17,8 @@ from wanloom.media import player as player_module
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Frame, FramingConfig, choose_frame
 from wanloom.media.picture import SWS_FLAGS, Clip, Screen
-from wanloom.media.video import TimingConfig, kind_of, read_clips
+from wanloom.media.video import TimingConfig, read_clips
+from wanloom.suffixes import kind_of
 
 CORNERS = np.zeros((48, 80, 3), dtype=np.uint8)
 CORNERS[:24, :40], CORNERS[:24, 40:], CORNERS[24:, :40] = (230, 20, 20), (20, 230, 20), (20, 20, 230)

@@ -34,6 +34,7 @@ from wanloom.data.tar import TENSORS, Pair, scan_tar, view_tensors
 from wanloom.errors import UserError
 from wanloom.files import write_atomic
 from wanloom.model.sequence import grid_of
+from wanloom.suffixes import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -199,8 +200,6 @@ def scan_folder(fs: fsspec.AbstractFileSystem, root: str, path: str) -> pa.Table
     names = fs.find(root)
     tars = sorted(name for name in names if name.endswith(".tar"))
     if not tars:
-        from wanloom.media.video import kind_of  # with its decoders, which nothing else here needs
-
         here = shlex.quote(path)
         if any(kind_of(name) for name in names):
             raise UserError(f"'{path}' holds videos or images: make data of them with `wanloom prepare {here} OUT`.")

@@ -26,17 +26,8 @@ from wanloom.media.picture import ChooseFrame, Clip, Screen, read_image
 from wanloom.media.player import FAR, TICK, Player
 from wanloom.media.readers import read_ahead
 
-VIDEO_SUFFIXES = frozenset(
-    f".{name}"
-    for name in (
-        *("mp4", "m4v", "mov", "mkv", "webm", "avi", "wmv", "asf", "flv", "f4v", "mpg", "mpeg", "m2v", "mpe", "ts"),
-        *("mts", "m2ts", "vob", "ogv", "ogg", "3gp", "3g2", "mxf", "gif", "y4m", "h264", "264", "h265", "265", "hevc"),
-        *("ivf", "obu", "av1", "nut", "dv", "divx", "rm", "rmvb", "mjpeg", "mjpg"),
-    )
-)
 TURN_S = 2**33 / 90_000  # of the clock of a transport stream
 HELD = "last picture held for less than a frame"
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga"))
 
 
 class TimingConfig(Config):
@@ -72,12 +63,6 @@ class TimingConfig(Config):
             raise ValueError("--clips-per-video only counts with --clips uniform: leave it out or give that too")
         if "frames_per_video" in self.model_fields_set and self.mode != "frames":
             raise ValueError("--frames-per-video only counts with --mode frames: leave it out or give that too")
-
-
-def kind_of(name: str) -> str | None:
-    """ "video", "image" or None for a file that is no media, by its suffix."""
-    suffix = Path(name).suffix.lower()
-    return "video" if suffix in VIDEO_SUFFIXES else "image" if suffix in IMAGE_SUFFIXES else None
 
 
 Same = Callable[[MediaFile], None]  # raises MediaError when an open file is not what it was

@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from wanloom.files import is_special, json_fault, parse_json
-from wanloom.media.video import kind_of
 from wanloom.prepare.names import Names, compose, loose
 from wanloom.prepare.tables import TABLES, Table, read_table
+from wanloom.suffixes import kind_of
 
 SIDECARS = (".json", ".jsonl", ".txt", ".caption")
 # endings of texts that are no captions here, and are named when they have the name of a file without one

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from wanloom.errors import UserError
 from wanloom.files import is_special, parse_json
-from wanloom.media.video import kind_of
 from wanloom.prepare.captions import Caption, Sidecars, read_captions
 from wanloom.prepare.content import Stamp, hash_file, read_stamp
 from wanloom.prepare.tables import TABLES
+from wanloom.suffixes import kind_of
 from wanloom.terminal import is_text
 
 
