@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Row, main, take_turns
-from wanloom.checkpoint.pieces import Box, Stored
+from wanloom.checkpoint.pieces import Box, StoredPieces
 from wanloom.checkpoint.saved import find_checkpoint
 from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.checkpoint.writer import Checkpointer, load_tensors
@@ -102,7 +102,7 @@ def measure_loads(state: dict[str, Tensor], folder: Path) -> dict[str, list[floa
     model, path, checkpoint = Holder(into), folder / "state.pt", find_checkpoint(folder)
 
     def fill() -> None:
-        Stored(checkpoint).fill(into, {name: Box.of(tensor) for name, tensor in into.items()})
+        StoredPieces(checkpoint).fill(into, {name: Box.of(tensor) for name, tensor in into.items()})
 
     functions: dict[str, Callable[[], None]] = {
         "torch.load": lambda: load_theirs(path, model),

@@ -38,7 +38,7 @@ USUAL = {"F32", "BF16"}
 PACKAGE = Path(__file__).parent  # what is shipped is known
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """Where a tensor is, before it is read."""
 
     file: Path
@@ -110,24 +110,24 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is not a whole safetensors file ({error}): fetch or write it again.") from error
 
 
-def read_headers(files: list[Path]) -> dict[str, Stored]:
+def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
     """Every tensor of the files by its name, without what wrappers put into names.
 
     Raises UserError for a file that is not whole, a name that is there twice, and what is no model's own weights.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in files:
         with open_tensors(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a mapping
                 if key in found:
                     raise UserError(f"'{key}' is in {found[key].file} and in {file.name}: give the path of one file.")
                 part = tensors.get_slice(key)
-                found[key] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
+                found[key] = StoredTensor(file, key, tuple(part.get_shape()), part.get_dtype())
     check_kind(found)
     return without_wrappers(found)
 
 
-def without_wrappers(found: dict[str, Stored]) -> dict[str, Stored]:
+def without_wrappers(found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors without a prefix that all of them carry, and without the names of wrappers."""
     out = {WRAPPERS.sub("", key): place for key, place in found.items()}
     while out and len(starts := {m and m[0] for m in map(PREFIX.match, out)}) == 1 and (start := starts.pop()):
@@ -137,7 +137,7 @@ def without_wrappers(found: dict[str, Stored]) -> dict[str, Stored]:
     return out
 
 
-def check_kind(found: Mapping[str, Stored]) -> None:
+def check_kind(found: Mapping[str, StoredTensor]) -> None:
     """Raises UserError for LoRA and for weights that need scales or tables beside them."""
 
     def hits(pattern: re.Pattern[str]) -> Iterable[str]:
@@ -166,7 +166,7 @@ def check_kind(found: Mapping[str, Stored]) -> None:
         )
 
 
-def tell_dtypes(found: Mapping[str, Stored], path: Path) -> None:
+def tell_dtypes(found: Mapping[str, StoredTensor], path: Path) -> None:
     """A line on weights that are not all of one of the usual types."""
     counts = dict[str, int]()
     for place in found.values():
@@ -185,7 +185,7 @@ def shorten(names: Iterable[str]) -> str:
     return ", ".join(ordered[:SHOWN]) + more
 
 
-def match_tensors(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Stored], path: Path) -> None:
+def match_tensors(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, StoredTensor], path: Path) -> None:
     """Raises UserError, one sentence, unless names and shapes agree one to one."""
     missing, unexpected = [key for key in wanted if key not in found], [key for key in found if key not in wanted]
     starts = {m[0] for m in map(PREFIX.match, found) if m}
@@ -204,7 +204,7 @@ def match_tensors(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Sto
         raise UserError(f"The tensors at {path} are not those of its config. {'. '.join(lines)}.")
 
 
-def read_tensors(places: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(places: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor by its name, each file opened once. Raises UserError for a value that is not finite."""
     for file in dict.fromkeys(place.file for place in places.values()):
         with open_tensors(file) as tensors:

@@ -18,7 +18,7 @@ MOST_HEADER = 100_000_000  # bytes, as the format has it
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Entry(NamedTuple):
+class TensorHeader(NamedTuple):
     """One tensor of a file."""
 
     dtype: torch.dtype
@@ -37,7 +37,7 @@ def header_length(data: bytes, size: int) -> int:
     return length
 
 
-def parse_header(data: bytes, size: int, names: Iterable[str]) -> dict[str, Entry]:
+def parse_header(data: bytes, size: int, names: Iterable[str]) -> dict[str, TensorHeader]:
     """The tensors of these names, what the header lacks left out; `size` bytes of values follow it.
 
     Raises ValueError when it is no header, or not one of such tensors.
@@ -51,7 +51,7 @@ def parse_header(data: bytes, size: int, names: Iterable[str]) -> dict[str, Entr
     return {name: _parse_entry(header[name], size) for name in names if name in header}
 
 
-def _parse_entry(found: Any, size: int) -> Entry:
+def _parse_entry(found: Any, size: int) -> TensorHeader:
     try:
         dtype, shape, (begin, end) = DTYPES[found["dtype"]], tuple(found["shape"]), found["data_offsets"]
         whole = all(isinstance(n, int) and 0 <= n < 2**63 for n in (*shape, begin, end))
@@ -59,4 +59,4 @@ def _parse_entry(found: Any, size: int) -> Entry:
         raise ValueError(f"a safetensors header has {found}") from error
     if not whole or end > size or math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"a safetensors header has {found}")
-    return Entry(dtype, shape, begin, end)
+    return TensorHeader(dtype, shape, begin, end)

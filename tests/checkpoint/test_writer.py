@@ -132,7 +132,7 @@ def test_what_ends_the_reading_is_what_is_raised(tmp_path, monkeypatch, error):
     def read(*_):
         raise error
 
-    monkeypatch.setattr("wanloom.checkpoint.pieces.Stored.read_data", read)
+    monkeypatch.setattr("wanloom.checkpoint.pieces.StoredPieces.read_data", read)
     with pytest.raises(type(error)):
         load_tensors(tmp_path / "checkpoints" / "step_0000001", tensors)
 

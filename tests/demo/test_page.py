@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from wanloom.demo.page import Command, Pair, Report, Score, build_page, draw_curves
+from wanloom.demo.page import Command, Comparison, DemoReport, Score, build_page, draw_curves
 
 
-def build_report(clip: Path, prompt: str = "A red circle.") -> Report:
-    return Report(
+def build_report(clip: Path, prompt: str = "A red circle.") -> DemoReport:
+    return DemoReport(
         title="A run",
         machine="2 CPU cores",
         commands=[Command("wanloom train tiny", 12.34), Command("wanloom generate", 7.66)],
         curves={"loss": [(1, 2.0), (10, 1.0)], "never logged": []},
         scores=[Score("colour", (62, 64), (50, 52), (12, 12), 0.95), Score("shape", (10, 64), (9, 52), (1, 12), 0.8)],
-        seen=[Pair(prompt, clip, clip, "red, circle, left", True)],
-        held_out=[Pair("held out", clip, None, "no colour, no shape, no motion", False)],
+        seen=[Comparison(prompt, clip, clip, "red, circle, left", True)],
+        held_out=[Comparison("held out", clip, None, "no colour, no shape, no motion", False)],
         settings={"run": "runs/<x>"},
     )
 

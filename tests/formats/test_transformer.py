@@ -9,7 +9,7 @@ from dit_reference import SMALL, build_model, build_reference
 from safetensors.torch import load_file, save_file
 
 from wanloom.errors import UserError
-from wanloom.folders import Stored
+from wanloom.folders import StoredTensor
 from wanloom.formats import transformer
 from wanloom.formats.published import config_json, parse_config
 from wanloom.formats.transformer import (
@@ -416,7 +416,7 @@ def test_a_lone_file_of_a_published_size_needs_no_config(name, layout):
     with torch.device("meta"):
         params = dict(WanDiT(CONFIGS[name]).named_parameters())
     stored = {
-        rename(ours, layout): Stored(Path("x"), "", shape_in_file(ours, tuple(param.shape)))
+        rename(ours, layout): StoredTensor(Path("x"), "", shape_in_file(ours, tuple(param.shape)))
         for ours, param in params.items()
     }
     assert config_of([Path("nowhere/wan.safetensors")], stored) == CONFIGS[name]

@@ -144,7 +144,7 @@ def _chunks_of(piece: Tensor) -> Iterator[memoryview]:
     return (data[i : i + CHUNK] for i in range(0, len(data), CHUNK))
 
 
-class Stored(HuggingFaceStorageReader):
+class StoredPieces(HuggingFaceStorageReader):
     """The tensors in a checkpoint folder, by the headers of its files, which are read once.
 
     Raises ValueError when they make no sense.

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-from wanloom.checkpoint.pieces import Box, Stored, share, write_pieces
+from wanloom.checkpoint.pieces import Box, StoredPieces, share, write_pieces
 from wanloom.checkpoint.saved import FOLDER, damaged, find_damage, list_checkpoints, read_state, seal, step_of
 from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.config import build_config
@@ -81,14 +81,14 @@ def load_weights(checkpoint: Path, ema: bool) -> tuple[DiTConfig, dict[str, Tens
     return config, {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
 
-def _open_stored(checkpoint: Path) -> Stored:
+def _open_stored(checkpoint: Path) -> StoredPieces:
     try:
-        return Stored(checkpoint)
+        return StoredPieces(checkpoint)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise damaged(checkpoint, f"the headers of its files cannot be read ({error})") from error
 
 
-def _fits(stored: Stored, name: str, tensor: Tensor) -> bool:
+def _fits(stored: StoredPieces, name: str, tensor: Tensor) -> bool:
     entry = stored.tensors.get(name)
     if entry is None or entry.size != tensor.shape:
         return False

@@ -204,7 +204,7 @@ def judge(folder: Path, prompts: list[tuple[Any, str]], seed: int) -> list[tuple
 def build_report(out: Path, rows: list[Any], commands: list[tuple[str, float]], clips: dict[Any, Path]) -> Any:
     """Everything report.html shows."""
     from wanloom.demo import shapes
-    from wanloom.demo.page import Command, Pair, Report, Score
+    from wanloom.demo.page import Command, Comparison, DemoReport, Score
 
     held_out = [row for row in rows if row[0] in shapes.HELD_OUT]
     seen = [row for row in rows if row[0] not in shapes.HELD_OUT]
@@ -218,13 +218,13 @@ def build_report(out: Path, rows: list[Any], commands: list[tuple[str, float]], 
         for name, target in TARGETS.items()
     ]
 
-    def pairs(part: list[Any]) -> list[Pair]:
+    def pairs(part: list[Any]) -> list[Comparison]:
         return [
-            Pair(prompt, clip, clips.get(scene), _words(found), all(found.agrees(scene)))
+            Comparison(prompt, clip, clips.get(scene), _words(found), all(found.agrees(scene)))
             for scene, prompt, clip, found in part
         ]
 
-    return Report(
+    return DemoReport(
         title="wanloom demo: from a folder of clips to generated clips",
         machine=machine(),
         commands=[Command(*command) for command in commands],

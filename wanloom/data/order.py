@@ -23,7 +23,7 @@ RECENT = 2**13  # positions: a step is looked at several times, by those who pac
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Draw:
     """What stands at a position."""
 
     source: int
@@ -56,11 +56,11 @@ class Order:
         # two passes of each source may be in use at a border
         self._permutation = lru_cache(maxsize=2 * len(self.sizes))(self._build_permutation)
 
-    def _at(self, position: int) -> Entry:
+    def _at(self, position: int) -> Draw:
         """The entry at `position`, which counts from 0 and never ends; `at` remembers those of the last steps."""
         source, number = self._place(position)
         draw, offset = divmod(number, self.sizes[source])
-        return Entry(source, int(self._permutation(source, draw)[offset]), draw)
+        return Draw(source, int(self._permutation(source, draw)[offset]), draw)
 
     def _place(self, position: int) -> tuple[int, int]:
         """The source at a position and how many entries of that source come before.

@@ -30,7 +30,7 @@ from wanloom.data.index import AGAIN, INDEX, Columns, Index, Row, build_table, e
 from wanloom.data.index_cache import open_index
 from wanloom.data.places import DONE, WORK
 from wanloom.data.retry import Fetching, read_patiently
-from wanloom.data.tar import TENSORS, Pair, scan_tar, view_tensors
+from wanloom.data.tar import TENSORS, StoredSample, scan_tar, view_tensors
 from wanloom.errors import UserError
 from wanloom.files import write_atomic
 from wanloom.model.sequence import grid_of
@@ -154,7 +154,7 @@ class Dataset:
                 raise UserError(f"The shard {self.path}/{shard} is cut off: it has {size} of at least {end} bytes.")
 
 
-def index_rows(pairs: Iterable[Pair], shard: str, split: str) -> list[Row]:
+def index_rows(pairs: Iterable[StoredSample], shard: str, split: str) -> list[Row]:
     """Index rows of the samples of one shard. Raises UserError when a sample is not latents and text."""
     rows = []
     for pair in pairs:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wanloom.errors import UserError
 from wanloom.files import parse_json
-from wanloom.tensors import Entry, header_length, parse_header
+from wanloom.tensors import TensorHeader, header_length, parse_header
 from wanloom.terminal import is_text
 
 END = bytes(2 * tarfile.BLOCKSIZE)
@@ -28,7 +28,7 @@ MOST_JSON = 1 << 24  # bytes of a sample's record; captions are far shorter
 PICKLED = {"pth", "pt", "pickle", "pkl", "pyd", "ckpt"}
 
 
-class Pair(NamedTuple):
+class StoredSample(NamedTuple):
     """One sample of a tar: where it is and what its headers say."""
 
     key: str
@@ -70,7 +70,7 @@ def tar_pair(key: str, latents: Tensor, text: Tensor, record: dict[str, Any]) ->
     return tar_member(f"{key}.json", text_data) + tar_member(f"{key}.safetensors", tensors)
 
 
-def scan_tar(file: BinaryIO, name: str) -> Iterator[Pair]:
+def scan_tar(file: BinaryIO, name: str) -> Iterator[StoredSample]:
     """The samples of a tar, from its headers and json members. `name` is for the errors.
 
     Raises UserError for pickled members, pairs without one half, and a tar that ends too early.
@@ -91,7 +91,7 @@ def scan_tar(file: BinaryIO, name: str) -> Iterator[Pair]:
                     tensors = (key, member.offset, member.offset_data, member.size, shapes)
                 if record and tensors and record[0] == tensors[0] == key:
                     start = min(record[1], tensors[1])
-                    yield Pair(key, start, stop, tensors[2], tensors[3], tensors[4], record[2])
+                    yield StoredSample(key, start, stop, tensors[2], tensors[3], tensors[4], record[2])
                     record = tensors = None
     except RecursionError as error:  # a header of a header of a header
         raise UserError(f"{name} is damaged: its headers have no end. Restore the file.") from error
@@ -142,7 +142,7 @@ def view_tensors(data: Tensor) -> dict[str, Tensor]:
     return {name: _view(data[start:], entry) for name, entry in entries.items()}
 
 
-def _view(values: Tensor, entry: Entry) -> Tensor:
+def _view(values: Tensor, entry: TensorHeader) -> Tensor:
     part = values[entry.begin : entry.end]
     if part.storage_offset() % entry.dtype.itemsize:  # some writers do not pad their header
         part = part.clone()

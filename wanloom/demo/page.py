@@ -25,7 +25,7 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Comparison:
     """A prompt with what was generated for it, and a training clip of the same content where there is one."""
 
     prompt: str
@@ -52,7 +52,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Report:
+class DemoReport:
     """Everything the page shows."""
 
     title: str
@@ -60,12 +60,12 @@ class Report:
     commands: Sequence[Command]
     curves: dict[str, list[tuple[float, float]]]  # name -> (step, loss)
     scores: Sequence[Score]
-    seen: Sequence[Pair]
-    held_out: Sequence[Pair]
+    seen: Sequence[Comparison]
+    held_out: Sequence[Comparison]
     settings: dict[str, str]
 
 
-def build_page(report: Report) -> str:
+def build_page(report: DemoReport) -> str:
     """The page as HTML text. Raises FileNotFoundError when a clip is missing."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["video"] = _data_uri

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wanloom.config import build_config
 from wanloom.errors import UserError
-from wanloom.folders import Stored, match_tensors, read_headers, read_json, read_tensors, tell_dtypes
+from wanloom.folders import StoredTensor, match_tensors, read_headers, read_json, read_tensors, tell_dtypes
 from wanloom.formats.published import check_channels, config_json, find_files, parse_config, transformer_folder
 from wanloom.model.dit import PATCH_SIZE, Fill, WanDiT, cast_weights
 from wanloom.model.sequence import PATCH
@@ -135,7 +135,7 @@ def read_config(path: str | Path) -> DiTConfig:
     return config_of(files, read_headers(files))
 
 
-def config_of(files: list[Path], stored: dict[str, Stored]) -> DiTConfig:
+def config_of(files: list[Path], stored: dict[str, StoredTensor]) -> DiTConfig:
     """From the config.json beside the files, else from shapes, which do not tell the number of heads."""
     file = files[0].parent / "config.json"
     if file.is_file():
@@ -158,21 +158,21 @@ def config_of(files: list[Path], stored: dict[str, Stored]) -> DiTConfig:
         raise UserError(f"{files[0]} has tensors of sizes that no Wan transformer has: {error}") from error
 
 
-def layout_of(stored: dict[str, Stored]) -> Layout:
+def layout_of(stored: dict[str, StoredTensor]) -> Layout:
     """The layout that more of the names belong to."""
     columns = zip(*NAMES, strict=True)
     modules = {re.sub(r"^blocks\.\d+\.", "blocks.N.", key).removesuffix(".weight") for key in stored}
     return max(zip((len(modules & set(column)) for column in columns), LAYOUTS, strict=True))[1]
 
 
-def check_variant(stored: dict[str, Stored], path: Path) -> None:
+def check_variant(stored: dict[str, StoredTensor], path: Path) -> None:
     """Raises UserError for the variants of Wan that have further tensors."""
     for variant, pattern in VARIANTS.items():
         if any(re.search(pattern, key) for key in stored):
             raise UserError(f"{path} is a Wan {variant} model; only text-to-video models are supported.")
 
 
-def match_names(model: WanDiT, stored: dict[str, Stored], path: Path) -> dict[str, Stored]:
+def match_names(model: WanDiT, stored: dict[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
     """The place of each of our parameters. Raises UserError unless names and shapes match one to one."""
     layout = layout_of(stored)
     names = {name: rename(name, layout) for name, _ in model.named_parameters()}

@@ -73,7 +73,7 @@ class Pack:
         )
 
 
-class Run(NamedTuple):
+class Neighbours(NamedTuple):
     """Neighbouring samples of equal lengths: they can be computed as one batch without padding."""
 
     first: int  # index of the first sample
@@ -81,13 +81,13 @@ class Run(NamedTuple):
     lens: tuple[int, ...]  # the length of each sample, one for each sequence asked for
 
 
-def runs(*lens: Sequence[int]) -> Iterator[Run]:
+def runs(*lens: Sequence[int]) -> Iterator[Neighbours]:
     """Group neighbouring samples whose lengths agree in every one of the sequences."""
     rows = list(zip(*lens, strict=True))
     first = 0
     for i in range(1, len(rows) + 1):
         if i == len(rows) or rows[i] != rows[first]:
-            yield Run(first, i - first, rows[first])
+            yield Neighbours(first, i - first, rows[first])
             first = i
 
 
