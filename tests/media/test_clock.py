@@ -253,15 +253,15 @@ def test_the_last_picture_is_held_for_less_than_a_frame(tmp_path: Path) -> None:
     assert len(read(rest, frames=5, clips="all")) == 4
     quick = write_video(tmp_path / "b.mp4", [numbered(i % 31) for i in range(70)], fps=60)  # 1.167 s, needs 1.25
     with pytest.raises(
-        MediaError, match=r"^has 19 frames at 16 fps, 21 are asked for; --frames 17 takes it$"
+        MediaError, match=r"^has 19 frames at 16 fps, 21 are asked for; `frames=17` takes it$"
     ) as caught:
         read(quick, frames=21)
     assert caught.value.kind == "too short" and caught.value.frames == 19
     longer = write_video(tmp_path / "c.mp4", [numbered(i % 31) for i in range(73)], fps=60)  # 0.033 s too little
-    with pytest.raises(MediaError, match="has 20 frames at 16 fps, 21 are asked for; --frames 17 takes it"):
+    with pytest.raises(MediaError, match="has 20 frames at 16 fps, 21 are asked for; `frames=17` takes it"):
         read(longer, frames=21)
     short = write_numbers(tmp_path / "d.mp4", 2)
     with pytest.raises(
-        MediaError, match="has 2 frames at 16 fps, 5 are asked for; --mode frames takes single pictures"
+        MediaError, match="has 2 frames at 16 fps, 5 are asked for; `mode=frames` takes single pictures"
     ):
         read(short, frames=5)

@@ -76,7 +76,7 @@ def test_a_sliver_is_refused_before_it_is_resized(crop: str) -> None:
     for values in ({"height": 480, "width": 832}, {"height": 480, "width": 832, "keep_aspect": True}, {}):
         config = FramingConfig(crop=crop, **values)
         for width, height in ((1, 1000), (65535, 1), (100, 2001)):
-            with pytest.raises(ValueError, match=r"too narrow: \d+x\d+, one side [\d.]+ times .* --max-aspect 20"):
+            with pytest.raises(ValueError, match=r"too narrow: \d+x\d+, one side [\d.]+ times .* `max_aspect=20`"):
                 choose_frame(width, height, config, 0, "k")
         frame = choose_frame(100, 2000, config, 0, "k")
         assert frame.resized[0] * frame.resized[1] <= 20 * 832 * 832
@@ -109,18 +109,18 @@ def test_keep_aspect_uses_the_area_of_height_and_width() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"height": 481, "width": 832}, "--height 481 is not a multiple of 16: the nearest are 480 and 496"),
-        ({"height": 480, "width": 8}, "--width 8 is not a multiple of 16: the nearest are 16 and 32"),
+        ({"height": 481, "width": 832}, "`height=481` is not a multiple of 16: the nearest are 480 and 496"),
+        ({"height": 480, "width": 8}, "`width=8` is not a multiple of 16: the nearest are 16 and 32"),
         ({"height": 480}, "belong together"),
-        ({"keep_aspect": True}, "without --height and --width every file keeps its aspect: leave --keep-aspect out"),
+        ({"keep_aspect": True}, "without `height` and `width` every file keeps its aspect: leave `keep_aspect` out"),
         (
             {"keep_aspect": True, "max_area": 1000},
-            "without --height and --width every file keeps its aspect: leave --keep-aspect out",
+            "without `height` and `width` every file keeps its aspect: leave `keep_aspect` out",
         ),
         ({"height": 480, "width": 832, "max_area": 1000}, "no effect"),
         ({"height": 480, "width": 832, "max_area": 1000, "keep_aspect": True}, "not both"),
         ({"max_area": 100}, "less than one token"),
-        ({"max_aspect": 0.5}, "--max-aspect 0.5 is not between 1 and 1000"),
+        ({"max_aspect": 0.5}, "`max_aspect=0.5` is not between 1 and 1000"),
         ({"max_aspect": float("nan")}, "'max_aspect' is nan: it must be a finite number"),
     ],
 )

@@ -113,7 +113,7 @@ def test_jumps_land_where_decoding_all_would(tmp_path: Path, suffix: str, monkey
 def test_too_short_says_what_it_has_and_needs(tmp_path: Path) -> None:
     path = write_numbers(tmp_path / "a.mp4", 20)
     for clips in ("first", "all", "uniform"):
-        reason = "has 20 frames at 16 fps, 33 are asked for; --frames 17 takes it"
+        reason = "has 20 frames at 16 fps, 33 are asked for; `frames=17` takes it"
         with pytest.raises(MediaError, match=reason) as caught:
             read(path, frames=33, clips=clips)
         assert caught.value.kind == "too short"
@@ -332,18 +332,18 @@ def test_what_counts_as_media() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"frames": 80}, r"--frames 80 is not 4n\+1, which the VAE needs: the nearest are 77 and 81"),
+        ({"frames": 80}, r"`frames=80` is not 4n\+1, which the VAE needs: the nearest are 77 and 81"),
         ({"frames": 0}, "the nearest are 1 and 5"),
-        ({"fps": 0.0}, "--fps 0 is not a frame rate"),
+        ({"fps": 0.0}, "`fps=0` is not a frame rate"),
         ({"clips_per_video": 0}, "at least 1"),
-        ({"clips_per_video": 4}, "--clips-per-video only counts with --clips uniform"),
-        ({"clips_per_video": 4, "clips": "all"}, "--clips-per-video only counts with --clips uniform"),
-        ({"frames_per_video": 1}, "--frames-per-video only counts with --mode frames"),
-        ({"frames_per_video": 2, "mode": "image"}, "--frames-per-video only counts with --mode frames"),
-        ({"mode": "frames", "clips": "first"}, "--clips has no effect with --mode frames"),
-        ({"mode": "image", "clips": "all"}, "--clips has no effect with --mode image"),
-        ({"mode": "frames", "frames": 5}, "--frames has no effect with --mode frames"),
-        ({"mode": "image", "fps": 8.0}, "--fps has no effect with --mode image"),
+        ({"clips_per_video": 4}, "`clips_per_video` only counts with `clips=uniform`"),
+        ({"clips_per_video": 4, "clips": "all"}, "`clips_per_video` only counts with `clips=uniform`"),
+        ({"frames_per_video": 1}, "`frames_per_video` only counts with `mode=frames`"),
+        ({"frames_per_video": 2, "mode": "image"}, "`frames_per_video` only counts with `mode=frames`"),
+        ({"mode": "frames", "clips": "first"}, "`clips` has no effect with `mode=frames`"),
+        ({"mode": "image", "clips": "all"}, "`clips` has no effect with `mode=image`"),
+        ({"mode": "frames", "frames": 5}, "`frames` has no effect with `mode=frames`"),
+        ({"mode": "image", "fps": 8.0}, "`fps` has no effect with `mode=image`"),
     ],
 )
 def test_timings_that_cannot_be(values: dict, message: str) -> None:

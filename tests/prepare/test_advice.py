@@ -8,24 +8,24 @@ from fake_encoders import IDENTITY, build_encoders
 from media_files import write_numbers, write_stream
 from rich.console import Console
 
+from wanloom.cli.prepare_report import print_report
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
 from wanloom.prepare.advice import advise_clips, advise_frames
-from wanloom.prepare.report import print_report
 from wanloom.prepare.run import prepare
 from wanloom.prepare.settings import PrepareConfig
 
 
 def test_the_frames_that_take_nine_of_ten() -> None:
     assert advise_frames([], 81) == []
-    assert advise_frames([80], 81) == ["1 video is too short for --frames 81: --frames 77 takes it."]
+    assert advise_frames([80], 81) == ["1 video is too short for `frames=81`: `frames=77` takes it."]
     assert advise_frames([80] * 9 + [6], 81) == [
-        "10 videos are too short for --frames 81: --frames 77 takes 9 of them."
+        "10 videos are too short for `frames=81`: `frames=77` takes 9 of them."
     ]
-    assert advise_frames([80, 60, 40], 81) == ["3 videos are too short for --frames 81: --frames 37 takes 3 of them."]
-    mixed = ["4 videos are too short for --frames 81: --frames 9 takes 2 of them."]
+    assert advise_frames([80, 60, 40], 81) == ["3 videos are too short for `frames=81`: `frames=37` takes 3 of them."]
+    mixed = ["4 videos are too short for `frames=81`: `frames=9` takes 2 of them."]
     assert advise_frames([80, 12, 3, 1], 81) == mixed
-    single = ["2 videos are too short for --frames 81: --mode frames takes single pictures of them."]
+    single = ["2 videos are too short for `frames=81`: `mode=frames` takes single pictures of them."]
     assert advise_frames([3, 1], 81) == single
 
 
@@ -33,8 +33,8 @@ def test_minutes_that_the_first_clips_leave() -> None:
     assert advise_clips({"a": (5.0, 9.9), "b": (5.0, 5.0)}, 5.0) == []  # no other clip would fit
     (line,) = advise_clips({"a": (5.0, 605.0), "b": (5.0, 11.0), "c": (5.0, 6.0)}, 5.0)
     assert line == (
-        "--clips first takes one clip from the start of a video and leaves 10.1 minutes of 2 videos out, by their "
-        "headers: --clips all takes them, --clips uniform a few clips spread over each."
+        "`clips=first` takes one clip from the start of a video and leaves 10.1 minutes of 2 videos out, by their "
+        "headers: `clips=all` takes them, `clips=uniform` a few clips spread over each."
     )
 
 
@@ -51,9 +51,9 @@ def test_prepare_says_what_would_take_more(tmp_path: Path) -> None:
     assert report["samples"]["total"] == 3
     reasons = {drop["file"]: drop["reason"] for drop in report["dropped"]}
     assert reasons == {
-        "12:30.mp4": "has 16 frames at 16 fps, 21 are asked for; --frames 13 takes it",
-        "http:/short.mkv": "has 15 frames at 16 fps, 21 are asked for; --frames 13 takes it",
-        "tiny.mp4": "has 3 frames at 16 fps, 21 are asked for; --mode frames takes single pictures of it",
+        "12:30.mp4": "has 16 frames at 16 fps, 21 are asked for; `frames=13` takes it",
+        "http:/short.mkv": "has 15 frames at 16 fps, 21 are asked for; `frames=13` takes it",
+        "tiny.mp4": "has 3 frames at 16 fps, 21 are asked for; `mode=frames` takes single pictures of it",
     }
     with open(os.devnull, "w") as nowhere:
         console = Console(width=200, record=True, file=nowhere)

@@ -129,7 +129,7 @@ def test_the_first_source_wins_and_disagreement_is_listed(tmp_path: Path) -> Non
 def test_tables_that_cannot_be_understood(tmp_path: Path) -> None:
     table = tmp_path / "metadata.csv"
     for text, message in (
-        ("file,caption,text\na.mp4,x,y", r"several caption columns \(caption, text\): say which with --caption-key"),
+        ("file,caption,text\na.mp4,x,y", r"several caption columns \(caption, text\): say which with `caption_key`"),
         ("file,path,caption\na.mp4,b,x", "several file columns"),
         ("name,caption\na.mp4,x", "no file column"),
         ("file,words\na.mp4,x", "no caption column"),

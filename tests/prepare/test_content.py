@@ -158,7 +158,7 @@ def test_links_that_lead_outside_are_followed_when_asked(tmp_path: Path) -> None
     assert run(tmp_path / "way", tmp_path / "out3")["samples"]["total"] == 2
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare/link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"no videos or images.* --follow-links takes what 'link' leads to"):
+    with pytest.raises(UserError, match=r"no videos or images.* `follow_links` takes what 'link' leads to"):
         run(tmp_path / "bare", tmp_path / "out4")
     assert list_files(tmp_path / "in", tmp_path / "out").links == ["link"]
     assert "follow-links" not in json.loads((tmp_path / "out/prepare.json").read_text())["settings"]

@@ -251,7 +251,7 @@ def test_a_mistake_that_rank_0_finds_is_told_by_all(tmp_path: Path) -> None:
     said = Ranks(2, source, out, tmp_path / "logs", dtype="fp32").said()
     assert said[0] == said[1] and "dtype was bf16, now fp32" in said[0]
     said = Ranks(2, source, tmp_path / "new", tmp_path / "strict", strict=True).said()
-    assert said[0] == said[1] and "--strict: short.mp4 would be dropped: too short, has" in said[0]
+    assert said[0] == said[1] and "`strict`: short.mp4 would be dropped: too short, has" in said[0]
     assert sum(len(Dataset.open(out).rows(split)) for split in ("train", "val")) == 1
 
 

@@ -20,6 +20,7 @@ from media_files import numbered, write_numbers, write_video
 from PIL import Image
 from rich.console import Console
 
+from wanloom.cli.prepare_report import print_report
 from wanloom.data.shards import Dataset
 from wanloom.errors import UserError
 from wanloom.files import write_atomic
@@ -29,7 +30,6 @@ from wanloom.prepare import run as prepare_module
 from wanloom.prepare.encode import default_batch, sample_key
 from wanloom.prepare.ledger import Ledger
 from wanloom.prepare.listing import read_entries
-from wanloom.prepare.report import print_report
 from wanloom.prepare.run import Finished, prepare
 from wanloom.prepare.settings import PrepareConfig
 from wanloom.prepare.spool import Spool
@@ -158,7 +158,7 @@ def test_every_file_is_a_sample_or_in_the_report(expected: dict[str, bytes], mix
     }
     reasons = {d["file"]: d["reason"] for d in report["dropped"]}
     assert reasons["videos/short.mp4"] == (
-        "has 3 frames at 16 fps, 5 are asked for; --mode frames takes single pictures of it"
+        "has 3 frames at 16 fps, 5 are asked for; `mode=frames` takes single pictures of it"
     )
     assert reasons["videos/v3copy.mp4"] == "the same file as videos/v3.mp4, with another caption"
     assert report["ignored"] == [".hidden.mp4", "notes.md"]
@@ -394,7 +394,7 @@ def test_strict_names_the_files(mixed: Path, tmp_path: Path) -> None:
         run(mixed, tmp_path / "out", strict=True)
     source = tmp_path / "in"
     put_video(source, "short.mp4", "too short", count=3)
-    with pytest.raises(UserError, match=r"--strict: short.mp4 would be dropped: too short, has"):
+    with pytest.raises(UserError, match=r"`strict`: short.mp4 would be dropped: too short, has"):
         run(source, tmp_path / "out2", strict=True)
 
 

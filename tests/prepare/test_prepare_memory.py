@@ -39,13 +39,13 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(tmp_path, monkeypa
 def test_what_helps_is_sized_from_what_was_asked():
     many = find_helps(config(height=64, width=64), (16, 17, 64, 64))
     assert many == [
-        "--batch-size 8 in place of 16, in a new folder",
-        "a smaller --height and --width than 64 and 64, in a new folder",
-        "fewer --frames than 17, in a new folder",
+        "`batch_size=8` in place of 16, in a new folder",
+        "a smaller `height` and `width` than 64 and 64, in a new folder",
+        "fewer `frames` than 17, in a new folder",
     ]
     assert find_helps(config(), (1, 1, 64, 32)) == [
-        "a smaller --max-area than 2048, in a new folder",
-        "--workers 2 in place of 4",
+        "a smaller `max_area` than 2048, in a new folder",
+        "`workers=2` in place of 4",
     ]
 
 
@@ -61,5 +61,5 @@ def test_a_batch_that_does_not_fit_is_a_sentence(error):
     writer = Writer(none, config(), encoders, {})
     clip: Any = SimpleNamespace(pixels=np.zeros((5, 32, 48, 3), np.uint8))
     writer.clips = [("a", none, clip), ("b", none, clip)]
-    with pytest.raises(UserError, match=r"not enough to encode 2 x 5 frames of 48x32 pixels\. .*: --batch-size 1 in"):
+    with pytest.raises(UserError, match=r"not enough to encode 2 x 5 frames of 48x32 pixels\. .*: `batch_size=1` in"):
         writer.flush(Block(0, []))

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from types import ModuleType
 from typing import NoReturn
 
 import wanloom
@@ -84,23 +83,19 @@ def _read(words: list[str]) -> Callable[[], int] | None:
     arguments = parser.parse_words(words[1:])
     if os.environ.get("WORLD_SIZE", "1") == "1":
         if hasattr(command, "check"):  # before torch is loaded, and before ranks are started
-            command.check(arguments)
+            with parser.naming_options():
+                command.check(arguments)
         if is_launcher(arguments):
             from wanloom.cli import launch
 
             launch.check(arguments)
         if loads_torch(name, arguments) and "torch" not in sys.modules:
             say(f"wanloom {name}: loading PyTorch takes some seconds.", file=sys.stderr)
-    return _choose(command, arguments, words)
+    if is_launcher(arguments):
+        from wanloom.cli.launch import launch
 
-
-def _choose(command: ModuleType, arguments: argparse.Namespace, words: list[str]) -> Callable[[], int]:
-    """What this process does: the command, or start it several times."""
-    if not is_launcher(arguments):
-        return partial(command.run, arguments)
-    from wanloom.cli.launch import launch
-
-    return partial(launch, arguments, words)
+        return partial(launch, arguments, words)
+    return parser.naming_options()(partial(command.run, arguments))
 
 
 def is_launcher(arguments: argparse.Namespace) -> bool:

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanloom.cli import launch
-from wanloom.config import build_config
 from wanloom.errors import UserError
+from wanloom.options import add_options, build_flat, read_options
+from wanloom.prepare.settings import PrepareConfig
 from wanloom.signals import StopSignal
 from wanloom.terminal import Terminal
 
 if TYPE_CHECKING:
     from wanloom.prepare.encode import Encoders, Progress
     from wanloom.prepare.run import Finished
-    from wanloom.prepare.settings import PrepareConfig
 
 HELP = """Turn a folder of videos and images with captions into a folder to train on.
 
@@ -44,7 +44,6 @@ EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options; those left out take the defaults of `PrepareConfig`."""
     parser.add_argument("input", metavar="INPUT", type=Path, help="folder with media, searched with its sub-folders")
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="folder to write; may be unfinished from an earlier start"
@@ -54,141 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pipeline whose VAE and text encoder are used, that of the model to train: a folder in diffusers layout, "
         f"a name on the hub such as {EXAMPLE}, or tiny, the small one that is shipped to try things out (tiny)",
     )
-    for title, options in OPTIONS.items():
-        group = parser.add_argument_group(title)
-        for name, keywords in options.items():
-            group.add_argument(name, **keywords)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where the encoders run (cuda if there is one)")
+    add_options(parser, PrepareConfig)
     launch.add_arguments(parser, restarts=False)
-
-
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "size": {
-        "--height": {"type": int, "metavar": "N", "help": "of every sample, in pixels"},
-        "--width": {"type": int, "metavar": "N", "help": "of every sample, in pixels"},
-        "--crop": {"choices": ("center", "random", "none"), "help": "what to do with other aspects (center)"},
-        "--keep-aspect": {
-            "action": "store_true",
-            "default": None,
-            "help": "each file keeps its aspect, in as many pixels as --height times --width",
-        },
-        "--max-area": {"type": int, "metavar": "N", "help": "most pixels of a picture (399360, which is 832x480)"},
-        "--max-aspect": {
-            "type": float,
-            "metavar": "X",
-            "help": "a picture whose longer side is more than X times the shorter one is dropped (20)",
-        },
-    },
-    "time": {
-        "--frames": {"type": int, "metavar": "N", "help": "of every clip, 4n+1 (81)"},
-        "--fps": {"type": float, "metavar": "X", "help": "frames per second of every clip (16)"},
-        "--mode": {
-            "choices": ("video", "image", "frames"),
-            "help": "video: clips, and images as clips of one frame; image: images only; frames: single frames of the "
-            "videos, and images (video)",
-        },
-        "--clips": {
-            "choices": ("first", "uniform", "all"),
-            "help": "first: one clip from the start of each video; uniform: up to --clips-per-video, evenly spread; "
-            "all: as many as fit one after the other, the rest at the end is not used (first)",
-        },
-        "--clips-per-video": {"type": int, "metavar": "N", "help": "for --clips uniform (4)"},
-        "--frames-per-video": {
-            "type": int,
-            "metavar": "N",
-            "help": "for --mode frames: from the middles of N equal parts of the video (1)",
-        },
-    },
-    "input": {
-        "--follow-links": {
-            "action": "store_true",
-            "default": None,
-            "help": "also take what is in folders outside of INPUT that links in it lead to",
-        },
-    },
-    "captions": {
-        "--caption-key": {"metavar": "NAME", "help": "key or column that holds the caption (caption)"},
-        "--max-text-length": {
-            "type": int,
-            "metavar": "N",
-            "help": "longest caption in tokens; longer ones are cut and listed in the report (512)",
-        },
-    },
-    "result": {
-        "--val-fraction": {
-            "type": float,
-            "metavar": "X",
-            "help": "share of the files that is kept for validation, chosen by a hash of their path; all clips of a "
-            "file are on one side (0.05, rounded to whole files)",
-        },
-        "--shard-size": {"type": int, "metavar": "MIB", "help": "of one tar file (512)"},
-        "--dtype": {"choices": ("bf16", "fp32"), "help": "of the stored latents and text states (bf16)"},
-        "--seed": {"type": int, "metavar": "N", "help": "of the random crops and the validation share (0)"},
-        "--strict": {"action": "store_true", "help": "a file that would be dropped is an error"},
-    },
-    "limits of one file, beyond which it is dropped": {
-        "--max-pixels": {
-            "type": int,
-            "metavar": "N",
-            "help": "of a picture as it is stored; reading one takes 12 to 20 bytes for each (100000000)",
-        },
-        "--max-pictures": {
-            "type": int,
-            "metavar": "N",
-            "help": "to be decoded, or looked through, for one sample (1000000)",
-        },
-        "--max-seconds": {
-            "type": float,
-            "metavar": "X",
-            "help": "of one core's time for decoding one sample (600)",
-        },
-    },
-    "speed": {
-        "--workers": {
-            "type": int,
-            "metavar": "N",
-            "help": "files decoded at once by each process; each holds about two clips in memory (half the cores, "
-            "shared by the processes of a machine, at most 8)",
-        },
-        "--batch-size": {
-            "type": int,
-            "metavar": "N",
-            "help": "clips of equal size encoded together; changes latents by rounding, so it is fixed for a folder "
-            "(as many as have 4 million pixels together, at most 16)",
-        },
-        "--device": {"choices": ("cpu", "cuda"), "help": "where the encoders run (cuda if there is one)"},
-    },
-}
-TIMING = ("mode", "frames", "fps", "clips", "clips_per_video", "frames_per_video")
-FRAMING = ("height", "width", "crop", "keep_aspect", "max_area", "max_aspect")
-LIMITS = ("max_pixels", "max_pictures", "max_seconds")
-OTHER = (
-    "caption_key",
-    "max_text_length",
-    "val_fraction",
-    "shard_size",
-    "batch_size",
-    "dtype",
-    "seed",
-    "workers",
-    "follow_links",
-)
-
-
-def read_config(arguments: argparse.Namespace) -> "PrepareConfig":
-    """The settings of the command line; what was not given keeps its default."""
-    from wanloom.media.framing import FramingConfig
-    from wanloom.media.limits import LimitsConfig
-    from wanloom.media.video import TimingConfig
-    from wanloom.prepare.settings import PrepareConfig
-
-    def given(names: tuple[str, ...]) -> dict[str, Any]:
-        return {name: value for name in names if (value := getattr(arguments, name)) is not None}
-
-    values = {**given(OTHER), "strict": arguments.strict}
-    values["timing"] = build_config(TimingConfig, given(TIMING))
-    values["framing"] = build_config(FramingConfig, given(FRAMING))
-    values["limits"] = build_config(LimitsConfig, given(LIMITS))
-    return build_config(PrepareConfig, values)
 
 
 PARTS = ("vae", "text_encoder", "tokenizer")
@@ -234,14 +101,14 @@ def check(arguments: argparse.Namespace) -> None:
     from wanloom.data.places import check_folders
     from wanloom.formats.pipeline import check_name
 
-    read_config(arguments)
+    build_flat(PrepareConfig, read_options(arguments, PrepareConfig))
     check_folders(arguments.input, arguments.out)
     check_name(arguments.model or "tiny", PARTS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prepare, with a progress bar and the report on rank 0; 128 and the number of the signal when it was stopped."""
-    config = read_config(arguments)
+    config = build_flat(PrepareConfig, read_options(arguments, PrepareConfig))
     from wanloom.data.places import check_folders
     from wanloom.dist import pick_device, rank, together
     from wanloom.formats.pipeline import find_pipeline
@@ -290,7 +157,7 @@ def load_with_room(pipeline: Path, device: str) -> "Encoders":
     """The encoders. Raises UserError when the memory does not suffice for them alone."""
     from wanloom.memory import enough_memory
 
-    helps = ["--device cpu"] if device == "cuda" else ["another machine, as the encoders alone need more"]
+    helps = ["`device=cpu`"] if device == "cuda" else ["another machine, as the encoders alone need more"]
     with enough_memory(f"load the VAE and the text encoder of {pipeline}", helps):
         return load_encoders(pipeline, device)
 
@@ -298,8 +165,9 @@ def load_with_room(pipeline: Path, device: str) -> "Encoders":
 def tell(done: "Finished", out: Path, model: str, console: Any, seconds: float) -> None:
     """Print the report, and how to go on."""
     from wanloom.cli.hints import train_command
+    from wanloom.cli.prepare_report import print_report
     from wanloom.data.places import REPORT
-    from wanloom.prepare.report import print_report, summarise
+    from wanloom.prepare.report import summarise
 
     print_report(done.report, console)
     what = f"is ready after {seconds:.0f} s" if not done.was_complete else "was complete already, nothing was done"

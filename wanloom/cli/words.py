@@ -6,12 +6,14 @@ whose value may be left out takes the next word only if it begins with a digit, 
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from wanloom.config import expand_home
 from wanloom.errors import UserError, cut, nearest_word
+from wanloom.options import name_options
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,6 +34,15 @@ class Parser(argparse.ArgumentParser):
         if rest:
             raise UserError(self._explain_unknown(rest))
         return arguments
+
+    @contextmanager
+    def naming_options(self) -> Iterator[None]:
+        """A block whose mistakes name settings: those that are options of this command are told as such."""
+        try:
+            yield
+        except UserError as error:
+            names = {action.dest for action in self._actions if action.option_strings}
+            raise UserError(name_options(str(error), names)) from error
 
     def error(self, message: str) -> NoReturn:
         """What argparse has to say, as a sentence."""

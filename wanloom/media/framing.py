@@ -11,7 +11,7 @@ import hashlib
 import math
 from typing import Literal, NamedTuple
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from wanloom.config import Config
 
@@ -22,32 +22,38 @@ DEFAULT_AREA = 480 * 832
 class FramingConfig(Config):
     """Sizes in pixels. Without height and width every file keeps its aspect inside `max_area`."""
 
-    height: int | None = None
-    width: int | None = None
-    crop: Literal["center", "random", "none"] = "center"
-    keep_aspect: bool = False
-    max_area: int | None = None
-    max_aspect: float = 20.0
+    height: int | None = Field(default=None, description="of every sample, in pixels")
+    width: int | None = Field(default=None, description="of every sample, in pixels")
+    crop: Literal["center", "random", "none"] = Field(default="center", description="what to do with other aspects")
+    keep_aspect: bool = Field(
+        default=False, description="each file keeps its aspect, in as many pixels as `height` times `width`"
+    )
+    max_area: int | None = Field(
+        default=None, description=f"most pixels of a picture ({DEFAULT_AREA}, which is 832x480)"
+    )
+    max_aspect: float = Field(
+        default=20.0, description="a picture whose longer side is more than X times the shorter one is dropped"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "FramingConfig":
         if (self.height is None) != (self.width is None):
-            raise ValueError("--height and --width belong together; for sizes of any aspect give --max-area instead")
-        for name, size in (("--height", self.height), ("--width", self.width)):
+            raise ValueError("`height` and `width` belong together; for sizes of any aspect give `max_area` instead")
+        for name, size in (("height", self.height), ("width", self.width)):
             if size is not None and (size % GRID or size < GRID):
                 low = max(GRID, size // GRID * GRID)
-                raise ValueError(f"{name} {size} is not a multiple of {GRID}: the nearest are {low} and {low + GRID}")
+                raise ValueError(f"`{name}={size}` is not a multiple of {GRID}: the nearest are {low} and {low + GRID}")
         if self.max_area is not None:
             if self.max_area < GRID * GRID:
-                raise ValueError(f"--max-area {self.max_area} is less than one token of {GRID}x{GRID} pixels")
+                raise ValueError(f"`max_area={self.max_area}` is less than one token of {GRID}x{GRID} pixels")
             if self.height is not None and not self.keep_aspect:
-                raise ValueError("--max-area has no effect beside --height and --width: leave one out")
+                raise ValueError("`max_area` has no effect beside `height` and `width`: leave one out")
         if not 1 <= self.max_aspect <= 1000:
-            raise ValueError(f"--max-aspect {self.max_aspect:g} is not between 1 and 1000: a longer by a shorter side")
+            raise ValueError(f"`max_aspect={self.max_aspect:g}` is not between 1 and 1000: a longer by a shorter side")
         if self.keep_aspect and self.height is None:
-            raise ValueError("without --height and --width every file keeps its aspect: leave --keep-aspect out")
+            raise ValueError("without `height` and `width` every file keeps its aspect: leave `keep_aspect` out")
         if self.keep_aspect and self.max_area is not None:
-            raise ValueError("with --keep-aspect give --max-area or --height and --width (their area counts), not both")
+            raise ValueError("with `keep_aspect` give `max_area` or `height` and `width` (their area counts), not both")
         return self
 
     @property
@@ -74,8 +80,8 @@ def choose_frame(width: float, height: float, config: FramingConfig, seed: int, 
     aspect = max(width, height) / min(width, height)
     if aspect > config.max_aspect:
         raise ValueError(
-            f"too narrow: {width:.0f}x{height:.0f}, one side {aspect:.2f} times the other, is beyond --max-aspect "
-            f"{config.max_aspect:g}"
+            f"too narrow: {width:.0f}x{height:.0f}, one side {aspect:.2f} times the other, is beyond "
+            f"`max_aspect={config.max_aspect:g}`"
         )
     if config.area is not None:
         size = fit_area(width, height, config.area)
@@ -119,7 +125,7 @@ def fit_area(width: float, height: float, area: int) -> tuple[int, int]:
         options = [o for o in options if o[0] <= max(GRID, width) and o[1] <= max(GRID, height)]
     if not options:  # the short side is one token already
         raise ValueError(
-            f"too narrow: {width:.0f}x{height:.0f} has no size in steps of {GRID} within --max-area {area}"
+            f"too narrow: {width:.0f}x{height:.0f} has no size in steps of {GRID} within `max_area={area}`"
         )
     return min(options, key=lambda o: (abs(math.log(o[0] / o[1] * height / width)), -o[0] * o[1]))
 

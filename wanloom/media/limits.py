@@ -7,7 +7,7 @@ file that gives nothing ends. Seconds are those of one core, whatever else the m
 
 import time
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from wanloom.config import Config
 from wanloom.media.decoding import MediaError
@@ -16,15 +16,17 @@ from wanloom.media.decoding import MediaError
 class LimitsConfig(Config):
     """Far above what cameras, films and editors make."""
 
-    max_pixels: int = 100_000_000  # of a picture as it is stored
-    max_pictures: int = 1_000_000  # decoded, or listed, for one sample
-    max_seconds: float = 600.0  # of decoding for one sample
+    max_pixels: int = Field(
+        default=100_000_000, description="of a picture as it is stored; reading one takes 12 to 20 bytes for each"
+    )
+    max_pictures: int = Field(default=1_000_000, description="to be decoded, or looked through, for one sample")
+    max_seconds: float = Field(default=600.0, description="of one core's time for decoding one sample")
 
     @model_validator(mode="after")
     def _check(self) -> "LimitsConfig":
         for name in ("max_pixels", "max_pictures", "max_seconds"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name):g} lets no file pass")
+                raise ValueError(f"`{name}={getattr(self, name):g}` lets no file pass")
         return self
 
 
@@ -46,14 +48,14 @@ class Budget:
         """One more picture or packet. Raises MediaError when that is too many or too late."""
         self.pictures += 1
         if self.pictures > self.limits.max_pictures:
-            raise MediaError("too large", f"needs more than --max-pictures {self.limits.max_pictures} for one sample")
+            raise MediaError("too large", f"needs more than `max_pictures={self.limits.max_pictures}` for one sample")
         if time.thread_time() - self.started > self.limits.max_seconds:
-            reason = f"needs more than --max-seconds {self.limits.max_seconds:g} of decoding for one sample"
+            reason = f"needs more than `max_seconds={self.limits.max_seconds:g}` of decoding for one sample"
             raise MediaError("too large", reason)
 
     def check_size(self, width: int, height: int) -> None:
         """Raise MediaError for a picture of too many pixels."""
         if width * height > self.limits.max_pixels:
             raise MediaError(
-                "too large", f"has pictures of {width}x{height} pixels, more than --max-pixels {self.limits.max_pixels}"
+                "too large", f"has pictures of {width}x{height} pixels, more than `max_pixels={self.limits.max_pixels}`"
             )

@@ -80,7 +80,7 @@ def _open_image(file: MediaFile) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # before a size is told
-        raise MediaError("too large", f"has more pixels than --max-pixels {most}") from error
+        raise MediaError("too large", f"has more pixels than `max_pixels={most}`") from error
     file.budget.check_size(*image.size)
     return image
 

@@ -44,7 +44,7 @@ class Player:
         except av.error.ArgumentError as error:
             if track.width:
                 raise
-            reason = f"has pictures of a size that is damaged, or of more than --max-pixels {budget.limits.max_pixels}"
+            reason = f"has pictures of a size that is damaged, or of more than `max_pixels={budget.limits.max_pixels}`"
             raise MediaError("too large", reason) from error
         self.can_seek = can_seek and self.clock.origin is not None  # raw streams have no stamps
         if self.now is None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import av
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from wanloom.config import Config
 from wanloom.media.clock import JUMPS, Extent, scan
@@ -33,24 +33,34 @@ HELD = "last picture held for less than a frame"
 class TimingConfig(Config):
     """Which moments of a file become samples."""
 
-    mode: Literal["video", "image", "frames"] = "video"
-    frames: int = 81
-    fps: float = 16.0
-    clips: Literal["first", "uniform", "all"] = "first"
-    clips_per_video: int = 4
-    frames_per_video: int = 1
+    frames: int = Field(default=81, description="of every clip, 4n+1")
+    fps: float = Field(default=16.0, description="frames per second of every clip")
+    mode: Literal["video", "image", "frames"] = Field(
+        default="video",
+        description="video: clips, and images as clips of one frame; image: images only; frames: single frames of the "
+        "videos, and images",
+    )
+    clips: Literal["first", "uniform", "all"] = Field(
+        default="first",
+        description="first: one clip from the start of each video; uniform: up to `clips_per_video`, evenly spread; "
+        "all: as many as fit one after the other, the rest at the end is not used",
+    )
+    clips_per_video: int = Field(default=4, description="for `clips=uniform`")
+    frames_per_video: int = Field(
+        default=1, description="for `mode=frames`: from the middles of N equal parts of the video"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TimingConfig":
         if self.frames < 1 or self.frames % 4 != 1:
             low = max(1, (self.frames - 1) // 4 * 4 + 1)
             raise ValueError(
-                f"--frames {self.frames} is not 4n+1, which the VAE needs: the nearest are {low} and {low + 4}"
+                f"`frames={self.frames}` is not 4n+1, which the VAE needs: the nearest are {low} and {low + 4}"
             )
         if not 0 < self.fps <= 1000:
-            raise ValueError(f"--fps {self.fps:g} is not a frame rate")
+            raise ValueError(f"`fps={self.fps:g}` is not a frame rate")
         if self.clips_per_video < 1 or self.frames_per_video < 1:
-            raise ValueError("--clips-per-video and --frames-per-video are at least 1")
+            raise ValueError("`clips_per_video` and `frames_per_video` are at least 1")
         self._check_use()
         return self
 
@@ -58,11 +68,11 @@ class TimingConfig(Config):
         """Raise ValueError for a setting that was given and would change nothing."""
         for name in ("frames", "fps", "clips"):
             if self.mode != "video" and name in self.model_fields_set:
-                raise ValueError(f"--{name} has no effect with --mode {self.mode}: leave it out")
+                raise ValueError(f"`{name}` has no effect with `mode={self.mode}`: leave it out")
         if "clips_per_video" in self.model_fields_set and (self.mode, self.clips) != ("video", "uniform"):
-            raise ValueError("--clips-per-video only counts with --clips uniform: leave it out or give that too")
+            raise ValueError("`clips_per_video` only counts with `clips=uniform`: leave it out or give that too")
         if "frames_per_video" in self.model_fields_set and self.mode != "frames":
-            raise ValueError("--frames-per-video only counts with --mode frames: leave it out or give that too")
+            raise ValueError("`frames_per_video` only counts with `mode=frames`: leave it out or give that too")
 
 
 Same = Callable[[MediaFile], None]  # raises MediaError when an open file is not what it was
@@ -250,5 +260,5 @@ def _check_enough(number: int, frames: int, timing: TimingConfig, moments: list[
 def explain_short(frames: int, timing: TimingConfig) -> str:
     """Why a video with so many frames gives no clip, and the option with which it would."""
     fits = (frames - 1) // 4 * 4 + 1
-    way = f"--frames {fits} takes it" if fits > 1 else "--mode frames takes single pictures of it"
+    way = f"`frames={fits}` takes it" if fits > 1 else "`mode=frames` takes single pictures of it"
     return f"has {frames} frame{'s' * (frames > 1)} at {timing.fps:g} fps, {timing.frames} are asked for; {way}"

@@ -28,21 +28,21 @@ def advise_frames(found: list[int], asked: int) -> list[str]:
     fits = sorted(((number - 1) // 4 * 4 + 1 for number in found), reverse=True)
     usable = [number for number in fits if number >= FEWEST]
     many = len(found) > 1
-    start = f"{plural(len(found), 'video')} {'are' if many else 'is'} too short for --frames {asked}"
+    start = f"{plural(len(found), 'video')} {'are' if many else 'is'} too short for `frames={asked}`"
     if not usable:
-        return [f"{start}: --mode frames takes single pictures of {'them' if many else 'it'}."]
+        return [f"{start}: `mode=frames` takes single pictures of {'them' if many else 'it'}."]
     best = usable[min(len(usable), -(-9 * len(found) // 10)) - 1]
     kept = sum(number >= best for number in usable)
-    return [f"{start}: --frames {best} takes {f'{kept} of them' if many else 'it'}."]
+    return [f"{start}: `frames={best}` takes {f'{kept} of them' if many else 'it'}."]
 
 
 def advise_clips(taken: dict[str, tuple[float, float]], length: float) -> list[str]:
-    """What `--clips first` leaves of videos from which more clips could be taken."""
+    """What `clips=first` leaves of videos from which more clips could be taken."""
     left = [whole - reached for reached, whole in taken.values() if whole - reached >= length]
     if not left:
         return []
     return [
-        f"--clips first takes one clip from the start of a video and leaves {sum(left) / 60:.1f} minutes of "
-        f"{plural(len(left), 'video')} out, by their headers: --clips all takes them, --clips uniform a "
+        f"`clips=first` takes one clip from the start of a video and leaves {sum(left) / 60:.1f} minutes of "
+        f"{plural(len(left), 'video')} out, by their headers: `clips=all` takes them, `clips=uniform` a "
         "few clips spread over each."
     ]

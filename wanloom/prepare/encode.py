@@ -142,7 +142,7 @@ def encode_blocks(
                 writer.end_file(block)
             else:
                 if config.strict:
-                    raise UserError(f"--strict: {entry.source} would be dropped: {result.kind}, {result}.")
+                    raise UserError(f"`strict`: {entry.source} would be dropped: {result.kind}, {result}.")
                 ledger.drop(entry.source, result.kind, str(result), result.frames)
             on_step(block)
     finally:

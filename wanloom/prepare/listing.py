@@ -127,7 +127,7 @@ def build_plan(
     visible, hidden, links = list_files(root, leave_out, follow_links)
     media = [name for name in visible if kind_of(name)]
     if not media:
-        linked = f" --follow-links takes what '{links[0]}' leads to." if links else ""
+        linked = f" `follow_links` takes what '{links[0]}' leads to." if links else ""
         raise UserError(f"'{root}' holds no videos or images ({len(visible)} other files).{linked}")
     taken = [name for name in media if is_text(name) and (mode != "image" or kind_of(name) == "image")]
     captions = read_captions(root, taken, {name for name in visible if is_text(name)}, caption_key)
@@ -145,7 +145,7 @@ def build_plan(
             entry = replace(entry, drop="broken", reason="is a pipe or a device, not a file")
         elif mode == "image" and entry.kind == "video":
             entry = replace(
-                entry, drop="not taken", reason="a video, --mode image takes images only (see --mode frames)"
+                entry, drop="not taken", reason="a video, `mode=image` takes images only (see `mode=frames`)"
             )
         elif isinstance(found, Caption):
             entry = replace(entry, caption=found.text, caption_source=found.source)

@@ -38,14 +38,14 @@ def describe_batch(shape: Shape) -> str:
 def find_helps(config: "PrepareConfig", shape: Shape) -> list[str]:
     """The settings that make it less, the best first."""
     count, frames, height, width = shape
-    helps = [f"--batch-size {count // 2} in place of {count}"] if count > 1 else []
+    helps = [f"`batch_size={count // 2}` in place of {count}"] if count > 1 else []
     if config.framing.height is None:
-        helps.append(f"a smaller --max-area than {height * width}")
+        helps.append(f"a smaller `max_area` than {height * width}")
     else:
-        helps.append(f"a smaller --height and --width than {height} and {width}")
+        helps.append(f"a smaller `height` and `width` than {height} and {width}")
     if frames > 1:
-        helps.append(f"fewer --frames than {frames}")
+        helps.append(f"fewer `frames` than {frames}")
     helps = [f"{words}, in a new folder" for words in helps]
     if config.workers > 1:
-        helps.append(f"--workers {config.workers // 2} in place of {config.workers}")
+        helps.append(f"`workers={config.workers // 2}` in place of {config.workers}")
     return helps[:3]

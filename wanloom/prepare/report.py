@@ -1,24 +1,18 @@
-"""What happened to every file: counts, reasons and names, as report.json and as a table to read.
+"""What happened to every file: counts, reasons and names, as report.json has them.
 
-In: the plan, the drops found while decoding, and the json members of all samples. Out: a dict, and its printed form.
-The one decision: the report is made from what is in the shards, not from counters kept on the way, so it is also right
-after any number of kills and restarts. Every media file is in it: as samples or as a drop.
+In: the plan, the drops found while decoding, and the json members of all samples. Out: a dict. The one
+decision: the report is made from what is in the shards, not from counters kept on the way, so it is also right after
+any number of kills and restarts. Every media file is in it: as samples or as a drop.
 """
 
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from wanloom.media.clock import JUMPS
 from wanloom.prepare.advice import advise
 from wanloom.prepare.listing import Plan
-from wanloom.terminal import plural, printable
-
-NAMES = 5  # file names shown for one line of the table; report.json has all
+from wanloom.terminal import plural
 
 
 class Report:
@@ -130,56 +124,3 @@ def explain_nothing(report: dict[str, Any]) -> str:
     if kinds[0][0] == "captionless":
         sentences.append("A caption is a text beside its file, such as clip.txt beside clip.mp4.")
     return " ".join(sentences)
-
-
-def print_report(report: dict[str, Any], console: Console) -> None:
-    """The report as a table; long lists of names are cut, report.json has them whole."""
-    files, samples = report["files"], report["samples"]
-    table = Table(title="prepared", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right")
-    table.add_column(overflow="fold")
-    table.add_row(
-        "files in", str(files["found"]), f"{plural(files['videos'], 'video')}, {plural(files['images'], 'image')}"
-    )
-    table.add_row("samples out", str(samples["total"]), f"{samples['train']} train, {samples['val']} val")
-    for size, number in sorted(report["sizes"].items()):
-        table.add_row("", str(number), f"{size} (width x height)")
-    for kind, number in sorted(report["dropped_by_kind"].items()):
-        drops = [drop for drop in report["dropped"] if drop["kind"] == kind]
-        lines = [f"{d['file']}: {d['reason']}{_partly(d)}" for d in drops]
-        table.add_row(Text(f"dropped, {kind}", style="red"), str(number), _shorten(lines))
-    for name, title in (
-        ("captions_truncated", "captions cut"),
-        ("captions_in_conflict", "captions disagree"),
-        ("captions_shared", "captions shared"),
-        ("bent_by_rounding", "bent by rounding"),
-        ("resampled_in_time", "resampled in time"),
-        ("cropped", "cropped"),
-        ("enlarged", "enlarged"),
-        ("colours_guessed", "colours guessed"),
-    ):
-        if report.get(name):  # folders of before have fewer
-            lines = [f"{file}: {what}" for file, what in sorted(report[name].items())]
-            table.add_row(title, str(len(lines)), _shorten(lines))
-    for name, title in (
-        ("captions_without_file", "captions without file"),
-        ("ignored", "other files, ignored"),
-        ("links_not_followed", "links to other folders (--follow-links)"),
-    ):
-        if report.get(name):
-            table.add_row(title, str(len(report[name])), _shorten(report[name]))
-    for note, names in sorted(report["notes"].items()):
-        table.add_row(note, str(len(names)), _shorten(names))
-    console.print(table)
-    for line in report.get("advice", []):
-        console.print(line, soft_wrap=True)
-
-
-def _partly(drop: dict[str, Any]) -> str:
-    return f" ({plural(drop['samples'], 'sample')} of it kept)" if drop["samples"] else ""
-
-
-def _shorten(lines: list[str]) -> Text:
-    more = f"\nand {len(lines) - NAMES} more in report.json" if len(lines) > NAMES else ""
-    return Text(printable("\n".join(lines[:NAMES])) + more)

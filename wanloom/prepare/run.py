@@ -73,8 +73,8 @@ def prepare(
     """
     request = Request(source, out, config, identity, load_encoders, on_progress)
     finished = Finished({}, False)
-    halved = f"--workers {max(1, config.workers // 2)} in place of {config.workers}"
-    helps = [halved, "fewer --frames, in a new folder", "a smaller size, in a new folder"]
+    halved = f"`workers={max(1, config.workers // 2)}` in place of {config.workers}"
+    helps = [halved, "fewer `frames`, in a new folder", "a smaller size, in a new folder"]
     with together(), _told(out), enough_memory("hold the clips that are read ahead", helps), Crew() as crew:
         if rank() == 0:
             finished = _lead(request, crew)
@@ -249,11 +249,11 @@ def check_input(out: Path, plan: Plan) -> None:
 
 
 def refuse_drops(plan: Plan) -> None:
-    """--strict: raise UserError for files that would be left out."""
+    """`strict`: raise UserError for files that would be left out."""
     lines = [f"{entry.source}: {entry.drop}, {entry.reason}" for entry in plan.entries if entry.drop]
     if lines:
         shown = "\n  ".join(lines[:20]) + (f"\n  and {len(lines) - 20} more" if len(lines) > 20 else "")
-        raise UserError(f"--strict: before any is decoded, {plural(len(lines), 'file')} would be dropped:\n  {shown}")
+        raise UserError(f"`strict`: before any is decoded, {plural(len(lines), 'file')} would be dropped:\n  {shown}")
 
 
 def _complete(spool: Spool, plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The settings of `wanloom prepare`; apart from the code that encodes, so that they are checked without torch."""
 
 import os
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -17,32 +18,59 @@ def usual_workers() -> int:
 
 
 class PrepareConfig(Config):
-    """The settings of `wanloom prepare`; its --help explains each."""
+    """What is made of a folder of media."""
 
-    timing: TimingConfig = TimingConfig()
-    framing: FramingConfig = FramingConfig()
-    limits: LimitsConfig = LimitsConfig()
-    caption_key: str | None = None
-    max_text_length: int = 512
-    val_fraction: float = 0.05
-    shard_size: int = 512  # MiB
-    batch_size: int | None = None  # None: by `default_batch`
-    dtype: str = "bf16"
-    seed: int = 0
-    workers: int = Field(default_factory=usual_workers)
-    strict: bool = False
-    follow_links: bool = False
+    framing: FramingConfig = Field(default=FramingConfig(), title="size")
+    timing: TimingConfig = Field(default=TimingConfig(), title="time")
+    follow_links: bool = Field(
+        default=False,
+        title="input",
+        description="also take what is in folders outside of INPUT that links in it lead to",
+    )
+    caption_key: str | None = Field(
+        default=None,
+        title="captions",
+        description="key or column that holds the caption (caption; of a table also text or prompt)",
+    )
+    max_text_length: int = Field(
+        default=512,
+        title="captions",
+        description="longest caption in tokens; longer ones are cut and listed in the report",
+    )
+    val_fraction: float = Field(
+        default=0.05,
+        title="result",
+        description="share of the files, rounded to whole ones, that is kept for validation, chosen by a hash of their "
+        "path; all clips of a file are on one side",
+    )
+    shard_size: int = Field(default=512, title="result", description="MiB of one tar file")
+    dtype: Literal["bf16", "fp32"] = Field(
+        default="bf16", title="result", description="of the stored latents and text states"
+    )
+    seed: int = Field(default=0, title="result", description="of the random crops and the validation share")
+    strict: bool = Field(default=False, title="result", description="a file that would be dropped is an error")
+    limits: LimitsConfig = Field(default=LimitsConfig(), title="limits of one file, beyond which it is dropped")
+    workers: int = Field(
+        title="speed",
+        default_factory=usual_workers,
+        description="files decoded at once by each process; each holds about two clips in memory (half the cores, "
+        "shared by the processes of a machine, at most 8)",
+    )
+    batch_size: int | None = Field(  # None: by `default_batch`
+        default=None,
+        title="speed",
+        description="clips of equal size encoded together; changes latents by rounding, so it is fixed for a folder "
+        "(as many as have 4 million pixels together, at most 16)",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "PrepareConfig":
         if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction {self.val_fraction:g} is not between 0 and 1")
+            raise ValueError(f"`val_fraction={self.val_fraction:g}` is not between 0 and 1")
         for name in ("max_text_length", "shard_size", "batch_size", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is at least 1")
-        if self.dtype not in ("bf16", "fp32"):
-            raise ValueError(f"--dtype {self.dtype} is not one of bf16, fp32")
+                raise ValueError(f"`{name}` is at least 1")
         if "seed" in self.model_fields_set and self.framing.crop != "random" and not self.val_fraction:
-            raise ValueError("--seed is of random crops and the validation share, and there is neither: leave it out")
+            raise ValueError("`seed` is of random crops and the validation share, and there is neither: leave it out")
         return self

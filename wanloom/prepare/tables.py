@@ -209,7 +209,7 @@ def _unpack(column: pa.Array) -> list[Any]:
 def choose_columns(path: Path, columns: list[str], key: str | None) -> tuple[str, str]:
     """Which columns hold the file and the caption."""
     file = _choose(path, columns, FILE_COLUMNS, None, "file", "rename or remove the others")
-    return file, _choose(path, columns, CAPTION_COLUMNS, key, "caption", "say which with --caption-key")
+    return file, _choose(path, columns, CAPTION_COLUMNS, key, "caption", "say which with `caption_key`")
 
 
 def _choose(path: Path, columns: list[str], known: tuple[str, ...], wanted: str | None, what: str, advice: str) -> str:
