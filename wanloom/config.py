@@ -5,11 +5,11 @@ A config class sits beside the code that reads it; `runs/recipe.py` only compose
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from yaml.error import MarkedYAMLError
 
 from wanloom.errors import UserError, cut, nearest_word
@@ -40,7 +40,12 @@ def expand_home(path: str) -> str:
     return os.path.expanduser(path)
 
 
-UserPath = Annotated[str, AfterValidator(expand_home)]  # of a setting
+def as_text(path: Any) -> Any:
+    """A path of Python's as a setting has it."""
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
+
+
+UserPath = Annotated[str, BeforeValidator(as_text), AfterValidator(expand_home)]  # of a setting
 
 
 class Config(BaseModel):
@@ -62,21 +67,26 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     """`["optimizer.lr=1e-4", "seed=3"]` to a nested mapping; values are read as YAML scalars or flow collections."""
-    out: dict[str, Any] = {}
-    given: set[str] = set()
+    given: dict[str, Any] = {}
     for pair in pairs:
         path, separator, text = pair.partition("=")
         if not separator or not path or path.count(".") > MOST_DEPTH:
             raise UserError(f"'{cut(pair)}' is not of the form key.path=value, without spaces around the =.")
         if path in given:
             raise UserError(f"The setting '{path}' is given twice: leave one of them out.")
-        given.add(path)
         try:
-            value: Any = load_yaml(text)
+            given[path] = load_yaml(text)
         except yaml.YAMLError as error:
             raise UserError(
                 f"The value of '{path}' cannot be read: {cut(text)!r} is not valid YAML, {explain_yaml(error)}."
             ) from error
+    return nest(given)
+
+
+def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"optimizer.lr": 1e-4, "seed": 3}` as a nested mapping; one that is nested already stays as it is."""
+    out: dict[str, Any] = {}
+    for path, value in settings.items():
         for key in reversed(path.split(".")):
             value = {key: value}
         out = merge(out, value)

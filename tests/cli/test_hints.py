@@ -19,7 +19,7 @@ from wanloom.config import parse_overrides
 from wanloom.data.shards import Dataset
 from wanloom.data.tar import END, tar_pair
 from wanloom.runs.layers import recipe_names
-from wanloom.runs.recipe import load_run
+from wanloom.runs.recipe import build_run
 
 ROOT = Path(__file__).parents[2]
 SIZE = ["--height", "32", "--width", "32", "--frames", "5"]
@@ -88,18 +88,18 @@ def test_a_setting_is_read_back(value):
 
 def test_the_recipe_fits_the_model(tiny_pipeline, tmp_path):
     for name in recipe_names():
-        model = load_run(name, []).model
+        model = build_run(name, []).model
         recipe, words = find_recipe(model, 4096)
-        assert load_run(recipe, []).model == model and words == []
+        assert build_run(recipe, []).model == model and words == []
     assert find_recipe(str(tiny_pipeline), 64) == ("tiny", [f"model={tiny_pipeline}", "init=pretrained"])
     recipe, words = find_recipe("someone/a-wan-of-mine", 4096)
-    assert load_run(recipe, words).model == "someone/a-wan-of-mine" and "1.3b" in recipe
+    assert build_run(recipe, words).model == "someone/a-wan-of-mine" and "1.3b" in recipe
     assert find_recipe("someone/a-wan-of-mine", 77) is None
 
 
 def test_a_sample_that_is_larger_than_a_pack_raises_it(prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    budget = load_run("tiny", []).batch.tokens_per_pack
+    budget = build_run("tiny", []).batch.tokens_per_pack
     latents = torch.zeros(16, 21, 60, 104)
     for name, values in (("small", latents[:, :1, :32, :32]), ("large", latents)):
         Path(name).mkdir()
@@ -166,7 +166,7 @@ def test_a_command_that_is_shown_can_be_given(command):
     arguments = parser.parse_words(rest)
     assert isinstance(arguments, argparse.Namespace)
     if name == "train" and arguments.recipe in recipe_names():
-        load_run(arguments.recipe, arguments.settings)
+        build_run(arguments.recipe, arguments.settings)
 
 
 def test_the_commands_are_found():

@@ -18,14 +18,14 @@ from wanloom.data.shards import Dataset
 from wanloom.formats.pipeline import TINY
 from wanloom.media.write import write_png
 from wanloom.report.data import size_of
-from wanloom.runs.recipe import load_run
+from wanloom.runs.recipe import build_run
 
 
 def test_a_recipe_is_printed_as_a_recipe(tmp_path, capsys):
     assert main(["show", "tiny", "--mock", "17x64x64,1x64x64", "seed=3"]) == 0
     out = capsys.readouterr().out
     (tmp_path / "shown.yaml").write_text(out)
-    assert load_run(str(tmp_path / "shown.yaml"), []) == load_run("tiny", ["seed=3", 'data.mock="17x64x64,1x64x64"'])
+    assert build_run(str(tmp_path / "shown.yaml"), []) == build_run("tiny", ["seed=3", 'data.mock="17x64x64,1x64x64"'])
     assert "# parameters: 1,782,208" in out
     assert "1,024 samples to train on, 16 held out" in out
     assert "# step: 16 samples, " in out and "model TFLOP" in out

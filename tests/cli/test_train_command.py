@@ -30,7 +30,7 @@ from wanloom.keys import SCHEME, keyed_normal
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import forward_flops
 from wanloom.objective.noise import draw_noise, draw_uniform
-from wanloom.runs.recipe import load_run
+from wanloom.runs.recipe import build_run
 from wanloom.train import loop
 from wanloom.train import step as step_module
 from wanloom.train.loop import Trainer
@@ -515,7 +515,7 @@ def test_a_prepared_folder_and_the_empty_caption_of_a_pipeline(tmp_path, prepare
 
     from wanloom.runs.empty_text import empty_text
 
-    run = load_run("tiny", [f"model={tiny_pipeline}", f"data.path={folder}"])
+    run = build_run("tiny", [f"model={tiny_pipeline}", f"data.path={folder}"])
     states = empty_text(run, tmp_path, 64, torch.device("cpu"))
     expected = TextCodec.load(tiny_pipeline, "cpu").encode([""])[0]
     assert states is not None and torch.equal(states, expected) and states.shape == (1, 64)
@@ -668,12 +668,12 @@ def test_mock_needs_no_shapes_and_stands_anywhere(tmp_path, capsys):
 
 
 def test_one_step_passes():
-    run, said = load_run("tiny", ["run_dir=x", "data.path=x", "train.steps=1", "batch.samples=4"]), []
+    run, said = build_run("tiny", ["run_dir=x", "data.path=x", "train.steps=1", "batch.samples=4"]), []
     tell_outlook(run, [4], [1.0], [], said.append)
     assert said == ["1 step passes over each sample once; the first checkpoint comes after the last step."]
 
 
 def test_the_long_wait_of_compilation_is_said_beforehand():
-    run, said = load_run("tiny", ["run_dir=x", "data.path=x", "compile=block"]), []
+    run, said = build_run("tiny", ["run_dir=x", "data.path=x", "compile=block"]), []
     tell_outlook(run, [4], [1.0], [], said.append)
     assert said[1].startswith("compile=block: the first step takes minutes")

@@ -32,7 +32,7 @@ from wanloom.model.settings import DiTConfig
 from wanloom.parallel.mesh import Mesh, resolve_layout
 from wanloom.parallel.params import box_of, local
 from wanloom.parallel.settings import ParallelConfig
-from wanloom.runs.recipe import dump_run, load_run
+from wanloom.runs.recipe import build_run, dump_run
 
 SHAPES = {"one": (1, 5), "three": (3,), "seven": (7, 6), "wide": (6, 7), "even": (8, 5), "flat": (13, 2, 3)}
 CUT_BY_TP = {"seven": 0, "wide": 1, "even": 0, "three": 0}
@@ -149,7 +149,7 @@ def begin_run(run_dir: Path) -> None:
         value = torch.randn(param.shape, generator=torch.Generator().manual_seed(sum(name.encode())))
         tensors |= {f"model.{name}": value, f"ema.{name}": -2 * value}
     checkpointer = Checkpointer(run_dir, CheckpointConfig())
-    checkpointer.save(1, tensors, {"step": 1, "model": SMALL.model_dump()}, dump_run(load_run("tiny", [])))
+    checkpointer.save(1, tensors, {"step": 1, "model": SMALL.model_dump()}, dump_run(build_run("tiny", [])))
     checkpointer.close()
 
 
@@ -246,7 +246,7 @@ def check_init() -> None:
     for parallel in ({"dp_shard": 2}, {"tp": 2}, {"pp": 2}):
         mesh = Mesh(resolve_layout(ParallelConfig(**{"dp_shard": 1, **parallel}), 2, SMALL), torch.device("cpu"))
         for init, ema in ((FOLDER / "begun", False), (f"{FOLDER / 'begun'}:ema", True)):
-            run = load_run("tiny", [f"init={init}"])
+            run = build_run("tiny", [f"init={init}"])
             wanted = load_weights(find_checkpoint(FOLDER / "begun"), ema)[1]
             model = build_model(run, SMALL, mesh, fill=True)
             held = dict(model.named_parameters())

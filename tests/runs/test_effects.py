@@ -6,7 +6,7 @@ from wanloom.cli import main
 from wanloom.errors import UserError
 from wanloom.runs.effects import RULES, find_notes
 from wanloom.runs.layers import recipe_names
-from wanloom.runs.recipe import dump_run, load_run
+from wanloom.runs.recipe import build_run, dump_run
 
 # words that have no effect, and the word beside them that gives them one
 IDLE = [
@@ -31,12 +31,12 @@ IDLE = [
 def test_a_word_without_effect_is_an_error(word, reason, use, beside):
     name, _, value = word.partition("=")
     with pytest.raises(UserError) as error:
-        load_run("tiny", [word, *([beside] if beside else [])])
+        build_run("tiny", [word, *([beside] if beside else [])])
     sentence = str(error.value)
     assert name in sentence and f"has no effect {reason}: leave it out" in sentence and "\n" not in sentence
     assert value in sentence or name == "data.sources"
     if use:
-        load_run("tiny", [word, *use])
+        build_run("tiny", [word, *use])
 
 
 def test_every_rule_is_tried_above():
@@ -45,20 +45,20 @@ def test_every_rule_is_tried_above():
 
 
 def test_what_a_word_says_by_default_is_no_mistake():
-    load_run("tiny", ["flow.mode_scale=1.29", "parallel.context=auto", "flow.mix_uniform_ratio=0"])
-    load_run("tiny", ["data.sources=[{path: a, repeats: 2}, {path: b}]"])
-    load_run("tiny", ["data.sources=[{path: a, repeats: 1, weight: 1}]"])  # what is so by default is no wish
-    load_run("tiny", ["train.steps=2", "log.validate_every=100"])  # a trial of a longer run
+    build_run("tiny", ["flow.mode_scale=1.29", "parallel.context=auto", "flow.mix_uniform_ratio=0"])
+    build_run("tiny", ["data.sources=[{path: a, repeats: 2}, {path: b}]"])
+    build_run("tiny", ["data.sources=[{path: a, repeats: 1, weight: 1}]"])  # what is so by default is no wish
+    build_run("tiny", ["train.steps=2", "log.validate_every=100"])  # a trial of a longer run
 
 
 def test_shipped_recipes_and_presets_are_nobodys_wish(tmp_path):
     for name in recipe_names():
         for mode in (None, "pretrain", "finetune"):
-            run = load_run(name, ["schedule.kind=constant", "train.steps=1"], mode)
+            run = build_run(name, ["schedule.kind=constant", "train.steps=1"], mode)
             assert find_notes(run, name) == []
-            (tmp_path / "dumped.yaml").write_text(dump_run(load_run(name, [], mode)))
+            (tmp_path / "dumped.yaml").write_text(dump_run(build_run(name, [], mode)))
             dumped = str(tmp_path / "dumped.yaml")
-            assert find_notes(load_run(dumped, []), dumped) == []
+            assert find_notes(build_run(dumped, []), dumped) == []
 
 
 def test_a_recipe_of_ones_own_gives_notes(tmp_path):
@@ -67,10 +67,10 @@ def test_a_recipe_of_ones_own_gives_notes(tmp_path):
     text = f"based_on: {below}\nflow: {{sampler: beta}}\nmodes: {{finetune: {{flow: {{logit_mean: 1.0}}}}}}\n"
     (tmp_path / "mine.yaml").write_text(text)
     mode = f"flow.mode_scale=1 has no effect with flow.sampler=beta ({recipe} says it)."
-    assert find_notes(load_run(recipe, []), recipe) == [mode]
+    assert find_notes(build_run(recipe, []), recipe) == [mode]
     kind = f"schedule.min_lr_ratio=0.3 has no effect with schedule.kind=constant ({recipe} says it)."
-    assert find_notes(load_run(recipe, ["schedule.kind=constant"]), recipe) == [mode, kind]
-    assert find_notes(load_run(recipe, ["flow.sampler=mode"]), recipe) == [
+    assert find_notes(build_run(recipe, ["schedule.kind=constant"]), recipe) == [mode, kind]
+    assert find_notes(build_run(recipe, ["flow.sampler=mode"]), recipe) == [
         f"flow.beta_alpha=3 has no effect with flow.sampler=mode ({recipe} says it)."
     ]
 

@@ -8,14 +8,14 @@ from wanloom.errors import UserError
 from wanloom.model.dit import DiTConfig
 from wanloom.parallel.mesh import ParallelConfig, resolve_layout
 from wanloom.runs.memory import check_run, find_helps, rank_states
-from wanloom.runs.recipe import load_run
+from wanloom.runs.recipe import build_run
 
 SMALL = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)  # the 1.3B
 CLIP = 32_760  # tokens of 81 frames of 480 x 832
 
 
 def helps(*settings: str, device: str = "cuda", config: DiTConfig = SMALL, largest: int = CLIP) -> list[str]:
-    run = load_run("wan2.1-t2v-1.3b", ["run_dir=x", "data.path=x", *settings])
+    run = build_run("wan2.1-t2v-1.3b", ["run_dir=x", "data.path=x", *settings])
     layout = resolve_layout(ParallelConfig(), 1, config, run.batch.samples)
     return find_helps(run, config, layout, largest, device, rank_states(run, config, layout))
 
@@ -37,7 +37,7 @@ def test_the_best_is_what_saves_most():
 
 
 def test_what_cannot_fit_is_refused_by_a_lower_bound(monkeypatch):
-    run = load_run("wan2.1-t2v-1.3b", ["run_dir=x", "data.path=x", "ema.decay=null", "recompute=full"])
+    run = build_run("wan2.1-t2v-1.3b", ["run_dir=x", "data.path=x", "ema.decay=null", "recompute=full"])
     layout = resolve_layout(ParallelConfig(), 1, SMALL, run.batch.samples)
     states = rank_states(run, SMALL, layout)
     asked = []
@@ -54,7 +54,7 @@ def test_what_cannot_fit_is_refused_by_a_lower_bound(monkeypatch):
 
 def test_a_refusal_gives_no_advice_that_leaves_it_as_it_is(monkeypatch):
     """It counts the largest sample alone, so a smaller pack would be refused with the same words."""
-    run = load_run("tiny", ["run_dir=x", "data.path=x", "batch.tokens_per_pack=90000000"])
+    run = build_run("tiny", ["run_dir=x", "data.path=x", "batch.tokens_per_pack=90000000"])
     layout = resolve_layout(ParallelConfig(), 1, SMALL, run.batch.samples)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 62)
     later = check_run(run, SMALL, layout, CLIP, torch.device("cpu"), 1)

@@ -17,13 +17,13 @@ from wanloom.data.shards import Dataset
 from wanloom.data.tar import END, tar_pair
 from wanloom.errors import UserError
 from wanloom.runs.origin import check_origins, note_unhashed
-from wanloom.runs.recipe import load_run
+from wanloom.runs.recipe import build_run
 
 
 def notes(model: str | Path, *sources: str | Path) -> list[str]:
     said: list[str] = []
     paths = ", ".join(f"{{path: '{path}'}}" for path in sources)
-    check_origins(load_run("tiny", [f"model='{model}'", f"data.sources=[{paths}]"]), said.append)
+    check_origins(build_run("tiny", [f"model='{model}'", f"data.sources=[{paths}]"]), said.append)
     return said
 
 

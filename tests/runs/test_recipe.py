@@ -15,26 +15,27 @@ from wanloom.runs.recipe import (
     MAY_CHANGE,
     MIXES,
     Run,
+    build_run,
     changed_settings,
     dump_run,
-    load_run,
     model_config,
     settle_steps,
-    use_mock,
 )
+
+STEPS = ["train.steps=3"]
 
 
 def test_every_shipped_recipe_loads_both_ways():
     assert recipe_names() == ["tiny", "wan2.1-t2v-1.3b", "wan2.1-t2v-1.3b-one-gpu", "wan2.1-t2v-14b"]
     for name in recipe_names():
-        assert model_config(load_run(name, []).model) == CONFIGS[name.removesuffix("-one-gpu")]
+        assert model_config(build_run(name, []).model) == CONFIGS[name.removesuffix("-one-gpu")]
         for init, mode in (("random", "pretrain"), ("pretrained", "finetune")):
-            run = load_run(name, [f"init={init}"])
+            run = build_run(name, [f"init={init}"])
             assert run.init == init
             flow = run.flow.model_dump()
             if name != "tiny":  # which says itself what is best for its few tokens
                 assert {key: flow[key] for key in PRESETS[mode]} == PRESETS[mode]
-    fine, scratch = (load_run("wan2.1-t2v-14b", [f"init={init}"]) for init in ("pretrained", "random"))
+    fine, scratch = (build_run("wan2.1-t2v-14b", [f"init={init}"]) for init in ("pretrained", "random"))
     assert (fine.optimizer.lr, scratch.optimizer.lr) == (5e-6, 5e-5)
     assert (fine.optimizer.betas, scratch.optimizer.betas) == ((0.9, 0.999), (0.9, 0.95))
 
@@ -46,29 +47,43 @@ def test_a_training_mode_asked_for_wins_over_the_recipe_and_words_win_over_both(
         "flow: {shift: 7.0, sampler: mode, stratified: true}\n"
         "modes: {finetune: {optimizer: {lr: 2e-4, eps: 1e-9}}}\n"
     )
-    plain = load_run(str(recipe), [])
+    plain = build_run(str(recipe), [])
     assert (plain.flow.shift, plain.flow.sampler, plain.optimizer.lr) == (7.0, "mode", 1e-3)
     assert plain.flow.mix_uniform_ratio == 0.2  # of the pretrain preset, where the recipe says nothing
-    asked = load_run(str(recipe), [], "pretrain")
+    asked = build_run(str(recipe), [], "pretrain")
     assert (asked.flow.shift, asked.flow.sampler) == (2.5, "logit_normal")
     assert asked.flow.stratified  # the preset says nothing of it
-    tuned = load_run(str(recipe), ["flow.shift=9", "optimizer.eps=1e-7"], "finetune")
+    tuned = build_run(str(recipe), ["flow.shift=9", "optimizer.eps=1e-7"], "finetune")
     assert (tuned.flow.shift, tuned.flow.sampler) == (9, "uniform")
     assert (tuned.optimizer.lr, tuned.optimizer.eps) == (2e-4, 1e-7)
 
 
 def test_a_dumped_run_is_a_recipe(tmp_path):
     words = ["data.sources=[{path: a, weight: 1}, {path: b, weight: 2.5}]", "optimizer.lr=3e-5", "ema.decay=null"]
-    run = load_run("wan2.1-t2v-1.3b", [*words, "init=random", "run_dir='1e3'"])
+    run = build_run("wan2.1-t2v-1.3b", [*words, "init=random", "run_dir='1e3'"])
     (tmp_path / "run.yaml").write_text(dump_run(run))
-    assert load_run(str(tmp_path / "run.yaml"), []) == run
+    assert build_run(str(tmp_path / "run.yaml"), []) == run
     assert run.data.sources[1].weight == 2.5 and run.ema.decay is None and run.run_dir == "1e3"
 
 
 def test_mock_is_a_setting():
-    words = use_mock(["seed=1"], "17x64x64,1x64x64*2")
-    assert load_run("tiny", words).data.mock == "17x64x64,1x64x64*2"
-    assert use_mock(["seed=1"], None) == ["seed=1"]
+    run = build_run("tiny", ["seed=1"], mock="17x64x64,1x64x64*2")
+    assert (run.seed, run.data.mock) == (1, "17x64x64,1x64x64*2")
+    with pytest.raises(UserError, match=r"'data\.mock' is given twice"):
+        build_run("tiny", ["data.mock=1x64x64"], mock="mix")
+
+
+def test_settings_and_recipes_may_be_mappings_and_paths(tmp_path):
+    settings = {"optimizer.lr": 1e-3, "data": {"path": tmp_path}, "run_dir": tmp_path / "run", "train.steps": 3}
+    run = build_run("tiny", settings)
+    assert run == build_run("tiny", ["optimizer.lr=1e-3", f"data.path={tmp_path}", f"run_dir={tmp_path}/run", *STEPS])
+    assert run == build_run({"based_on": "tiny", **settings})
+    (tmp_path / "mine.yaml").write_text("based_on: tiny\ntrain: {steps: 3}\n")
+    assert build_run(tmp_path / "mine.yaml").train.steps == 3
+    with pytest.raises(UserError, match="The recipe is no whole recipe, it lacks model"):
+        build_run({"train.steps": 3})
+    with pytest.raises(UserError, match="no training mode 'tune': give one of pretrain, finetune"):
+        build_run("tiny", training_mode="tune")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +99,7 @@ def test_mock_is_a_setting():
     ],
 )
 def test_what_may_change_when_a_run_goes_on(words, changed):
-    old, new = (load_run("tiny", w) for w in ([], words))
+    old, new = (build_run("tiny", w) for w in ([], words))
     found = changed_settings(old, new)
     assert list(found) == changed
     if "seed" in found:
@@ -120,24 +135,24 @@ def test_what_is_wrong_with_a_recipe_is_said(tmp_path, text, message):
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        load_run(str(path), [])
+        build_run(str(path), [])
 
 
 def test_a_recipe_that_is_no_text_is_said(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"model: \xff\xfe")
     with pytest.raises(UserError, match="it is not text in UTF-8"):
-        load_run(str(tmp_path / "r.yaml"), [])
+        build_run(str(tmp_path / "r.yaml"), [])
 
 
 @pytest.mark.parametrize("betas", ["[0.9, 1.5]", "[-0.1, 0.9]", "[0.9]"])
 def test_betas_have_bounds(betas):
     with pytest.raises(UserError, match=r"optimizer\.betas"):
-        load_run("tiny", [f"optimizer.betas={betas}"])
+        build_run("tiny", [f"optimizer.betas={betas}"])
 
 
 def test_an_unknown_recipe_or_model_is_said():
     with pytest.raises(UserError, match=r"no recipe 'wan2\.1-t2v-1b'.* Did you mean 'wan2"):
-        load_run("wan2.1-t2v-1b", [])
+        build_run("wan2.1-t2v-1b", [])
     with pytest.raises(UserError, match="There is no model 'nothing'"):
         model_config("nothing")
     with pytest.raises(UserError, match="'my models/tiny' is no folder here"):
@@ -173,7 +188,7 @@ def test_names_of_other_trainers_lead_to_settings_that_are_there():
 )
 def test_a_word_that_is_no_setting_is_told_what_is_near(word, message):
     with pytest.raises(UserError) as caught:
-        load_run("tiny", [word])
+        build_run("tiny", [word])
     text = str(caught.value)
     assert message in text and not any(jargon in text for jargon in ("instance", "dictionary", "tuple", "Config"))
 
@@ -181,14 +196,14 @@ def test_a_word_that_is_no_setting_is_told_what_is_near(word, message):
 def test_the_home_folder_is_meant_by_a_tilde_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/u")
     words = ["run_dir=~/runs/x", "model=~/wan", "data.sources=[{path: ~/a}, {path: b~c}]"]
-    run = load_run("tiny", words)
+    run = build_run("tiny", words)
     assert (run.run_dir, run.model, *(s.path for s in run.data.sources)) == (
         "/home/u/runs/x",
         "/home/u/wan",
         "/home/u/a",
         "b~c",
     )
-    assert load_run("tiny", ["data.path=~/d"]).data.path == "/home/u/d"
+    assert build_run("tiny", ["data.path=~/d"]).data.path == "/home/u/d"
 
 
 def test_a_recipe_builds_on_another_and_wins_over_what_it_says_of_the_mode(tmp_path, monkeypatch):
@@ -197,15 +212,15 @@ def test_a_recipe_builds_on_another_and_wins_over_what_it_says_of_the_mode(tmp_p
     (tmp_path / "b.yaml").write_text(
         "based_on: a.yaml\nmodes: {pretrain: {optimizer: {eps: 1e-9}}, finetune: {seed: 4}}"
     )
-    below, run = load_run("wan2.1-t2v-1.3b", ["init=random"]), load_run("b.yaml", ["init=random"])
+    below, run = build_run("wan2.1-t2v-1.3b", ["init=random"]), build_run("b.yaml", ["init=random"])
     assert (run.optimizer.lr, run.optimizer.eps, run.seed, run.flow.shift) == (1e-6, 1e-9, 0, 9)
     assert (run.optimizer.betas, run.batch, run.schedule) == (below.optimizer.betas, below.batch, below.schedule)
-    assert load_run("b.yaml", []).seed == 4 and load_run("b.yaml", []).init == "pretrained"
-    asked = load_run("b.yaml", ["init=random"], "pretrain")
+    assert build_run("b.yaml", []).seed == 4 and build_run("b.yaml", []).init == "pretrained"
+    asked = build_run("b.yaml", ["init=random"], "pretrain")
     assert asked.flow.shift == 2.5, "the preset of a mode that is asked for wins"
     (tmp_path / "c.yaml").write_text("based_on: c.yaml")
     with pytest.raises(UserError, match="and so on without end"):
-        load_run("c.yaml", [])
+        build_run("c.yaml", [])
 
 
 def test_a_file_that_is_missing_is_no_recipe_that_is_missing(tmp_path, monkeypatch):
@@ -222,19 +237,19 @@ def test_a_file_that_is_missing_is_no_recipe_that_is_missing(tmp_path, monkeypat
         ("data", "'data' is a folder, not a recipe: give a YAML file or tiny, wan"),
     ):
         with pytest.raises(UserError, match=message):
-            load_run(name, [])
+            build_run(name, [])
 
 
 def test_epochs_are_steps_once_the_samples_are_counted(tmp_path):
-    run = load_run("tiny", ["train.epochs=2.5"])
+    run = build_run("tiny", ["train.epochs=2.5"])
     settled = settle_steps(run, 100)
     assert (settled.train.steps, settled.train.epochs) == (16, None) and 16 * run.batch.samples >= 250
-    assert settle_steps(load_run("tiny", []), 100).train.steps == load_run("tiny", []).train.steps
-    tenths = load_run("tiny", ["train.epochs=1.1", "batch.samples=1"])
+    assert settle_steps(build_run("tiny", []), 100).train.steps == build_run("tiny", []).train.steps
+    tenths = build_run("tiny", ["train.epochs=1.1", "batch.samples=1"])
     assert settle_steps(tenths, 100).train.steps == 110, "exact, where floats are a little above"
     (tmp_path / "r.yaml").write_text("based_on: tiny\ntrain: {epochs: 3}")
-    assert load_run(str(tmp_path / "r.yaml"), []).train.epochs == 3
-    assert load_run(str(tmp_path / "r.yaml"), ["train.steps=7"]).train.epochs is None, "the later word counts"
+    assert build_run(str(tmp_path / "r.yaml"), []).train.epochs == 3
+    assert build_run(str(tmp_path / "r.yaml"), ["train.steps=7"]).train.epochs is None, "the later word counts"
 
 
 def test_a_mix_fits_the_recipe():
@@ -242,14 +257,14 @@ def test_a_mix_fits_the_recipe():
 
     for tokens, shapes in MIXES.items():
         assert max(MockDataset(shapes, 8).rows("train").tokens) == tokens
-    assert load_run("tiny", use_mock([], "mix")).data.mock == MIXES[80]
-    assert load_run("wan2.1-t2v-1.3b", use_mock([], "mix")).data.mock == MIXES[32760]
-    assert load_run("wan2.1-t2v-1.3b", ["data.mock=mix", "batch.tokens_per_pack=20000"]).data.mock == MIXES[14040]
+    assert build_run("tiny", mock="mix").data.mock == MIXES[80]
+    assert build_run("wan2.1-t2v-1.3b", mock="mix").data.mock == MIXES[32760]
+    assert build_run("wan2.1-t2v-1.3b", ["data.mock=mix", "batch.tokens_per_pack=20000"]).data.mock == MIXES[14040]
 
 
 def test_twenty_clips_on_one_gpu_are_as_many_steps_and_minutes_as_readme_says():
     text = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
-    run = load_run("wan2.1-t2v-1.3b-one-gpu", ["train.epochs=100"])
+    run = build_run("wan2.1-t2v-1.3b-one-gpu", ["train.epochs=100"])
     kept = 20 - int(20 * PrepareConfig().val_fraction + 0.5)
     steps = settle_steps(run, kept).train.steps
     tflop = run.batch.samples * train_flops(model_config(run.model), 32760) / 1e12
@@ -265,4 +280,4 @@ def test_twenty_clips_on_one_gpu_are_as_many_steps_and_minutes_as_readme_says():
 )
 def test_numbers_of_a_recipe_are_finite(name, value):
     with pytest.raises(UserError, match=f"The setting '{name}' is .*: it must be "):
-        load_run("tiny", [f"{name}={value}"])
+        build_run("tiny", [f"{name}={value}"])

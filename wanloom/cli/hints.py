@@ -41,7 +41,7 @@ def as_word(path: Path) -> str:
 def train_command(data: Path, model: str) -> str | None:
     """How to train `model` on a prepared folder; None where nothing that is shipped fits."""
     from wanloom.data.shards import Dataset
-    from wanloom.runs.recipe import load_run
+    from wanloom.runs.recipe import build_run
 
     dataset = Dataset.open(data)
     train, val = dataset.rows("train"), dataset.rows("val")
@@ -53,7 +53,7 @@ def train_command(data: Path, model: str) -> str | None:
     recipe, words = found
     words = [*words, setting("data.path", as_word(data)), setting("run_dir", as_word(free_run_dir(data)))]
     longest = max(int(rows.tokens.max()) for rows in (train, val) if len(rows))
-    if longest > load_run(recipe, words).batch.tokens_per_pack:
+    if longest > build_run(recipe, words).batch.tokens_per_pack:
         words.append(setting("batch.tokens_per_pack", longest))
     return shlex.join(["wanloom", "train", recipe, *words])
 
@@ -74,9 +74,9 @@ def find_recipe(model: str, text_dim: int) -> tuple[str, list[str]] | None:
     from wanloom.formats.pipeline import find_local
     from wanloom.formats.transformer import read_config
     from wanloom.runs.layers import recipe_names
-    from wanloom.runs.recipe import load_run, model_config
+    from wanloom.runs.recipe import build_run, model_config
 
-    runs = {name: load_run(name, []) for name in recipe_names()}
+    runs = {name: build_run(name, []) for name in recipe_names()}
     if same := [name for name, run in runs.items() if run.model == model]:
         return min(same, key=lambda name: (runs[name].batch.samples, name)), []
     transformer = find_local(model, ("transformer",))

@@ -13,7 +13,7 @@ from wanloom.formats.pipeline import check_name
 from wanloom.memory import GIB
 from wanloom.runs.effects import find_notes
 from wanloom.runs.layers import recipe_names
-from wanloom.runs.recipe import Run, load_run, use_mock
+from wanloom.runs.recipe import Run, build_run
 from wanloom.terminal import Terminal, note, plural, say, show_log
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def is_recipe(target: str) -> bool:
 
 
 def read_recipe(arguments: argparse.Namespace) -> Run:
-    return load_run(arguments.target, use_mock(arguments.settings, arguments.mock), arguments.training_mode)
+    return build_run(arguments.target, arguments.settings, arguments.training_mode, arguments.mock)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from wanloom.checkpoint.saved import list_checkpoints
 from wanloom.errors import UserError, nearest
 from wanloom.formats.pipeline import check_name
-from wanloom.runs.recipe import load_run, split_init, use_mock
+from wanloom.runs.recipe import build_run, split_init
 from wanloom.terminal import plural
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ LOGS = (".log", ".out", ".err")  # what a shell or a scheduler may have put ther
 
 def check(arguments: argparse.Namespace) -> "Run":
     """The run, as far as it can be checked without its data and model. Raises UserError."""
-    run = load_run(arguments.recipe, use_mock(arguments.settings, arguments.mock), arguments.training_mode)
+    run = build_run(arguments.recipe, arguments.settings, arguments.training_mode, arguments.mock)
     if run.run_dir is None:
         raise UserError("Say where checkpoints and metrics go: run_dir=FOLDER.")
     for source in run.data.resolved():

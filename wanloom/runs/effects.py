@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wanloom.config import section_at
 from wanloom.errors import UserError
 from wanloom.objective.settings import PRESETS
-from wanloom.runs.layers import read_layers, recipe_names
+from wanloom.runs.layers import Recipe, name_of, read_layers, recipe_names
 
 if TYPE_CHECKING:
     from wanloom.runs.recipe import Run
@@ -67,9 +67,9 @@ def check_words(run: "Run", words: dict[str, Any]) -> None:
         raise UserError(f"{sentence}: leave it out, or change the other.")
 
 
-def find_notes(run: "Run", recipe: str) -> list[str]:
+def find_notes(run: "Run", recipe: Recipe) -> list[str]:
     """Sentences on what a recipe of one's own says, and those below it, without effect on the run."""
-    if recipe in recipe_names():
+    if str(recipe) in recipe_names():
         return []
     said = dict[str, Any]()
     for layer in read_layers(recipe):
@@ -78,7 +78,7 @@ def find_notes(run: "Run", recipe: str) -> list[str]:
     # a recipe that `wanloom show` wrote holds the presets too
     preset = [pair for values in PRESETS.values() for pair in _leaves({"flow": values})]
     names = {name for name, value in said.items() if (name, value) not in preset and _value(run, name) == value}
-    return [f"{sentence} ({recipe} says it)." for sentence in _idle(run, names)]
+    return [f"{sentence} ({name_of(recipe)} says it)." for sentence in _idle(run, names)]
 
 
 def _idle(run: "Run", names: set[str]) -> list[str]:

@@ -1,11 +1,12 @@
 """The values of a recipe, layer by layer: what it builds on first, then what it says itself.
 
-In: the name of a shipped recipe or a YAML file. Out: for each layer its values, and what it says for a training mode.
-The one decision: `based_on` in a file names the recipe that gives all that the file does not say. Relative paths, there
-and in every setting, are relative to the folder where the command runs, wherever the file is.
+In: the name of a shipped recipe, a YAML file, or a mapping. Out: for each layer its values, and what it says for a
+training mode. The one decision: `based_on` in a file names the recipe that gives all that the file does not say.
+Relative paths, there and in every setting, are relative to the folder where the command runs, wherever the file is.
 """
 
 import os
+from collections.abc import Mapping
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from wanloom.config import MOST_CHARACTERS, expand_home, explain_yaml, load_yaml
+from wanloom.config import MOST_CHARACTERS, expand_home, explain_yaml, load_yaml, nest
 from wanloom.errors import UserError, cut, nearest
 from wanloom.objective.settings import PRESETS
 
 RECIPES = files("wanloom") / "recipes"
 MOST_LAYERS = 10
 MOST_NAMES = 1000  # of a folder, among which a near one is looked for
+
+
+Recipe = str | Path | Mapping[str, Any]
 
 
 class Layer(NamedTuple):
@@ -34,24 +38,34 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
 
 
-def read_layers(recipe: str) -> list[Layer]:
+def name_of(recipe: Recipe) -> str:
+    """How a message calls it."""
+    return "The recipe" if isinstance(recipe, Mapping) else str(recipe)
+
+
+def read_layers(recipe: Recipe) -> list[Layer]:
     """The layers of a recipe, the lowest first. Raises UserError for what cannot be read."""
     layers: list[Layer] = []
     name: Any = recipe
     while name is not None:
         values = read_values(name)
         below = values.pop("based_on", None)
-        layers.insert(0, Layer(values, read_modes(name, values.pop("modes", {}))))
+        layers.insert(0, Layer(values, read_modes(name_of(name), values.pop("modes", {}))))
         if below is not None and not isinstance(below, str):
-            raise UserError(f"`based_on` in {name} is {cut(repr(below))}: it names a recipe, such as tiny.")
+            raise UserError(f"`based_on` in {name_of(name)} is {cut(repr(below))}: it names a recipe, such as tiny.")
         if len(layers) > MOST_LAYERS:
-            raise UserError(f"{recipe} is based on {name}, and so on without end: a recipe has few below it.")
+            raise UserError(
+                f"{name_of(recipe)} is based on {name_of(name)}, and so on without end: a recipe has few below it."
+            )
         name = below
     return layers
 
 
-def read_values(recipe: str) -> dict[str, Any]:
-    """The values of a shipped recipe or of a YAML file."""
+def read_values(recipe: Recipe) -> dict[str, Any]:
+    """The values of a shipped recipe, of a YAML file or of a mapping."""
+    if isinstance(recipe, Mapping):
+        return nest(recipe)
+    recipe = str(recipe)
     path = Path(expand_home(recipe))
     if recipe in recipe_names():
         text = (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")

@@ -1,12 +1,13 @@
 """The whole of a run as one config: composition only; every part is defined beside the code that reads it.
 
-In: a recipe's name or a YAML file, `key.path=value` words, a training mode. Out: a `Run`. The one decision: values
-are laid over one another key by key in a fixed order, later ones win: the mode's preset of `flow`, the recipe, its
-values for the mode, the words of the command line. The preset of a mode that is asked for by name wins over the recipe.
+In: a recipe, settings that replace its own, a training mode. Out: a `Run`. The one decision: values are laid over one
+another key by key in a fixed order, later ones win: the mode's preset of `flow`, the recipe, its values for the mode,
+the settings of the command line. The preset of a mode that is asked for by name wins over the recipe.
 A recipe that is based on another one comes with its values for the mode after all of the other.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from wanloom.checkpoint.settings import CheckpointConfig
-from wanloom.config import Config, UserPath, build_config, dump_yaml, merge, parse_overrides
+from wanloom.config import Config, UserPath, build_config, dump_yaml, merge, nest, parse_overrides
 from wanloom.data.settings import BatchConfig, DataConfig
 from wanloom.errors import UserError
 from wanloom.formats.pipeline import find_pipeline
@@ -23,7 +24,7 @@ from wanloom.model.settings import CONFIGS, DiTConfig
 from wanloom.objective.settings import PRESETS, FlowConfig
 from wanloom.parallel.settings import Compile, ParallelConfig, Recompute
 from wanloom.runs.effects import check_words
-from wanloom.runs.layers import read_layers
+from wanloom.runs.layers import Recipe, name_of, read_layers
 from wanloom.runs.names import NAMES_ELSEWHERE
 from wanloom.train.settings import EmaConfig, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -100,12 +101,23 @@ class Run(Config):
     )
 
 
-def load_run(recipe: str, overrides: list[str], training_mode: str | None = None) -> Run:
-    """A run from a shipped recipe or a YAML file. Raises UserError for what cannot be read or is not a setting.
+def build_run(
+    recipe: Recipe,
+    settings: Sequence[str] | Mapping[str, Any] = (),
+    training_mode: str | None = None,
+    mock: str | None = None,
+) -> Run:
+    """A run from a shipped recipe, a YAML file or a mapping. Raises UserError for what cannot be read or is no setting.
 
-    Without `training_mode` it is `pretrain` for `init=random`, else `finetune`.
+    `settings` replace those of the recipe: `key.path=value` words, or a mapping of key.path to value. `mock` is that of
+    the data. Without `training_mode` it is `pretrain` for `init=random`, else `finetune`.
     """
-    layers, words = read_layers(recipe), parse_overrides(overrides)
+    layers = read_layers(recipe)
+    words = nest(settings) if isinstance(settings, Mapping) else parse_overrides(settings)
+    if mock:
+        words = use_mock(words, mock)
+    if training_mode is not None and training_mode not in PRESETS:
+        raise UserError(f"There is no training mode '{training_mode}': give one of {', '.join(PRESETS)}.")
     inits = [values["init"] for values in (words, *(layer.values for layer in reversed(layers))) if "init" in values]
     mode = training_mode or ("pretrain" if inits[:1] in ([], ["random"]) else "finetune")
     values: dict[str, Any] = {"flow": PRESETS[mode]}
@@ -119,12 +131,7 @@ def load_run(recipe: str, overrides: list[str], training_mode: str | None = None
     train = values.get("train")
     if isinstance(train, dict) and train.get("epochs") is not None:
         train.setdefault("steps", 1)  # they follow when the samples are counted
-    needed = [name for name, field in Run.model_fields.items() if field.is_required() and name not in values]
-    if needed and set(values) <= set(Run.model_fields):
-        raise UserError(
-            f"{recipe} is no whole recipe, it lacks {', '.join(needed)}: begin it with `based_on: tiny` (or "
-            "another recipe), which gives all that it does not say, or make it of one: wanloom show tiny > my.yaml"
-        )
+    check_whole(values, recipe)
     run = build_config(Run, values)
     check_words(run, words)
     return run
@@ -156,9 +163,21 @@ def settle_steps(run: Run, num_samples: int) -> Run:
     return run.model_copy(update={"train": train})
 
 
-def use_mock(overrides: list[str], shapes: str | None) -> list[str]:
-    """The words of the command line with those of `--mock`."""
-    return [*overrides, f'data.mock="{shapes}"'] if shapes else list(overrides)
+def use_mock(words: dict[str, Any], shapes: str) -> dict[str, Any]:
+    """The settings with made-up data."""
+    if isinstance(words.get("data"), dict) and "mock" in words["data"]:
+        raise UserError("The setting 'data.mock' is given twice: leave one of them out.")
+    return merge(words, {"data": {"mock": shapes}})
+
+
+def check_whole(values: dict[str, Any], recipe: Recipe) -> None:
+    """Raises UserError for a recipe that does not say all that a run needs."""
+    needed = [name for name, field in Run.model_fields.items() if field.is_required() and name not in values]
+    if needed and set(values) <= set(Run.model_fields):
+        raise UserError(
+            f"{name_of(recipe)} is no whole recipe, it lacks {', '.join(needed)}: begin it with `based_on: tiny` (or "
+            "another recipe), which gives all that it does not say, or make it of one: wanloom show tiny > my.yaml"
+        )
 
 
 def choose_mix(values: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +201,7 @@ def model_config(model: str) -> DiTConfig:
 
 
 def dump_run(run: Run) -> str:
-    """The run as YAML that `load_run` reads back."""
+    """The run as YAML that `build_run` reads back."""
     return dump_yaml(run.model_dump(mode="json"))
 
 
