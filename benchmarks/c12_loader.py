@@ -163,9 +163,10 @@ def _check(folder: Path, dataset: Dataset, number: int) -> None:
     assert len(read) == number
     for tar, file in zip(_read_tar(folder / "dfm.tar"), _read_files(folder / "files"), strict=True):
         sample = read.pop(tar["__key__"])
-        assert torch.equal(sample.latents, tar["pth"]) and torch.equal(sample.latents, file["latents"])
-        assert torch.equal(sample.text, tar["pickle"][: len(sample.text)]) and torch.equal(sample.text, file["text"])
-        assert not tar["pickle"][len(sample.text) :].any()
+        latents, text = sample.tensors["latents"], sample.tensors["text"]
+        assert torch.equal(latents, tar["pth"]) and torch.equal(latents, file["latents"])
+        assert torch.equal(text, tar["pickle"][: len(text)]) and torch.equal(text, file["text"])
+        assert not tar["pickle"][len(text) :].any()
     assert not read
 
 

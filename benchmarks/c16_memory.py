@@ -28,13 +28,14 @@ from benchmarks.pair import Samples, build_pair, check_equal, draw_samples
 from wanloom.data.loader import Totals
 from wanloom.model.dit import WanDiT
 from wanloom.objective.flow import loss_weight
+from wanloom.objective.inputs import Input
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.parallel.settings import Compile, Recompute
 from wanloom.train.optim import AdamW
 from wanloom.train.settings import OptimizerConfig
-from wanloom.train.step import Batch, Input, train_step
+from wanloom.train.step import Batch, train_step
 
 SIZES = {"1.3B": (4, (1, 60, 104), 80), "toy": (2, (4, 32, 32), 5)}  # blocks, latents of one sample, caption
 WAYS: dict[str, tuple[Recompute, Compile]] = {  # of wanloom

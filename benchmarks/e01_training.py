@@ -116,7 +116,8 @@ class BucketRun:
         self._draws = torch.Generator().manual_seed(seed)
         rows, samples = data.rows("train"), dict[tuple[int, ...], list[tuple[Tensor, Tensor]]]()
         for sample in (data.read(rows[i]) for i in range(len(rows))):
-            samples.setdefault(tuple(sample.latents.shape), []).append((sample.latents.float(), pad(sample.text)))
+            latents, text = sample.tensors["latents"], sample.tensors["text"]
+            samples.setdefault(tuple(latents.shape), []).append((latents.float(), pad(text)))
         self._buckets = [tuple(torch.stack(parts) for parts in zip(*found, strict=True)) for found in samples.values()]
         matrices = [p for p in model.parameters() if p.dim() in (2, 5)]  # the patch embedding is a convolution here
         others = [p for p in model.parameters() if p.dim() not in (2, 5)]

@@ -167,8 +167,9 @@ def _check(clips: Path, dataset: Dataset, config: PrepareConfig, encode: Encode,
         )
         video = torch.from_numpy(clip.pixels).permute(3, 0, 1, 2)[None] / 255.0
         states = pad_text(row.caption, text)
-        assert not states[len(sample.text) :].any()
-        for stored, made in ((sample.latents, encode(video * 2 - 1)[0]), (sample.text, states[: len(sample.text)])):
+        latents, text = sample.tensors["latents"], sample.tensors["text"]
+        assert not states[len(text) :].any()
+        for stored, made in ((latents, encode(video * 2 - 1)[0]), (text, states[: len(text)])):
             torch.testing.assert_close(stored, made, rtol=1e-4, atol=1e-4)
             apart = max(apart, float((stored - made).abs().max()))
     return apart

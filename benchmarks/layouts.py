@@ -34,12 +34,13 @@ from wanloom.model.dit import WanDiT, init_weights
 from wanloom.model.flops import train_flops
 from wanloom.model.kernels import resolve_kernel
 from wanloom.model.settings import CONFIGS, DiTConfig
+from wanloom.objective.inputs import Objective
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh, resolve_layout
 from wanloom.parallel.settings import ParallelConfig
-from wanloom.train.step import Batch, Objective, build_batch, forward_backward
+from wanloom.train.step import Batch, build_batch, forward_backward
 
 BOUNDS = {False: 1e-5, True: 6e-2}  # by bf16
 ROUNDS = 3

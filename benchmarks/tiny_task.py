@@ -24,11 +24,12 @@ from wanloom.formats.pipeline import find_pipeline
 from wanloom.model.dit import WanDiT, init_weights
 from wanloom.model.flops import train_flops
 from wanloom.model.settings import CONFIGS
+from wanloom.objective.inputs import Objective
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.train.optim import AdamW
 from wanloom.train.settings import OptimizerConfig
-from wanloom.train.step import Batch, Objective, StepResult, build_batch, train_step
+from wanloom.train.step import Batch, StepResult, build_batch, train_step
 
 CONFIG = CONFIGS["tiny"]
 ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))

@@ -45,6 +45,7 @@ EFFICIENT = "tests/model/test_attention.py::test_the_efficient_kernel"
 ATTENDS = "tests/model/test_attention.py::test_equals_a_plain_loop_with_its_gradients"
 SEQUENCE = "tests/model/test_sequence.py"
 FLOW = "tests/objective/test_flow.py"
+INPUTS = "tests/objective/test_inputs.py"
 OPTIM = "tests/train/test_optim.py"
 CLOCK = "tests/media/test_clock.py"
 LAYOUT = "tests/layouts/test_layouts.py::test_a_layout_equals_one_process"
@@ -213,8 +214,8 @@ MUTANTS = (
     ),
     Mutant(
         "wanloom/sample/guidance.py",
-        "build_pack(tokens, grids, [*text, *negative])",
-        "build_pack(tokens, grids, [*negative, *text])",
+        "else noise, [*text, *negative]",
+        "else noise, [*negative, *text]",
         ("tests/sample/test_guidance.py::test_kept_text_is_that_of_each_branch", GUIDED),
     ),
     Mutant(
@@ -289,10 +290,10 @@ MUTANTS = (
     ),
     # ---- a step
     Mutant(
-        "wanloom/train/step.py",
+        "wanloom/objective/inputs.py",
         "if u < objective.caption_dropout:",
-        "if u < objective.caption_dropout and len(item.sample.text) > 2:",
-        (f"{STEP}::test_captions_of_every_length_are_dropped_as_often",),
+        "if u < objective.caption_dropout and len(text) > 2:",
+        (f"{INPUTS}::test_captions_of_every_length_are_dropped_as_often",),
     ),
     Mutant(
         "wanloom/train/step.py",

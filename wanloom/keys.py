@@ -28,6 +28,11 @@ def keyed_normal(shape: tuple[int, ...], *key: str | int) -> Tensor:
     return _draw(shape, key, _normal)
 
 
+def draw_noise(shape: tuple[int, ...], seed: int, sample: str, draw: int) -> Tensor:
+    """Noise fp32 in the shape of the latents of a sample, for its use number `draw`."""
+    return keyed_normal(shape, seed, "noise", sample, draw)
+
+
 def keyed_uniform(shape: tuple[int, ...], *key: str | int) -> Tensor:
     """Uniforms in [0, 1), fp32: multiples of 2^-24."""
     return _draw(shape, key, _uniform)

@@ -19,9 +19,8 @@ def best_velocity(pack: Pack, sigma: torch.Tensor) -> torch.Tensor:
 def test_the_spread_is_less_than_half_with_the_best_network_for_gaussian_data():
     """The loss of the best network is known too: VARIANCE / total, by which the batch losses must average."""
     g = torch.Generator().manual_seed(0)
-    samples = [
-        Sample(f"{i}", VARIANCE**0.5 * torch.randn(16, 2, 8, 8, generator=g), torch.zeros(1, 64), "") for i in range(16)
-    ]
+    clean = [VARIANCE**0.5 * torch.randn(16, 2, 8, 8, generator=g) for _ in range(16)]
+    samples = [Sample(f"{i}", {"latents": x, "text": torch.zeros(1, 64)}, "") for i, x in enumerate(clean)]
     for preset in ("pretrain", "finetune"):
         found = c18_variance.spreads(best_velocity, samples, preset, 200, same=True)
         assert found[False] >= 2 * found[True] > 0, preset

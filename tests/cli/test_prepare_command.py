@@ -62,9 +62,9 @@ def test_a_folder_becomes_latents_and_states(
         sample = dataset.read(rows[i])
         frames, _, caption = build_clip(0, int(rows[i].source[:2]), frames=9, height=32, width=32)
         assert sample.caption == caption
-        assert torch.equal(sample.text, text.encode([caption])[0].bfloat16())
+        assert torch.equal(sample.tensors["text"], text.encode([caption])[0].bfloat16())
         close = vae.encode(torch.from_numpy(np.ascontiguousarray(frames)))
-        assert (sample.latents.float() - close).pow(2).mean() < 0.1 * close.pow(2).mean()  # H.264 is lossy
+        assert (sample.tensors["latents"].float() - close).pow(2).mean() < 0.1 * close.pow(2).mean()  # H.264 is lossy
     assert main(["prepare", str(clips), str(out), "--model", str(tiny_pipeline), *SIZE, "--val-fraction", "0.2"]) == 0
     assert "complete already" in capsys.readouterr().out
 

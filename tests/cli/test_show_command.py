@@ -160,7 +160,7 @@ def test_the_page_of_a_folder_shows_its_latents_decoded(tmp_path, capsys, monkey
     for picture, number in zip(pictures, (0, 1, 2), strict=True):  # 0, 4/3, 8/3 rounded down
         row = index[number]
         assert row.caption.replace("<b>", "&lt;b&gt;") in page and f"<code>{row.key}</code>, 64x64<" in page
-        want = vae.decode(Dataset.open(data).read(row).latents)[0].numpy()
+        want = vae.decode(Dataset.open(data).read(row).tensors["latents"])[0].numpy()
         shown = np.asarray(Image.open(io.BytesIO(picture)))
         np.testing.assert_array_equal(shown[::2, ::2], want)  # enlarged by whole pixels
     assert main(["show", str(data), "--page", "--out", str(file)]) == 0  # its own page is replaced

@@ -26,10 +26,9 @@ from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order
 from wanloom.data.tar import END, tar_pair
 from wanloom.formats.transformer import state_dict_as
-from wanloom.keys import SCHEME, keyed_normal
+from wanloom.keys import SCHEME, draw_noise, keyed_fractions, keyed_normal
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import forward_flops
-from wanloom.objective.noise import draw_noise, draw_uniform
 from wanloom.runs.recipe import build_run
 from wanloom.train import loop
 from wanloom.train import step as step_module
@@ -141,12 +140,12 @@ def test_three_steps_equal_a_plain_loop_with_diffusers_and_torch(tiny_pipeline, 
         for position in range(4 * step, 4 * step + 4):
             row = index[order.at(position).index]
             sample, name = source.read(row), f"0/{row.key}"
-            u = (position % 4 + draw_uniform(3, "sigma", name, 0, 2)[0]) / 4
+            u = (position % 4 + keyed_fractions(2, 3, "sigma", name, 0)[0]) / 4
             sigma = 2 * u / (1 + u)
-            clean = sample.latents.float()
+            clean = sample.tensors["latents"].float()
             noise = draw_noise(tuple(clean.shape), 3, name, 0)
-            drops = draw_uniform(3, "caption_dropout", name, 0)[0] < 0.4
-            states, dropped = empty if drops else sample.text, dropped + drops
+            drops = keyed_fractions(1, 3, "caption_dropout", name, 0)[0] < 0.4
+            states, dropped = empty if drops else sample.tensors["text"], dropped + drops
             text = torch.cat([states, torch.zeros(512 - len(states), 64)])
             noisy = (1 - sigma) * clean + sigma * noise
             velocity = transformer(noisy[None], torch.tensor([1000 * sigma]), text[None], return_dict=False)[0][0]

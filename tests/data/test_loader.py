@@ -65,9 +65,9 @@ def test_packs_keep_the_budget_and_put_equal_lengths_side_by_side():
     for step in take(build_plan(sources, samples=12), sources, 0, 4):
         total = 0
         for pack in step.packs:
-            tokens = [item.sample.latents[0].numel() // 4 for item in pack]
+            tokens = [item.sample.tensors["latents"][0].numel() // 4 for item in pack]
             assert sum(tokens) <= 200 and tokens == sorted(tokens)
-            lens = [(n, item.sample.text.shape[0]) for n, item in zip(tokens, pack, strict=True)]
+            lens = [(n, item.sample.tensors["text"].shape[0]) for n, item in zip(tokens, pack, strict=True)]
             assert lens == sorted(lens)
             total += sum(tokens)
         assert step.totals.num_tokens == total and step.totals.num_samples == 12 and step.totals.balance == 1
@@ -87,12 +87,13 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks(samples):
             items = sorted((item for step in steps for pack in step.packs for item in pack), key=lambda i: i.position)
             union.setdefault(ranks, []).append([(item.position, item.name, item.draw) for item in items])
             totals = steps[0].totals
-            tokens = [item.sample.latents[0].numel() // 4 for item in items]
+            tokens = [item.sample.tensors["latents"][0].numel() // 4 for item in items]
             assert totals.num_tokens == sum(tokens) and totals.num_samples == samples == len(items)
             budget = 120 * ranks * len(steps[0].packs)
             assert totals.efficiency == pytest.approx(sum(tokens) / budget)
             # the ranks of a round wait for the costliest pack
-            work = [[sum((i.sample.latents[0].numel() // 4) ** 2 for i in pack) for pack in s.packs] for s in steps]
+            grids = [[[i.sample.tensors["latents"][0] for i in pack] for pack in s.packs] for s in steps]
+            work = [[sum((grid.numel() // 4) ** 2 for grid in pack) for pack in packs] for packs in grids]
             waiting = sum(max(of_round) for of_round in zip(*work, strict=True))
             assert totals.balance == pytest.approx(waiting * ranks / sum(map(sum, work)))
             sums.setdefault(ranks, []).append((totals.num_samples, totals.num_tokens, totals.flops))
@@ -152,10 +153,12 @@ def test_two_sources_are_mixed_and_keep_their_names_apart():
     mix = [SourceConfig(path="a", weight=0.25), SourceConfig(path="b", weight=0.75)]
     steps = take(build_plan(sources, mix, samples=8), sources, 0, 5)
     for step in steps:
-        frames = [item.sample.latents.shape[1] for pack in step.packs for item in pack]
+        frames = [item.sample.tensors["latents"].shape[1] for pack in step.packs for item in pack]
         assert sorted(frames) == [1] * 6 + [5] * 2
     assert {item.name for pack in steps[0].packs for item in pack} == {
-        f"{int(item.sample.latents.shape[1] == 1)}/{item.sample.key}" for pack in steps[0].packs for item in pack
+        f"{int(item.sample.tensors['latents'].shape[1] == 1)}/{item.sample.key}"
+        for pack in steps[0].packs
+        for item in pack
     }
 
 
@@ -250,7 +253,7 @@ def test_samples_of_a_prepared_folder_arrive_bit_for_bit(prepared):
     for step in take(plan, sources, 0, 3):
         for pack in step.packs:
             for item in pack:
-                assert torch.equal(item.sample.latents, latents[item.sample.key])
+                assert torch.equal(item.sample.tensors["latents"], latents[item.sample.key])
     with pytest.raises(UserError, match="another text encoder: its states have 8 values, the model takes 64"):
         open_sources(DataConfig(path=str(folder)), 16, 64, 512)
     with pytest.raises(UserError, match="latents of \\[16\\] channels, the model takes 48"):

@@ -40,8 +40,9 @@ def test_samples_are_repeatable_and_different():
         sample = data.read(train[i])
         row = train[i]
         planned = (row.channels, row.frames, row.height, row.width)
-        assert tuple(sample.latents.shape) == planned == ((4, 5, 8, 8), (4, 1, 4, 8))[i % 2]
-        assert sample.text.shape == (train.text_lens[i], 8)
-        assert sample.latents[0].numel() // 4 == train.tokens[i]
-        assert torch.equal(sample.latents, MockDataset("17x64x64,1x32x64", 8, 4).read(train[i]).latents)
-    assert not torch.equal(data.read(train[0]).latents, data.read(train[2]).latents)
+        assert tuple(sample.tensors["latents"].shape) == planned == ((4, 5, 8, 8), (4, 1, 4, 8))[i % 2]
+        assert sample.tensors["text"].shape == (train.text_lens[i], 8)
+        assert sample.tensors["latents"][0].numel() // 4 == train.tokens[i]
+        again = MockDataset("17x64x64,1x32x64", 8, 4).read(train[i])
+        assert torch.equal(sample.tensors["latents"], again.tensors["latents"])
+    assert not torch.equal(data.read(train[0]).tensors["latents"], data.read(train[2]).tensors["latents"])

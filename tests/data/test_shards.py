@@ -53,8 +53,8 @@ def test_every_sample_reads_back(tmp_path: Path) -> None:
     for i, row in enumerate([*(train[i] for i in range(5)), val[0]]):
         sample = dataset.read(row)
         latents, text = draw(i)
-        assert torch.equal(sample.latents, latents)
-        assert torch.equal(sample.text, text)
+        assert torch.equal(sample.tensors["latents"], latents)
+        assert torch.equal(sample.tensors["text"], text)
         assert (sample.key, sample.caption) == (f"clip{i}", f"caption {i}")
         channels, frames, height, width = latents.shape
         assert (row.channels, row.frames, row.height, row.width) == (channels, frames, height, width)
@@ -92,7 +92,7 @@ def test_a_folder_without_index_is_scanned_once(tmp_path: Path) -> None:
     for split in ("train", "val"):
         assert [*scanned.rows(split)] == [*indexed.rows(split)]
         assert scanned.rows(split).digest == indexed.rows(split).digest
-    assert torch.equal(scanned.read(scanned.rows("val")[0]).latents, draw(5)[0])
+    assert torch.equal(scanned.read(scanned.rows("val")[0]).tensors["latents"], draw(5)[0])
 
 
 def test_a_remote_folder() -> None:
@@ -102,7 +102,7 @@ def test_a_remote_folder() -> None:
     dataset = Dataset.open("memory://set")
     rows = dataset.rows("train")
     assert [*rows.keys] == ["k0", "k1"]
-    assert torch.equal(dataset.read(rows[1]).text, draw(1)[1])
+    assert torch.equal(dataset.read(rows[1]).tensors["text"], draw(1)[1])
     memory.rm("/set", recursive=True)
 
 
@@ -152,9 +152,10 @@ def test_a_sample_is_hashed_once_and_over_a_network_always(tmp_path: Path, monke
     rows = [dataset.rows("train")[i] for i in (1, 0, 3, 1, 3, 1)]
     first = [dataset.read(row) for row in rows]
     assert hashed == [row.size for row in rows[:3]]
-    assert torch.equal(first[3].latents, draw(1)[0])
-    first[0].latents.zero_()  # the reader's own memory
-    assert torch.equal(first[3].latents, draw(1)[0]) and torch.equal(dataset.read(rows[0]).latents, draw(1)[0])
+    assert torch.equal(first[3].tensors["latents"], draw(1)[0])
+    first[0].tensors["latents"].zero_()  # the reader's own memory
+    for sample in (first[3], dataset.read(rows[0])):
+        assert torch.equal(sample.tensors["latents"], draw(1)[0])
     hashed.clear()
     memory = fsspec.filesystem("memory")
     for path in tmp_path.rglob("*.*"):
@@ -374,7 +375,7 @@ def test_a_read_that_gives_less_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "open", lambda path, mode, buffering: Halves(path, mode), raising=False)
     dataset = Dataset.open(write_folder(tmp_path))
     rows = dataset.rows("train")
-    assert all(torch.equal(dataset.read(rows[i]).latents, draw(i)[0]) for i in range(5))
+    assert all(torch.equal(dataset.read(rows[i]).tensors["latents"], draw(i)[0]) for i in range(5))
     os.truncate(tmp_path / rows[0].shard, rows[0].offset + 100)
     with pytest.raises(UserError, match=r"damaged \(100 of \d+ bytes\)"):
         dataset.read(rows[0])

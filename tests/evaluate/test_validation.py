@@ -7,7 +7,7 @@ from wanloom.data.mock import MockDataset
 from wanloom.evaluate import validation
 from wanloom.evaluate.validation import SIGMAS, build_validation
 from wanloom.formats.transformer import load_dit
-from wanloom.objective.noise import draw_noise
+from wanloom.keys import draw_noise
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 
 ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
@@ -27,8 +27,8 @@ def test_it_is_the_mean_error_over_samples_and_levels(tiny_pipeline, budget):
     total, count, index = 0.0, 0, source.rows("val")
     for i in range(len(index)):
         sample = source.read(index[i])
-        clean, text = sample.latents.float(), torch.zeros(1, 512, 64)
-        text[0, : len(sample.text)] = sample.text
+        clean, text = sample.tensors["latents"].float(), torch.zeros(1, 512, 64)
+        text[0, : len(sample.tensors["text"])] = sample.tensors["text"]
         for sigma in SIGMAS:
             noise = draw_noise(tuple(clean.shape), 0, f"validation/{sample.key}/{sigma}", 0)
             noisy = (1 - sigma) * clean + sigma * noise

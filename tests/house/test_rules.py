@@ -52,6 +52,7 @@ SIDEWAYS = {
     ("options", "config"),
     ("tensors", "files"),
     ("data", "model"),
+    ("objective", "model"),
     ("train", "checkpoint"),
     ("cli", "demo"),
     ("cli", "report"),

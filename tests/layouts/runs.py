@@ -25,6 +25,7 @@ from wanloom.evaluate.validation import build_validation
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
 from wanloom.model.settings import DiTConfig
+from wanloom.objective.inputs import Objective
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
@@ -34,7 +35,7 @@ from wanloom.train.ema import Ema
 from wanloom.train.loop import Parts
 from wanloom.train.optim import AdamW
 from wanloom.train.settings import OptimizerConfig
-from wanloom.train.step import Batch, Objective, StepResult, build_batch, train_step
+from wanloom.train.step import Batch, StepResult, build_batch, train_step
 
 # an eps that shows: a split norm that takes another one would be seen
 MODEL = DiTConfig(dim=48, ffn_dim=80, num_heads=4, num_layers=3, text_dim=24, eps=1e-2)

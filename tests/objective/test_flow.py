@@ -7,8 +7,8 @@ import torch
 
 from wanloom.config import build_config
 from wanloom.errors import UserError
+from wanloom.keys import keyed_fractions
 from wanloom.objective.flow import flow_loss, loss_weight, noisy_and_velocity, sample_sigma, stratify
-from wanloom.objective.noise import draw_uniform
 from wanloom.objective.settings import PRESETS, FlowConfig
 
 GRID = [(i + 0.5) / 4000 for i in range(4000)]
@@ -47,7 +47,7 @@ def test_samplers_follow_their_published_formulas():
 )
 def test_presets_give_the_reference_recipes_noise_levels(mode, mean, p10, p90):
     config = build_config(FlowConfig, PRESETS[mode])
-    draws = [draw_uniform(1, "sigma", f"0/{i}", 0, 2) for i in range(20_000)]
+    draws = [keyed_fractions(2, 1, "sigma", f"0/{i}", 0) for i in range(20_000)]
     sigmas = torch.tensor([sample_sigma(config, u, 100) for u in draws])
     assert abs(sigmas.mean().item() - mean) < 0.01
     assert abs(sigmas.quantile(0.1).item() - p10) < 0.01
@@ -61,7 +61,7 @@ def test_a_share_of_the_samples_is_uniform():
 
 
 def test_stratified_draws_cover_the_step_evenly():
-    levels = sorted(stratify(draw_uniform(1, "sigma", f"0/{i}", 0)[0], i, 64) for i in range(64))
+    levels = sorted(stratify(keyed_fractions(1, 1, "sigma", f"0/{i}", 0)[0], i, 64) for i in range(64))
     assert all(i / 64 <= level < (i + 1) / 64 for i, level in enumerate(levels))
 
 

@@ -65,8 +65,8 @@ def test_energon_reads_every_sample(folder: Path, split: str) -> None:
     assert sorted(got) == sorted(rows.keys)
     for i, key in enumerate(rows.keys):
         mine = dataset.read(rows[i])
-        assert torch.equal(got[key]["latents"], mine.latents)
-        assert torch.equal(got[key]["text"], mine.text)
+        assert torch.equal(got[key]["latents"], mine.tensors["latents"])
+        assert torch.equal(got[key]["text"], mine.tensors["text"])
         assert got[key]["caption"] == mine.caption
 
 

@@ -122,10 +122,10 @@ def test_samples_hold_what_the_files_show(tmp_path: Path) -> None:
         pixels = np.stack([np.full((32, 48, 3), 8 * (3 + 5 * number + k)) for k in range(5)]).astype(np.uint8)
         sample = dataset.read(rows[1 + number])
         close = encode_frames(torch.from_numpy(pixels)[None])[0]
-        assert (sample.latents.float() - close).abs().max() < 0.03  # the codec is lossy by a level or two
-        assert torch.equal(sample.text, encode_text("a gray video", 512).bfloat16())
-    assert dataset.read(rows[0]).latents.shape == (16, 1, 4, 6)
-    assert dataset.read(rows[0]).latents.dtype == torch.bfloat16
+        assert (sample.tensors["latents"].float() - close).abs().max() < 0.03  # the codec is lossy by a level or two
+        assert torch.equal(sample.tensors["text"], encode_text("a gray video", 512).bfloat16())
+    assert dataset.read(rows[0]).tensors["latents"].shape == (16, 1, 4, 6)
+    assert dataset.read(rows[0]).tensors["latents"].dtype == torch.bfloat16
     record = json.loads(read_member(tmp_path / "out", rows[2].key))
     assert record["source"] == "sub/a clip.mp4"
     assert (record["start_s"], record["end_s"], record["fps"], record["frames"]) == (0.3125, 0.5625, 16.0, 5)

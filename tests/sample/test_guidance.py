@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wanloom.model.dit import WanDiT
-from wanloom.model.sequence import Grid, Pack, build_pack
+from wanloom.model.sequence import Grid, Pack, build_pack, patchify
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.sample.guidance import build_branches, build_text_kv, guided_velocity
@@ -32,9 +32,12 @@ def states(lens: tuple[int, ...], seed: int) -> list[torch.Tensor]:
     return [torch.randn(length, CONFIG.text_dim, generator=generator) for length in lens]
 
 
-def tokens_of(grid: Grid, seed: int) -> torch.Tensor:
+def noise_of(grid: Grid, seed: int) -> torch.Tensor:
     frames, rows, cols = grid
-    return torch.randn(frames * rows * cols, 64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(16, frames, 2 * rows, 2 * cols, generator=torch.Generator().manual_seed(seed))
+
+
+NOISES = [noise_of(grid, i) for i, grid in enumerate(GRIDS)]
 
 
 def guided(model: WanDiT, branches: Pack, tokens: torch.Tensor, sigma: float, guidance: float) -> torch.Tensor:
@@ -44,9 +47,10 @@ def guided(model: WanDiT, branches: Pack, tokens: torch.Tensor, sigma: float, gu
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_one_pack_equals_separate_calls(model, guidance):
     text, negative = states(TEXT_LENS, 1), states(NEGATIVE_LENS, 2)
-    samples = [tokens_of(grid, i) for i, grid in enumerate(GRIDS)]
-    branches = build_branches(GRIDS, text, negative if guidance != 1 else [], CONFIG.in_channels)
+    samples = [patchify(noise) for noise in NOISES]
+    branches = build_branches(NOISES, text, negative if guidance != 1 else [])
     assert len(branches.video_lens) == (4 if guidance == 1 else 8)
+    assert torch.equal(branches.tokens, torch.cat(samples if guidance == 1 else samples * 2)), "the noise itself"
     got = guided(model, branches, torch.cat(samples), 0.37, guidance)
 
     def alone(tokens, grid, states):
@@ -64,9 +68,9 @@ def test_one_pack_equals_separate_calls(model, guidance):
 def test_kept_text_is_that_of_each_branch(model):
     """The prompts' keys and values first, then the negatives', each as a branch alone has them; no level of noise."""
     text, negative = states(TEXT_LENS, 1), states(NEGATIVE_LENS, 2)
-    both = build_text_kv(model, build_branches(GRIDS, text, negative, CONFIG.in_channels), ALONE)
-    first = build_text_kv(model, build_branches(GRIDS, text, [], CONFIG.in_channels), ALONE)
-    second = build_text_kv(model, build_branches(GRIDS, negative, [], CONFIG.in_channels), ALONE)
+    both = build_text_kv(model, build_branches(NOISES, text, negative), ALONE)
+    first = build_text_kv(model, build_branches(NOISES, text, []), ALONE)
+    second = build_text_kv(model, build_branches(NOISES, negative, []), ALONE)
     slots = CONFIG.text_slots
     keys = [sum(n + (n < slots) for n in lens) for lens in (TEXT_LENS, NEGATIVE_LENS)]
     assert both.keys() == {str(i) for i in range(CONFIG.num_layers)}
@@ -79,12 +83,13 @@ def test_kept_text_is_that_of_each_branch(model):
 
 def test_the_branches_differ_enough_to_notice_a_swap(model):
     text, negative = states((4,), 1), states((2,), 2)
-    tokens = tokens_of((2, 2, 2), 0)
-    one = guided(model, build_branches([(2, 2, 2)], text, negative, 16), tokens, 0.5, 5.0)
-    other = guided(model, build_branches([(2, 2, 2)], negative, text, 16), tokens, 0.5, 5.0)
+    noise = noise_of((2, 2, 2), 0)
+    tokens = patchify(noise)
+    one = guided(model, build_branches([noise], text, negative), tokens, 0.5, 5.0)
+    other = guided(model, build_branches([noise], negative, text), tokens, 0.5, 5.0)
     assert (one - other).norm() > 0.05 * one.norm()
 
 
 def test_lists_that_do_not_fit_are_an_error():
     with pytest.raises(ValueError, match="2 samples, 2 texts and 1 negatives"):
-        build_branches([(1, 1, 1)] * 2, states((1, 1), 0), states((1,), 0), 16)
+        build_branches(NOISES[:2], states((1, 1), 0), states((1,), 0))

@@ -6,21 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from wanloom.data.loader import Item, Loader, Plan
+from wanloom.data.loader import Loader, Plan
 from wanloom.data.mock import MockDataset
 from wanloom.data.settings import BatchConfig, SourceConfig
-from wanloom.data.shards import Sample
 from wanloom.formats.transformer import load_dit, state_dict_as
+from wanloom.keys import draw_noise, keyed_fractions
 from wanloom.model.sequence import patchify
-from wanloom.objective.noise import draw_noise, draw_uniform
+from wanloom.objective.inputs import Objective
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import ONE_PROCESS, Layout, Mesh
 from wanloom.train.step import (
     NonFiniteError,
-    Objective,
     build_batch,
-    build_input,
-    choose_text,
     clip_gradients,
     find_cause,
     forward_backward,
@@ -51,14 +48,14 @@ def reference_loss(transformer, items, flow: FlowConfig) -> tuple[torch.Tensor, 
     """The step's loss as its definition reads: sample by sample, mean over all elements."""
     weighted, plain, count, dropped = 0.0, 0.0, 0, 0
     for item in items:
-        level, mix = draw_uniform(5, "sigma", item.name, item.draw, 2)
+        level, mix = keyed_fractions(2, 5, "sigma", item.name, item.draw)
         normal = torch.special.ndtri(torch.tensor(level, dtype=torch.float64)).item()
         u = level if mix < 0.2 else 1 / (1 + math.exp(-1.5 * normal))
         sigma = 2.5 / (2.5 + (1 / u - 1))
-        clean = item.sample.latents.float()
+        clean = item.sample.tensors["latents"].float()
         noise = draw_noise(tuple(clean.shape), 5, item.name, item.draw)
-        text = item.sample.text
-        if draw_uniform(5, "caption_dropout", item.name, item.draw)[0] < 0.4:
+        text = item.sample.tensors["text"]
+        if keyed_fractions(1, 5, "caption_dropout", item.name, item.draw)[0] < 0.4:
             text, dropped = EMPTY, dropped + 1
         padded = torch.cat([text, torch.zeros(512 - text.shape[0], TEXT_DIM)])
         velocity = transformer(
@@ -143,28 +140,6 @@ def test_gradients_and_losses_of_the_ranks_add_up_to_those_of_one(tiny_pipeline,
         assert (summed[name] - grad).abs().max() <= 1e-5 * grad.abs().max(), name
 
 
-def test_an_empty_pack_has_no_tokens_and_no_samples():
-    made = build_input([], objective())
-    assert made.pack.tokens.shape == made.target.shape == (0, 64) and made.pack.positions.shape == (0, 3)
-    assert made.pack.text.shape == (0, TEXT_DIM) and made.sigma.shape == (0,)
-    assert made.pack.video_lens == made.pack.text_lens == ()
-    full = build_input(read_step(1000).packs[0], objective())
-    for a, b in ((made.pack.tokens, full.pack.tokens), (made.pack.positions, full.pack.positions)):
-        assert a.dtype == b.dtype and a.shape[1:] == b.shape[1:]
-    assert made.pack.text.shape[1:] == full.pack.text.shape[1:] and made.pack.text.dtype == full.pack.text.dtype
-
-
-@pytest.mark.parametrize("length", [0, 1, 2, 3, 512])
-def test_captions_of_every_length_are_dropped_as_often(length):
-    sample = Sample("clip", torch.zeros(16, 1, 2, 2), torch.full((length, TEXT_DIM), 2.0), "")
-    items = [Item(sample, draw, 0, "0/clip") for draw in range(400)]
-    for dropout, low, high in ((1.0, 400, 400), (0.3, 90, 150), (0.0, 0, 0)):
-        texts = [choose_text(item, objective(caption_dropout=dropout)) for item in items]
-        dropped = [text is EMPTY for text in texts]
-        assert low <= sum(dropped) <= high
-        assert all(torch.equal(text, EMPTY if out else sample.text) for text, out in zip(texts, dropped, strict=True))
-
-
 def test_the_loss_of_a_step_weighs_ranks_by_their_tokens(tiny_pipeline, monkeypatch):
     """Two data ranks whose packs hold unequal tokens, one after the other: both have the loss of one process."""
     batches = [build_batch(read_step(130, 3, 3, rank, ranks=2), objective()) for rank in range(2)]
@@ -200,7 +175,7 @@ def test_inputs_are_the_noised_samples_in_their_order():
     (pack, target, sigma) = batch.inputs[0]
     first = 0
     for item, n, s in zip(step.packs[0], pack.video_lens, sigma, strict=True):
-        clean = patchify(item.sample.latents.float())
+        clean = patchify(item.sample.tensors["latents"].float())
         noisy, velocity = pack.tokens[first : first + n], target[first : first + n]
         torch.testing.assert_close(noisy - s * velocity, clean, atol=2e-6, rtol=0)
         first += n

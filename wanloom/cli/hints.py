@@ -47,7 +47,7 @@ def train_command(data: Path, model: str) -> str | None:
     train, val = dataset.rows("train"), dataset.rows("val")
     if not len(train):
         return None
-    found = find_recipe(model, dataset.read(train[0]).text.shape[1])
+    found = find_recipe(model, dataset.read(train[0]).tensors["text"].shape[1])
     if found is None:
         return None
     recipe, words = found

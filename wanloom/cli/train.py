@@ -92,6 +92,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
     from wanloom.files import write_atomic
     from wanloom.memory import enough_memory
     from wanloom.model.flops import train_flops
+    from wanloom.objective.inputs import Objective
     from wanloom.parallel.mesh import Mesh, resolve_layout
     from wanloom.runs.empty_text import FILE, check_same, empty_text
     from wanloom.runs.memory import check_run
@@ -100,7 +101,7 @@ def start(run: "Run", run_dir: Path) -> int | None:
     from wanloom.train.loop import Settings, Trainer
     from wanloom.train.metrics import Metrics, ProgressLine
     from wanloom.train.peaks import find_peak
-    from wanloom.train.step import Objective, build_batch
+    from wanloom.train.step import build_batch
 
     show_log(Terminal(quiet=rank() > 0))  # opening the data may have something to say
     with together():
@@ -143,15 +144,8 @@ def start(run: "Run", run_dir: Path) -> int | None:
         check_same(empty, read_state(newest) if newest else {}, run_dir / FILE)
     with enough_memory(f"hold {run.model}", helps):
         parts = build_parts(run, config, mesh, newest, state, plan, sources, progress, empty)
-    objective = Objective(
-        flow=run.flow,
-        seed=run.seed,
-        num_samples=run.batch.samples,
-        caption_dropout=run.caption_dropout,
-        empty_text=empty,
-        channels=config.in_channels,
-        text_dim=config.text_dim,
-    )
+    drop = run.caption_dropout
+    objective = Objective(run.flow, run.seed, run.batch.samples, drop, empty, config.in_channels, config.text_dim)
     assemble = partial(build_batch, objective=objective)
     settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log, peak.tflops, helps)
     metrics = Metrics(run_dir, state.step) if rank() == 0 else None

@@ -53,7 +53,7 @@ def open_sources(config: DataConfig, channels: int, text_dim: int, text_slots: i
             raise UserError(f"{source.path} has no training samples.")
         if (found := set(np.unique(index.channels).tolist())) != {channels}:
             raise UserError(f"{source.path} has latents of {sorted(found)} channels, the model takes {channels}.")
-        found = source.read(index[0]).text.shape[1]
+        found = source.read(index[0]).tensors["text"].shape[1]
         if found != text_dim:
             raise UserError(
                 f"{source.path} was prepared with another text encoder: its states have {found} values, the model "

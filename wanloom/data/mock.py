@@ -59,7 +59,7 @@ class MockDataset:
         """The sample of a row: latents in bf16 as in a prepared folder."""
         latents = keyed_normal((row.channels, row.frames, row.height, row.width), "mock", "latents", row.offset)
         text = keyed_normal((row.text_len, self._text_dim), "mock", "text", row.offset)
-        return Sample(row.key, latents.bfloat16(), text, row.caption)
+        return Sample(row.key, {"latents": latents.bfloat16(), "text": text}, row.caption)
 
     @staticmethod
     def _row(number: int, split: str, shape: tuple[int, int, int, int]) -> Row:

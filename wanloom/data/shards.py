@@ -42,11 +42,10 @@ Version = tuple[int, int, int]  # of a file: inode, size, time of the last chang
 
 
 class Sample(NamedTuple):
-    """What training takes: latents `(C, F, H, W)`, text states `(L, D)`."""
+    """What training takes."""
 
     key: str
-    latents: Tensor
-    text: Tensor
+    tensors: dict[str, Tensor]  # those of `tar.TENSORS`
     caption: str
 
 
@@ -115,7 +114,7 @@ class Dataset:
                 "restore the file or prepare the folder again."
             )
         checked.add(row.offset)
-        return Sample(row.key, tensors["latents"], tensors["text"], row.caption)
+        return Sample(row.key, tensors, row.caption)
 
     def _bytes(self, row: Row) -> tuple[Tensor, Version | None]:
         """`(N,)` uint8 of a memory of its own; and which version of the file they are from, where that is known."""

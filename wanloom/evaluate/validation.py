@@ -14,10 +14,9 @@ from wanloom.data.index import Row
 from wanloom.data.loader import Source
 from wanloom.data.packing import pack_samples
 from wanloom.dist import together
+from wanloom.keys import draw_noise
 from wanloom.model.dit import WanDiT
-from wanloom.model.sequence import build_pack, empty_pack, grid_of, patchify
-from wanloom.objective.flow import noisy_and_velocity
-from wanloom.objective.noise import draw_noise
+from wanloom.objective.inputs import Example, build_input, empty_input
 from wanloom.parallel.mesh import Mesh
 from wanloom.parallel.parts import share_of
 from wanloom.parallel.pipeline import predict
@@ -61,19 +60,15 @@ def build_validation(
 
 def _squared_error(model: WanDiT, mesh: Mesh, cases: Sequence[Case], bf16: bool) -> Tensor:
     """Sum of squares and count of elements `(2,)` fp64 of this rank's tokens of a pack, which may have no sample."""
-    noisy, target = [], []
+    examples = []
     with together():  # every rank has as many packs
-        samples = [source.read(row) for source, row, _ in cases]
-    for sample, (_, _, sigma) in zip(samples, cases, strict=True):
-        clean = sample.latents.float()
-        noise = draw_noise(tuple(clean.shape), SEED, f"validation/{sample.key}/{sigma}", 0)
-        mixed, velocity = noisy_and_velocity(patchify(clean), patchify(noise), sigma)
-        noisy.append(mixed)
-        target.append(velocity)
-    grids, texts = [grid_of(sample.latents.shape) for sample in samples], [sample.text.float() for sample in samples]
-    pack = build_pack(noisy, grids, texts) if cases else empty_pack(model.config.in_channels, model.config.text_dim)
-    wanted = torch.cat(target) if cases else pack.tokens
-    share = share_of(pack, torch.tensor([sigma for _, _, sigma in cases], dtype=torch.float32), mesh)
+        for source, row, sigma in cases:
+            tensors = source.read(row).tensors
+            noise = draw_noise(tuple(tensors["latents"].shape), SEED, f"validation/{row.key}/{sigma}", 0)
+            examples.append(Example(tensors, noise, sigma))
+    none = empty_input(model.config.in_channels, model.config.text_dim)
+    pack, wanted, sigma = build_input(examples) if examples else none
+    share = share_of(pack, sigma, mesh)
     velocity = predict(model, mesh, share.pack.to(mesh.device), share.sigma.to(mesh.device), bf16)
     if velocity is None:
         return torch.zeros(2, dtype=torch.float64)

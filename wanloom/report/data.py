@@ -61,7 +61,7 @@ def draw_sheets(source: Dataset, vae: VaeCodec, on_sheet: Callable[[int, int], N
         path = Path(folder) / "sheet.png"
         for number in range(count):
             row = index[number * len(index) // count]
-            latents = source.read(row).latents
+            latents = source.read(row).tensors["latents"]
             if len(latents) != vae.channels:
                 raise UserError(
                     f"The latents of '{row.key}' have {len(latents)} channels, those of this VAE have {vae.channels}: "

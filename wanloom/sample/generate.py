@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wanloom.keys import draw_noise
 from wanloom.model.dit import WanDiT
-from wanloom.model.sequence import grid_of, patchify, unpatchify
-from wanloom.objective.noise import draw_noise
+from wanloom.model.sequence import grid_of, unpatchify
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.sample.guidance import build_branches, build_text_kv, guided_velocity
 from wanloom.sample.settings import GenerateConfig
@@ -102,14 +102,15 @@ def _integrate(
     mesh: Mesh,
 ) -> list[Tensor]:
     """Latents of the requests of one pack."""
-    grids = [grid_of(request.shape) for request in requests]
     text = [request.text for request in requests]
     negatives = [] if guidance == 1 else [request.negative for request in requests]
     if mesh.layout.data_ranks == 2:
         text, negatives = negatives if mesh.data_rank else text, []
-    branches = build_branches(grids, text, negatives, requests[0].shape[0]).to(mesh.device)
+    branches = build_branches([request.noise for request in requests], text, negatives).to(mesh.device)
     text_kv = build_text_kv(model, branches, mesh)
-    noise = torch.cat([patchify(request.noise) for request in requests]).to(mesh.device)
+    grids = [grid_of(request.shape) for request in requests]
+    lengths = [frames * rows * cols for frames, rows, cols in grids]
+    noise = branches.tokens[: sum(lengths)]
 
     def velocity(tokens: Tensor, sigma: float) -> Tensor:
         return guided_velocity(model, branches, text_kv, tokens, sigma, guidance, mesh)
@@ -119,5 +120,4 @@ def _integrate(
             on_step(len(requests))
 
     tokens = solver.integrate(velocity, noise, moved).cpu()
-    lengths = [frames * rows * cols for frames, rows, cols in grids]
     return [unpatchify(part, grid) for part, grid in zip(tokens.split(lengths), grids, strict=True)]

@@ -14,19 +14,22 @@ import torch
 from torch import Tensor
 
 from wanloom.model.dit import TextKV, WanDiT
-from wanloom.model.sequence import PATCH, Grid, Pack, build_pack
+from wanloom.model.sequence import Pack
+from wanloom.objective.inputs import Example, build_input
 from wanloom.parallel.mesh import Mesh
 from wanloom.parallel.parts import Share, gather_parts, share_of
 
 
-def build_branches(grids: Sequence[Grid], text: Sequence[Tensor], negative: Sequence[Tensor], channels: int) -> Pack:
-    """A pack of zero tokens for N samples, or for 2N when there are N negatives; text states are `(L_i, text_dim)`."""
-    if len(negative) not in (0, len(grids)) or len(text) != len(grids):
-        raise ValueError(f"{len(grids)} samples, {len(text)} texts and {len(negative)} negatives do not fit together")
-    grids = [*grids, *grids] if negative else list(grids)
-    width = channels * PATCH[1] * PATCH[2]
-    tokens = [torch.zeros(frames * rows * cols, width) for frames, rows, cols in grids]
-    return build_pack(tokens, grids, [*text, *negative])
+def build_branches(noise: Sequence[Tensor], text: Sequence[Tensor], negative: Sequence[Tensor]) -> Pack:
+    """A pack of N samples that are noise `(C, F, H, W)` yet, or of 2N when there are N negatives.
+
+    Text states are `(L_i, text_dim)`.
+    """
+    if len(negative) not in (0, len(noise)) or len(text) != len(noise):
+        raise ValueError(f"{len(noise)} samples, {len(text)} texts and {len(negative)} negatives do not fit together")
+    noises, texts = [*noise, *noise] if negative else noise, [*text, *negative]
+    pairs = zip(noises, texts, strict=True)
+    return build_input([Example({"latents": torch.zeros_like(z), "text": t}, z, 1.0) for z, t in pairs]).pack
 
 
 def share_at(branches: Pack, sigma: float, mesh: Mesh) -> Share:

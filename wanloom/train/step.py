@@ -9,44 +9,22 @@ A loss or gradient that is not finite raises before the weights are touched.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from wanloom.data.loader import Item, Step, Totals
+from wanloom.data.loader import Step, Totals
 from wanloom.dist import gather
 from wanloom.model.dit import WanDiT
-from wanloom.model.sequence import PATCH, Pack, build_pack, empty_pack, grid_of, patchify
-from wanloom.objective.flow import flow_loss, noisy_and_velocity, sample_sigma, stratify
-from wanloom.objective.noise import draw_noise, draw_uniform
+from wanloom.model.sequence import PATCH
+from wanloom.objective.flow import flow_loss
+from wanloom.objective.inputs import Input, Objective, build_input, draw_example, empty_input
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import Mesh
 from wanloom.parallel.params import grad_norm, local, sum_copies
 from wanloom.parallel.parts import share_of
 from wanloom.parallel.pipeline import run_packs
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What turns a sample into an input and a target."""
-
-    flow: FlowConfig
-    seed: int
-    num_samples: int  # of a step, for stratified noise levels
-    caption_dropout: float
-    empty_text: Tensor | None  # states of the empty caption (L, text_dim); what guidance contrasts with
-    channels: int  # of the latents
-    text_dim: int
-
-
-class Input(NamedTuple):
-    """One pack for the model, with what it should answer."""
-
-    pack: Pack
-    target: Tensor  # velocity tokens (T, C*4) fp32
-    sigma: Tensor  # (N,) fp32
 
 
 class Batch(NamedTuple):
@@ -86,49 +64,16 @@ class Cause(NamedTuple):
     samples: list[str]
 
 
-def build_input(items: Sequence[Item], objective: Objective) -> Input:
-    """Noise the samples of one pack; without samples it has no tokens."""
-    if not items:
-        pack = empty_pack(objective.channels, objective.text_dim)
-        return Input(pack, pack.tokens, torch.zeros(0))
-    noisy, target, grids, texts, sigmas = [], [], [], [], []
-    for item in items:
-        clean = item.sample.latents.float()
-        tokens = patchify(clean)
-        sigma = draw_sigma(item, tokens.shape[0], objective)
-        noise = draw_noise(tuple(clean.shape), objective.seed, item.name, item.draw)
-        mixed, velocity = noisy_and_velocity(tokens, patchify(noise), sigma)
-        noisy.append(mixed)
-        target.append(velocity)
-        grids.append(grid_of(clean.shape))
-        texts.append(choose_text(item, objective))
-        sigmas.append(sigma)
-    return Input(build_pack(noisy, grids, texts), torch.cat(target), torch.tensor(sigmas, dtype=torch.float32))
-
-
-def draw_sigma(item: Item, num_tokens: int, objective: Objective) -> float:
-    """The noise level of an item."""
-    level, mix = draw_uniform(objective.seed, "sigma", item.name, item.draw, 2)
-    if objective.flow.stratified:
-        level = stratify(level, item.position % objective.num_samples, objective.num_samples)
-    return sample_sigma(objective.flow, (level, mix), num_tokens)
-
-
-def choose_text(item: Item, objective: Objective) -> Tensor:
-    """The caption's states, or those of the empty caption for `caption_dropout` of the draws."""
-    if objective.caption_dropout > 0 and objective.empty_text is not None:
-        (u,) = draw_uniform(objective.seed, "caption_dropout", item.name, item.draw)
-        if u < objective.caption_dropout:
-            return objective.empty_text
-    return item.sample.text.float()
-
-
 def build_batch(step: Step, objective: Objective) -> Batch:
     """All inputs of a step for the data rank that read it."""
-    inputs = [build_input(items, objective) for items in step.packs]
+    packs = [
+        [draw_example(item.sample.tensors, item.name, item.draw, item.position, objective) for item in items]
+        for items in step.packs
+    ]
+    none = empty_input(objective.channels, objective.text_dim)
     return Batch(
         step=step.step,
-        inputs=inputs,
+        inputs=[build_input(examples) if examples else none for examples in packs],
         keys=[[item.sample.key for item in items] for items in step.packs],
         totals=step.totals,
         num_elements=step.totals.num_tokens * objective.channels * math.prod(PATCH),
