@@ -73,7 +73,7 @@ def pick_device(name: str | None = None) -> torch.device:
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"The device '{name}' cannot be used: there is no GPU that torch can use. Leave --device out.")
+        raise UserError(f"The device '{name}' cannot be used: there is no GPU that torch can use. Leave `device` out.")
     try:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # "meta" is a device too, but nothing comes back from it
@@ -111,7 +111,7 @@ def check_restarts() -> None:
     if several and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise UserError(
             "After a restart by torchrun on several machines the processes would not find one another: set "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on each of them, or leave --max-restarts out."
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on each of them, or leave `max_restarts` out."
         )
 
 
@@ -149,7 +149,7 @@ def _open_store() -> Store:
     port = os.environ.get("MASTER_PORT", "")
     if not port.isdecimal():
         raise UserError(
-            f"WORLD_SIZE is {world_size()}, but MASTER_PORT is not a port: start the processes with --nproc."
+            f"WORLD_SIZE is {world_size()}, but MASTER_PORT is not a port: start the processes with `nproc`."
         )
     if rank() == 0 and LAUNCHER not in os.environ:
         try:

@@ -213,6 +213,30 @@ def test_the_check_of_model_folders_can_fail():
     assert "text.py" in found, "the call that reads tokenizers is looked at"
 
 
+def named_options(text: str) -> list[str]:
+    """Strings that name an option of the command line."""
+    strings = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    return [
+        f"line {node.lineno}: {node.value}"
+        for node in strings
+        if isinstance(node.value, str) and re.search(r"(?<![\w-])--[a-z]", node.value)
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if room(path) != "cli"], ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_a_message_below_the_command_line_names_settings(path):
+    """In backticks, such as `frames=17`; the command line prints those that are its options as --frames 17."""
+    assert named_options(path.read_text()) == []
+
+
+def test_the_check_of_named_options_can_fail():
+    assert named_options('f"leave out --max-area {x}"') == ["line 1: leave out --max-area "]
+    assert named_options("x = 'such as `--mock`'") != []
+    assert named_options("'`max_area` -- or so, 3--a'") == []
+
+
 def unused_names(texts: dict[str, str]) -> list[str]:
     """What is defined and never named again; libraries call what is decorated or overrides something of theirs."""
     words = Counter(word for text in texts.values() for word in re.findall(r"\w+", text))

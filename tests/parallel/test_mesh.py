@@ -35,7 +35,7 @@ def test_what_is_left_and_how_cp_splits(config, world, model, sizes):
 @pytest.mark.parametrize(
     ("config", "world", "message"),
     [
-        ({"cp": 3}, 8, r"takes a multiple of 3 processes, but there are 8: start as many with --nproc"),
+        ({"cp": 3}, 8, r"takes a multiple of 3 processes, but there are 8: start as many with `nproc`"),
         ({"dp_shard": 2}, 1, r"takes 2 processes, but there is 1"),
         ({"dp_shard": -1, "dp_replicate": -1}, 8, "only one of them may be -1"),
         ({"dp_shard": 0}, 8, "at least 1"),

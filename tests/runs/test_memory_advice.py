@@ -27,7 +27,7 @@ def test_the_best_is_what_saves_most():
     short = helps(
         "recompute=full", "batch.tokens_per_pack=32760", "ema.decay=0.999", "offload=true", "train.precision=bf16"
     )
-    assert short[0].startswith("twice as many GPUs (--nproc 2) (about ") and short[1].startswith(
+    assert short[0].startswith("twice as many GPUs (`nproc=2`) (about ") and short[1].startswith(
         "ema.decay=null (about 5.3"
     )
     alone = helps(

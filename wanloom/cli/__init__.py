@@ -50,18 +50,22 @@ def _main(argv: Sequence[str] | None) -> int:
         return _fail(f"'{strange}' is no text in UTF-8: give the file another name, or write the text in UTF-8.")
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     try:
-        run = _read(words)
-        if run is None:
+        found = _read(words)
+        if found is None:
             return 2
-        return _run_one(run) if is_alone else _leave(_run_rank(run))
+        parser, run = found
+        if not is_alone:
+            return _leave(_run_rank(parser, run))
+        with parser.naming_options():
+            return _run_one(run)
     except (UserError, OSError) as error:
         return _fail(sentence_of(error))
     except KeyboardInterrupt:  # of a rank: it still joins the others
         return _fail("Stopped.", 130) if is_alone else 130
 
 
-def _read(words: list[str]) -> Callable[[], int] | None:
-    """What is to be done, by the words; None when only the overview could be shown. Raises UserError."""
+def _read(words: list[str]) -> tuple[Parser, Callable[[], int]] | None:
+    """What is to be done, by the words, and what read them; None when only the overview could be shown."""
     overview = Parser("wanloom", wanloom.__doc__)
     overview.add_argument("--version", action="version", version=f"wanloom {wanloom.__version__}")
     commands = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
@@ -80,11 +84,12 @@ def _read(words: list[str]) -> Callable[[], int] | None:
     command = importlib.import_module(f"wanloom.cli.{name}")
     parser = Parser(f"wanloom {name}", command.HELP)
     command.add_arguments(parser)
-    arguments = parser.parse_words(words[1:])
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        if hasattr(command, "check"):  # before torch is loaded, and before ranks are started
-            with parser.naming_options():
-                command.check(arguments)
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    with parser.naming_options():
+        arguments = parser.parse_words(words[1:])
+        if hasattr(command, "check") and is_alone:  # before torch is loaded, and before ranks are started
+            command.check(arguments)
+    if is_alone:
         if is_launcher(arguments):
             from wanloom.cli import launch
 
@@ -94,8 +99,8 @@ def _read(words: list[str]) -> Callable[[], int] | None:
     if is_launcher(arguments):
         from wanloom.cli.launch import launch
 
-        return partial(launch, arguments, words)
-    return parser.naming_options()(partial(command.run, arguments))
+        return parser, partial(launch, arguments, words)
+    return parser, partial(command.run, arguments)
 
 
 def is_launcher(arguments: argparse.Namespace) -> bool:
@@ -117,7 +122,7 @@ def _run_one(run: Callable[[], int]) -> int:
         return 128 + signal.SIGPIPE
 
 
-def _run_rank(run: Callable[[], int]) -> int:
+def _run_rank(parser: Parser, run: Callable[[], int]) -> int:
     """One of the processes of a run: joined to the others, and what all have to say is said once."""
     from wanloom.dist import process_group, rank, says_first
 
@@ -126,7 +131,7 @@ def _run_rank(run: Callable[[], int]) -> int:
             try:
                 return run()
             except (UserError, OSError) as error:
-                message, code = sentence_of(error), 2
+                message, code = parser.name_options(sentence_of(error)), 2
             except KeyboardInterrupt:  # of all ranks; rank 0 may be in an exchange that ends only when this one leaves
                 return _fail("Stopped.", 130) if rank() == 0 else 130
             except RuntimeError as error:  # groups are not ended: they may still wait for the other one
@@ -136,7 +141,7 @@ def _run_rank(run: Callable[[], int]) -> int:
                 return code
             return _fail(message if rank() == 0 else f"rank {rank()}: {message}", code)
     except UserError as error:  # of every rank, and they are not joined
-        return _fail(str(error)) if rank() == 0 else 2
+        return _fail(parser.name_options(str(error))) if rank() == 0 else 2
     except RuntimeError as error:
         world = os.environ["WORLD_SIZE"]
         _leave_if_lost(error, f"has not found all {world} processes: each must be started and reach rank 0.")

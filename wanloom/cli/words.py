@@ -41,8 +41,11 @@ class Parser(argparse.ArgumentParser):
         try:
             yield
         except UserError as error:
-            names = {action.dest for action in self._actions if action.option_strings}
-            raise UserError(name_options(str(error), names)) from error
+            raise UserError(self.name_options(str(error))) from error
+
+    def name_options(self, text: str) -> str:
+        """`text` with the options of this command for the settings that it names."""
+        return name_options(text, {action.dest for action in self._actions if action.option_strings})
 
     def error(self, message: str) -> NoReturn:
         """What argparse has to say, as a sentence."""

@@ -57,12 +57,12 @@ def open_sources(config: DataConfig, channels: int, text_dim: int, text_slots: i
         if found != text_dim:
             raise UserError(
                 f"{source.path} was prepared with another text encoder: its states have {found} values, the model "
-                f"takes {text_dim}. Prepare it with --model of this run."
+                f"takes {text_dim}. Prepare it with the model of this run."
             )
         if (longest := int(index.text_lens.max())) > text_slots:
             raise UserError(
                 f"A caption of {source.path} has {longest} tokens, the model takes {text_slots}: prepare it with a "
-                "smaller --max-text-length."
+                "smaller `max_text_length`."
             )
     return sources
 

@@ -7,7 +7,7 @@ from wanloom.errors import UserError
 
 NO_DATA = (
     "Say once where the training data is: data.path=FOLDER for a prepared folder, data.sources for several, or "
-    "--mock for made-up data."
+    "`mock` for made-up data."
 )
 
 

@@ -85,7 +85,7 @@ def resolve_layout(config: ParallelConfig, world: int, model: DiTConfig, num_sam
     if world % known or (LEFT not in dp.values() and world != known):
         raise UserError(
             f"parallel.* ({said}) takes {'a multiple of ' if LEFT in dp.values() else ''}{known} processes, but there "
-            f"{'is 1' if world == 1 else f'are {world}'}: start as many with --nproc or torchrun, or change parallel.*."
+            f"{'is 1' if world == 1 else f'are {world}'}: start as many with `nproc` or torchrun, or change parallel.*."
         )
     dp = {name: world // known if size == LEFT else size for name, size in dp.items()}
     check_model(config, model)

@@ -65,7 +65,7 @@ def draw_sheets(source: Dataset, vae: VaeCodec, on_sheet: Callable[[int, int], N
             if len(latents) != vae.channels:
                 raise UserError(
                     f"The latents of '{row.key}' have {len(latents)} channels, those of this VAE have {vae.channels}: "
-                    "--model names the model that the folder was prepared for."
+                    "`model` names the model that the folder was prepared for."
                 )
             write_sheet(path, vae.decode(latents[:, :LATENT_FRAMES].float()))
             picture = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

@@ -25,7 +25,7 @@ def check_weights(path: Path, ema: bool) -> None:
         find_trained(path, ema)
     elif ema:
         raise UserError(
-            f"{path} holds one set of weights and no average beside it: leave out --ema, or `:ema` in init."
+            f"{path} holds one set of weights and no average beside it: leave out `ema`, or `:ema` in init."
         )
 
 
@@ -42,6 +42,6 @@ def find_trained(run_or_step: Path, ema: bool) -> tuple[Path, dict[str, Any], st
         raise UserError(f"{path / 'run.yaml'} does not tell the model of the run: it is {cut(repr(model))}.")
     if ema and not average:
         raise UserError(
-            f"{path} has no averaged weights: the run had no ema.decay. Leave out --ema, or `:ema` in init."
+            f"{path} has no averaged weights: the run had no ema.decay. Leave out `ema`, or `:ema` in init."
         )
     return path, state, model

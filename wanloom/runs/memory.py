@@ -70,7 +70,7 @@ def find_helps(
         (kept() if on_gpu and not run.offload else 0, "offload=true"),
         (kept() - kept(half=True), "train.precision=bf16"),
         (states.average, "ema.decay=null"),
-        (states.total // 2 if on_gpu else 0, f"twice as many GPUs (--nproc {2 * layout.world})"),
+        (states.total // 2 if on_gpu else 0, f"twice as many GPUs (`nproc={2 * layout.world}`)"),
         (kept(largest) - kept(largest // 2), f"smaller or shorter clips, as the largest sample has {largest:,} tokens"),
     ]
     best = sorted((entry for entry in found if entry[0] > 0), reverse=True)[:MOST_HELPS]

@@ -39,7 +39,7 @@ def check_origins(run: Run, say: Callable[[str], None]) -> None:
             elif stored[key] != own[key] and key == "vae":
                 raise UserError(
                     f"{source.path} was prepared with another VAE than that of {run.model}, which cannot decode what "
-                    f"this run would learn: prepare it with --model {run.model}, or train the model that it is for."
+                    f"this run would learn: prepare it with the model {run.model}, or train the model that it is for."
                 )
             elif stored[key] != own[key]:
                 say(
