@@ -406,7 +406,9 @@ MUTANTS = (
         "module.set_gradient_divide_factor(2.0)",
         (f"{LAYOUT}[fsdp 2]",),
     ),
-    Mutant("wanloom/parallel/tensor.py", "self.eps = norm.eps", "self.eps = 1e-6", (f"{LAYOUT}[tp 2]",)),
+    Mutant(
+        "wanloom/model/layers.py", "squares / self.dim + self.eps", "squares / self.dim + 1e-6", (f"{LAYOUT}[tp 2]",)
+    ),
     Mutant(
         "wanloom/parallel/context.py",
         "out.mul_((lse - total).exp()",

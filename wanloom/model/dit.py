@@ -21,11 +21,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanloom.keys import keyed_normal, keyed_uniform
 from wanloom.model.attention import PackedAttention
+from wanloom.model.layers import LayerNorm, Linear, Linear32, Modulation, RMSNorm
 from wanloom.model.modulation import TokenLayout, add_gated, build_layout, modulate_norm
 from wanloom.model.sequence import PATCH, Pack, apply_rope, rope_table
 from wanloom.model.settings import DiTConfig
@@ -71,45 +71,6 @@ class Stream(NamedTuple):
     context: Tensor  # (S, dim) projected text, compute dtype; no rows where its keys and values are given
 
 
-class Linear32(nn.Linear):
-    """A Linear that computes in fp32, under autocast and with half-precision weights too."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input.float(), self.weight.float(), self.bias.float())
-
-
-class RMSNorm(nn.Module):
-    """RMS norm over all heads together, fp32 in and out."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Affine layer norm, fp32 in and out."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-
-
-class Modulation(nn.Module):
-    """A learned table `(1, n, dim)`, added to what the time embedding gives; a leaf, so that wrappers see it."""
-
-    def __init__(self, rows: int, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(1, rows, dim) / dim**0.5)
-
-    def forward(self, e: Tensor) -> tuple[Tensor, ...]:
-        """`e (N, rows or 1, dim)` -> `rows` tensors `(N, dim)`."""
-        return (self.weight.float() + e).unbind(1)
-
-
 class Attention(nn.Module):
     """Self- or cross-attention with QK-norm; `attend` is the core."""
 
@@ -117,10 +78,10 @@ class Attention(nn.Module):
         super().__init__()
         dim = config.dim
         self.head_dim = dim // config.num_heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.o = Linear(dim, dim)
         self.norm_q = RMSNorm(dim, config.eps)
         self.norm_k = RMSNorm(dim, config.eps)
         self.attend: Any = PackedAttention(kernel)  # context parallelism puts its own in this place
@@ -164,7 +125,7 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(config.dim, config.eps)
         self.cross_attn = Attention(config, kernel)
         self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
         )
         self.modulation = Modulation(6, config.dim)
 
@@ -215,10 +176,8 @@ class WanDiT(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        self.patch_embedding = nn.Linear(config.in_channels * PATCH_SIZE, dim)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        self.patch_embedding = Linear(config.in_channels * PATCH_SIZE, dim)
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear32(config.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
         self.blocks = nn.ModuleDict({str(i): Block(config, kernel) for i in range(config.num_layers)})

@@ -13,7 +13,7 @@ from wanloom.model.dit import WanDiT, keeps_fp32
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.mesh import Layout
 from wanloom.parallel.pipeline import stage_blocks
-from wanloom.parallel.plan import BLOCK, ROOT, Style
+from wanloom.parallel.plan import split_dim
 from wanloom.parallel.settings import Recompute
 
 FP32 = 4  # bytes; of weights, gradients, both moments and the average
@@ -77,7 +77,7 @@ def held_params(model: WanDiT, layout: Layout, rank: int) -> dict[str, Held]:
         if not is_on_stage(name, blocks, place["pp"], layout.pp):
             continue
         shape, copies = list(param.shape), layout.dp_replicate
-        dim = tensor_dim(name) if layout.tp > 1 else None
+        dim = split_dim(name) if layout.tp > 1 else None
         if dim is None:
             copies *= layout.tp
         else:
@@ -99,17 +99,6 @@ def is_on_stage(name: str, blocks: range, stage: int, stages: int) -> bool:
     if first == "blocks":
         return int(rest[0]) in blocks
     return (first in FIRST_STAGE and stage == 0) or (first in LAST_STAGE and stage == stages - 1)
-
-
-def tensor_dim(name: str) -> int | None:
-    """The dim over which tensor parallelism splits a parameter, or None for one that it copies."""
-    module, _, kind = name.rpartition(".")
-    style: Style | None = ROOT.get(module)
-    if module.startswith("blocks."):
-        style = BLOCK.get(module.split(".", 2)[2])
-    if style in ("column", "norm"):
-        return 0
-    return 1 if style in ("row", "row_all") and kind == "weight" else None
 
 
 def state_bytes(held: dict[str, Held], layout: Layout, has_average: bool, bf16: bool) -> States:

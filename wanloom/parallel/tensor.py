@@ -9,18 +9,19 @@ parallel: Korthikanti et al. 2022.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from wanloom.model.dit import RMSNorm, WanDiT
+from wanloom.model.dit import WanDiT
+from wanloom.model.layers import Linear, RMSNorm
 from wanloom.parallel.mesh import Mesh, resolve_group
-from wanloom.parallel.plan import BLOCK, ROOT, Style
+from wanloom.parallel.plan import GATHERING, TABLE, row_of
 
 # torch before 2.13 has them under the names that it has deprecated since
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -81,91 +82,40 @@ gather_tokens.register_autograd(adjoint_is(scatter_tokens), setup_context=keep_g
 scatter_tokens.register_autograd(adjoint_is(gather_tokens), setup_context=keep_group)
 
 
+EXCHANGES = {"tokens": scatter_tokens, "all": sum_ranks}
+
+
 def values(param: Tensor) -> Tensor:
-    """The part of a split parameter that is here, for the forward pass."""
+    """The part of a parameter that is here."""
     return param.to_local() if isinstance(param, DTensor) else param
-
-
-class ColumnLinear(nn.Module):
-    """A Linear of which this rank has some of the outputs."""
-
-    def __init__(self, linear: nn.Linear, mesh: DeviceMesh) -> None:
-        super().__init__()
-        self.weight = split_param(linear.weight, mesh, 0)
-        self.bias = split_param(linear.bias, mesh, 0)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, values(self.weight), values(self.bias))
-
-
-class RowLinear(nn.Module):
-    """A Linear of which this rank has some of the inputs; with `tokens` every rank keeps its own tokens, else all."""
-
-    def __init__(self, linear: nn.Linear, mesh: DeviceMesh, tokens: bool) -> None:
-        super().__init__()
-        self.weight = split_param(linear.weight, mesh, 1)
-        self.bias = linear.bias
-        self.group = mesh.get_group().group_name
-        self.tokens = tokens
-
-    def forward(self, input: Tensor) -> Tensor:
-        part = F.linear(input, values(self.weight))
-        whole = scatter_tokens(part, self.group) if self.tokens else sum_ranks(part, self.group)
-        return whole + self.bias.to(whole.dtype)
-
-
-class SplitRMSNorm(nn.Module):
-    """An RMS norm over all heads of which this rank has some; fp32 in and out."""
-
-    def __init__(self, norm: RMSNorm, mesh: DeviceMesh) -> None:
-        super().__init__()
-        self.weight = split_param(norm.weight, mesh, 0)
-        self.eps = norm.eps
-        self.dim = norm.weight.numel()
-        self.group = mesh.get_group().group_name
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        squares = sum_ranks(x.square().sum(-1, keepdim=True), self.group)
-        return x * torch.rsqrt(squares / self.dim + self.eps) * values(self.weight).float()
-
-
-def split_param(param: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
-    """The rank's part of a parameter, as a DTensor."""
-    part = param.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()].clone()
-    whole = DTensor.from_local(part, mesh, [Shard(dim)], run_check=False, shape=param.shape, stride=param.stride())
-    return nn.Parameter(whole)
 
 
 def apply_tensor(model: WanDiT, mesh: Mesh) -> None:
     """Split the layers of the model over `tp`, in place."""
     if mesh.tp_mesh is None:
         return
-    for name, style in ROOT.items():
-        if hasattr(model, name.split(".")[0]):
-            _apply(model, name, style, mesh.tp_mesh)
-    for block in model.blocks.values():
-        for name, style in BLOCK.items():
-            _apply(block, name, style, mesh.tp_mesh)
+    group = mesh.tp_mesh.get_group().group_name
+    # the same objects in every block, else a compiler would make code for each
+    exchanges = {name: partial(exchange, group=group) for name, exchange in EXCHANGES.items()}
+    for name, module in model.named_modules():
+        if split := TABLE.get(row_of(name)):
+            assert isinstance(module, Linear | RMSNorm)
+            for param, dim in split.dims.items():
+                module.register_parameter(param, split_param(module.get_parameter(param), mesh.tp_mesh, dim))
+            module.values, module.exchange = values, exchanges.get(split.exchange)
+        if row_of(name) in GATHERING:
+            module.register_forward_pre_hook(partial(gather, group))
 
 
-def _apply(parent: nn.Module, name: str, style: Style, mesh: DeviceMesh) -> None:
-    module: Any = parent.get_submodule(name)
-    if style == "gather":
-        group = mesh.get_group().group_name
+def split_param(param: nn.Parameter, mesh: DeviceMesh, dim: int) -> nn.Parameter:
+    """The rank's part of a parameter, as a DTensor."""
+    part = param.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()].clone()
+    whole = DTensor.from_local(part, mesh, [Shard(dim)], run_check=False, shape=param.shape, stride=param.stride())
+    return nn.Parameter(whole, param.requires_grad)
 
-        def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            whole = gather_tokens(args[0], group)
-            # self-attention gets the same tokens as context
-            return (whole, *(whole if other is args[0] else other for other in args[1:]))
 
-        module.register_forward_pre_hook(gather)
-        return
-    holder, _, child = name.rpartition(".")
-    new = {
-        "column": lambda: ColumnLinear(module, mesh),
-        "row": lambda: RowLinear(module, mesh, tokens=True),
-        "row_all": lambda: RowLinear(module, mesh, tokens=False),
-        "norm": lambda: SplitRMSNorm(module, mesh),
-    }[style]()
-    parent.get_submodule(holder)._modules[child] = new
+def gather(group: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before a module: the tokens of all ranks in place of this one's."""
+    whole = gather_tokens(args[0], group)
+    # self-attention gets the same tokens as context
+    return (whole, *(whole if other is args[0] else other for other in args[1:]))
