@@ -102,7 +102,7 @@ def measure(
     torch._dynamo.reset()  # blocks that a case before has compiled
     model, batch = build(config, mesh, bf16, options), read_batch(config, mesh, *data)
     on_gpu = mesh.device.type == "cuda"
-    seconds = []
+    seconds, value = [], 0.0
     for _ in range(ROUNDS + 1):
         model.zero_grad(set_to_none=True)
         if on_gpu:
@@ -113,11 +113,11 @@ def measure(
         loss = weighted.sum()
         if mesh.layout.world > 1:
             dist.all_reduce(loss)
-        loss = loss.item() / batch.num_elements
+        value = loss.item() / batch.num_elements
         seconds.append(time.perf_counter() - began)
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-    return {"loss": loss, "grads": grads, "named": dict(model.named_parameters()), "s": min(seconds[1:]), "gib": peak}
+    return {"loss": value, "grads": grads, "named": dict(model.named_parameters()), "s": min(seconds[1:]), "gib": peak}
 
 
 def farthest(found: dict[str, Any], reference: dict[str, Tensor]) -> tuple[float, str]:

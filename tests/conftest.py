@@ -74,7 +74,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_layers=2,
         num_heads=4,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=True,
+        tie_word_embeddings=True,  # pyright: ignore[reportCallIssue]  # which goes to the class below it
         dropout_rate=0.0,
     )
     text_encoder = UMT5EncoderModel(text_config).eval()

@@ -132,13 +132,13 @@ def by_autograd(
     bench: Bench, name: str, run: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: Sequence[Tensor], kind: str
 ) -> list[Line]:
     """Lines of a differentiable function of q, k and v `(B, H, S, D)`, compared with wanloom's `flash`."""
-    *values, grad = tensors
-    inputs = [x.detach().requires_grad_() for x in values]
+    q, k, v, grad = tensors
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     out = run(*inputs)
     forward, backward = partial(run, *inputs), partial(torch.autograd.grad, out, inputs, grad, retain_graph=True)
     flash = calls(bench.kernel("flash"), bench.device.type, grad.dtype, False)
-    plain, lse = flash.forward(*values, None)
-    wanted = (plain, *flash.backward(grad.to(plain.dtype), *values, None, plain, lse))
+    plain, lse = flash.forward(q, k, v, None)
+    wanted = (plain, *flash.backward(grad.to(plain.dtype), q, k, v, None, plain, lse))
     off = max(map(distance, (out.detach(), *backward()), wanted))
     samples, heads, size, dim = grad.shape
     lines = lines_of(bench, name, 4 * samples * size**2 * heads * dim, forward, backward, {kind})
@@ -157,8 +157,8 @@ def varlen(bench: Bench) -> Sequence[Line]:
         part = size // docs
         ends = torch.arange(0, size + 1, part, dtype=torch.int32, device=bench.device)
 
-        def run(*values: Tensor, ends: Tensor = ends, part: int = part, docs: int = docs) -> Tensor:
-            return batch(varlen_attn(*map(rows, values), ends, ends, part, part), docs)
+        def run(q: Tensor, k: Tensor, v: Tensor, ends: Tensor = ends, part: int = part, docs: int = docs) -> Tensor:
+            return batch(varlen_attn(rows(q), rows(k), rows(v), ends, ends, part, part), docs)
 
         name = f"P1 14b 32760 varlen {docs}"
         lines += by_autograd(bench, name, run, draw(bench, heads, dim, part, part, docs), "flash")

@@ -141,7 +141,7 @@ class Bench:
             self.wait()
         kind = DeviceType.CUDA if self.on_gpu else DeviceType.CPU
         spent: dict[str, float] = {}
-        for event in found.events():
+        for event in found.events() or ():
             if event.device_type == kind:
                 spent[event.name] = spent.get(event.name, 0) + event.time_range.elapsed_us()
         return sorted(spent, key=lambda name: -spent[name])

@@ -168,7 +168,7 @@ def fp8(bench: Bench, shape: Shape) -> Sequence[Line]:
     name = f"P5 fp8 {shape.tokens}"
     if not has("torchao"):
         return left_out(name, "torchao is not here")
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # pyright: ignore[reportMissingImports]
 
     from wanloom.parallel.compile import apply_compile
 

@@ -165,7 +165,7 @@ def images(bench: Bench, way: str) -> Sequence[Line]:
         off = distance(model(filled.pack, whole.sigma), model(whole.pack, whole.sigma))
     line = timed(bench, name, model, [filled], plain)
     said = "" if off <= FOLD_BOUND else f"velocities are off by {off:.1%}"
-    return [replace(line, problem=", ".join(filter(None, [line.problem, said])), facts=line.facts | {"off": off})]
+    return [replace(line, problem=", ".join(filter(None, [line.problem, said])), facts={**line.facts, "off": off})]
 
 
 def with_slots(data: Input, slots: int) -> Input:

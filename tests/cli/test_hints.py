@@ -89,10 +89,14 @@ def test_a_setting_is_read_back(value):
 def test_the_recipe_fits_the_model(tiny_pipeline, tmp_path):
     for name in recipe_names():
         model = build_run(name, []).model
-        recipe, words = find_recipe(model, 4096)
+        found = find_recipe(model, 4096)
+        assert found is not None
+        recipe, words = found
         assert build_run(recipe, []).model == model and words == []
     assert find_recipe(str(tiny_pipeline), 64) == ("tiny", [f"model={tiny_pipeline}", "init=pretrained"])
-    recipe, words = find_recipe("someone/a-wan-of-mine", 4096)
+    found = find_recipe("someone/a-wan-of-mine", 4096)
+    assert found is not None
+    recipe, words = found
     assert build_run(recipe, words).model == "someone/a-wan-of-mine" and "1.3b" in recipe
     assert find_recipe("someone/a-wan-of-mine", 77) is None
 
@@ -104,7 +108,8 @@ def test_a_sample_that_is_larger_than_a_pack_raises_it(prepared, tmp_path, monke
     for name, values in (("small", latents[:, :1, :32, :32]), ("large", latents)):
         Path(name).mkdir()
         Path(name, "x.tar").write_bytes(tar_pair("a", values, torch.zeros(2, 64), {"caption": "x"}) + END)
-    assert "tokens_per_pack" not in train_command(Path("small"), "tiny")
+    small = train_command(Path("small"), "tiny")
+    assert small is not None and "tokens_per_pack" not in small
     words = shlex.split(train_command(Path("large"), "tiny"))
     assert words[-1] == "batch.tokens_per_pack=32760" and budget < 32760
 

@@ -61,6 +61,7 @@ def test_jumps_by_decode_stamps_or_none(tmp_path: Path, suffix: str, monkeypatch
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_decode_stamps_given_as_stamps_of_showing(tmp_path: Path, suffix: str) -> None:
     def forget(i: int, packet: av.Packet) -> bool:
+        assert packet.dts is not None
         packet.dts += round(Fraction(1, 8) / packet.time_base)
         packet.pts = packet.dts
         return True

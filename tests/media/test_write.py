@@ -28,6 +28,7 @@ def test_a_video_plays_with_its_size_rate_and_colours(tmp_path):
         context = stream.codec_context
         assert (stream.codec.name, context.pix_fmt, stream.average_rate, stream.frames) == ("h264", "yuv420p", 12, 9)
         assert (context.width, context.height, context.colorspace, context.color_range) == (80, 48, 1, 1)
+        assert stream.duration and stream.time_base
         assert stream.duration * stream.time_base == pytest.approx(9 / 12)
     raw = path.read_bytes()
     assert raw.index(b"moov") < raw.index(b"mdat")  # starts to play before all of it is there

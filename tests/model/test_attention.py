@@ -26,7 +26,7 @@ def draw(q_lens, k_lens, seed=0):
     q = torch.randn(sum(q_lens), 3, 8, generator=generator)
     k, v = torch.randn(2, sum(k_lens), 3, 8, generator=generator)
     bias = 3 * torch.randn(sum(k_lens), generator=generator)
-    return [x.requires_grad_() for x in (q, k, v)], bias
+    return (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), bias
 
 
 def attend(q, k, v, q_lens, k_lens, bias=None, kernel="auto"):
@@ -91,12 +91,12 @@ def test_n_equal_keys_are_one_with_log_n():
 def test_half_precision_in_and_out_with_fp32_between(autocast):
     q_lens, k_lens = CASES["cross, mixed"]
     leaves, bias = draw(q_lens, k_lens)
-    half = [x.detach().bfloat16() for x in leaves]
+    q, k, v = (x.detach().bfloat16() for x in leaves)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        out = attend(*half, q_lens, k_lens, bias)
+        out = attend(q, k, v, q_lens, k_lens, bias)
     assert out.dtype == torch.bfloat16
-    exact = loop(*half, q_lens, k_lens, bias)
-    assert torch.equal(out, attend(*(x.float() for x in half), q_lens, k_lens, bias).bfloat16())
+    exact = loop(q, k, v, q_lens, k_lens, bias)
+    assert torch.equal(out, attend(q.float(), k.float(), v.float(), q_lens, k_lens, bias).bfloat16())
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-5)
 
 

@@ -1,5 +1,6 @@
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_every_norm_has_the_eps_of_the_config(eps):
 
 @pytest.mark.parametrize("where", ["all", "fp32 parts alone"])
 def test_queries_and_keys_are_rounded_once_and_after_the_rotation(where, monkeypatch):
-    attention = build_model(SMALL).blocks["0"].self_attn.requires_grad_(False)
+    attention: Any = build_model(SMALL).blocks["0"].self_attn.requires_grad_(False)
     for name, param in attention.named_parameters():
         if where == "all" or "norm" not in name:
             param.data = param.data.bfloat16()
@@ -241,7 +242,7 @@ def test_bf16_weights_stay_closer_to_fp32_than_diffusers():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         autocast = model(samples.pack, samples.sigma)
     cast_weights(model, torch.bfloat16)
-    assert model.blocks["0"].ffn[0].weight.dtype == torch.bfloat16
+    assert model.get_parameter("blocks.0.ffn.0.weight").dtype == torch.bfloat16
     out = model(samples.pack, samples.sigma)
     theirs = torch.cat(run_reference(reference, samples, 512))
     assert out.dtype == torch.float32

@@ -5,6 +5,7 @@ import sys
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ LAYOUTS = {
 }
 
 
-def groups_of(lists: list[list[int]]) -> dict[int, dist.ProcessGroup]:
+def groups_of(lists: list[list[int]]) -> dict[int, Any]:
     return {rank: group for ranks in lists for group in [dist.new_group(ranks, TIMEOUT)] for rank in ranks}
 
 

@@ -97,6 +97,7 @@ def test_a_compiled_pack_of_one_sample_equals_the_eager_one(monkeypatch):
     for each in (plain, model):
         (each(pack, sigma) * weight).sum().backward()
     for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert found.grad is not None and expected.grad is not None, name
         assert (found.grad - expected.grad).norm() <= 1e-5 * expected.grad.norm(), name
 
 

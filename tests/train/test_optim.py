@@ -87,6 +87,7 @@ def test_the_average_follows_its_warm_up_and_then_its_decay():
     params = build_params()
     ema = Ema(params, decay=0.5)
     expected = {name: p.detach().double() for name, p in params.items()}
+    decay = 0.0
     for count in range(12):
         with torch.no_grad():
             for p in params.values():

@@ -46,7 +46,7 @@ def objective(**changes) -> Objective:
 
 def reference_loss(transformer, items, flow: FlowConfig) -> tuple[torch.Tensor, float, int]:
     """The step's loss as its definition reads: sample by sample, mean over all elements."""
-    weighted, plain, count, dropped = 0.0, 0.0, 0, 0
+    weighted, plain, count, dropped = torch.zeros(()), 0.0, 0, 0
     for item in items:
         level, mix = keyed_fractions(2, 5, "sigma", item.name, item.draw)
         normal = torch.special.ndtri(torch.tensor(level, dtype=torch.float64)).item()
