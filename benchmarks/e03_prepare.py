@@ -32,7 +32,7 @@ from wanloom.formats.pipeline import find_pipeline
 from wanloom.media.framing import FramingConfig, choose_frame
 from wanloom.media.video import TimingConfig, read_clips
 from wanloom.prepare.encode import Encoders
-from wanloom.prepare.run import prepare
+from wanloom.prepare.run import encode_folder
 from wanloom.prepare.settings import PrepareConfig
 
 SLOTS = 226
@@ -79,14 +79,14 @@ def _row(
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as out:
-            prepare(clips, Path(out) / "out", config, identity, lambda: encoders)
+            encode_folder(clips, Path(out) / "out", config, identity, lambda: encoders)
 
     def theirs() -> None:
         with tempfile.TemporaryDirectory() as out:
             run_script(clips, Path(out) / "shard.tar", size, encode, text)
 
     with tempfile.TemporaryDirectory() as out:
-        prepare(clips, Path(out) / "out", config, identity, lambda: encoders)
+        encode_folder(clips, Path(out) / "out", config, identity, lambda: encoders)
         apart = _check(clips, Dataset.open(Path(out) / "out"), config, encode, text)
     taken = {name: [s / number for s in values] for name, values in take_turns({"peer": theirs, "ours": ours}).items()}
     return Row(

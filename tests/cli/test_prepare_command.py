@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from wanloom.cli import main
-from wanloom.cli import prepare as prepare_command
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.data.shards import Dataset
@@ -21,6 +20,7 @@ from wanloom.demo.shapes import build_clip
 from wanloom.errors import UserError
 from wanloom.media.write import write_mp4
 from wanloom.prepare.encode import Encoders
+from wanloom.runs import prepare as prepare_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -142,7 +142,7 @@ def test_a_stop_says_how_to_go_on(
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(prepare_command, "load_encoders", load_encoders)
+    monkeypatch.setattr(prepare_run, "load_encoders", load_encoders)
     handler = signal.getsignal(number)
     thread = threading.Thread(target=stop)
     thread.start()

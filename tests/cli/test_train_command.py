@@ -22,6 +22,7 @@ from wanloom.checkpoint.saved import find_checkpoint, list_checkpoints, read_sta
 from wanloom.checkpoint.writer import load_weights
 from wanloom.cli import main, train
 from wanloom.cli.train_checks import tell_outlook, times
+from wanloom.codecs.identity import ENCODERS, encoder_identity
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order
 from wanloom.data.tar import END, tar_pair
@@ -556,8 +557,6 @@ def test_other_states_of_the_empty_caption_are_not_trained_on(tmp_path, tiny_pip
 
 def test_prepared_data_is_compared_to_the_model_at_every_start(tmp_path, tiny_pipeline, capsys):
     """Another VAE is an error, another text encoder a note; a held-out loss without held-out samples is an error."""
-    from wanloom.cli.prepare import identify
-
     (tmp_path / "data" / "train").mkdir(parents=True)
     for number in range(4):
         pair = tar_pair(f"{number}", torch.randn(16, 1, 4, 4).bfloat16(), torch.randn(3, 64), {"caption": "x"})
@@ -567,7 +566,7 @@ def test_prepared_data_is_compared_to_the_model_at_every_start(tmp_path, tiny_pi
 
     def train(steps: int, *more: str, **changes: str) -> int:
         (tmp_path / "data" / "prepare.json").write_text(
-            json.dumps({"settings": {**identify(tiny_pipeline, "cpu"), **changes}})
+            json.dumps({"settings": {**{name: encoder_identity(tiny_pipeline, name) for name in ENCODERS}, **changes}})
         )
         return main([*command, f"train.steps={steps}", *more])
 

@@ -12,7 +12,7 @@ from wanloom.cli.prepare_report import print_report
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
 from wanloom.prepare.advice import advise_clips, advise_frames
-from wanloom.prepare.run import prepare
+from wanloom.prepare.run import encode_folder
 from wanloom.prepare.settings import PrepareConfig
 
 
@@ -47,7 +47,7 @@ def test_prepare_says_what_would_take_more(tmp_path: Path) -> None:
         write_stream(source / name, *parts).with_suffix(".txt").write_text(name)
         (source / name).with_suffix(".part.mp4").unlink()
     config = PrepareConfig(timing=TimingConfig(frames=21), framing=FramingConfig(height=32, width=48))
-    report = prepare(source, tmp_path / "out", config, IDENTITY, build_encoders).report
+    report = encode_folder(source, tmp_path / "out", config, IDENTITY, build_encoders).report
     assert report["samples"]["total"] == 3
     reasons = {drop["file"]: drop["reason"] for drop in report["dropped"]}
     assert reasons == {

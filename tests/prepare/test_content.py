@@ -18,7 +18,7 @@ from wanloom.media.video import TimingConfig, read_clips
 from wanloom.prepare import content as content_module
 from wanloom.prepare.content import Content, hash_file, read_stamp
 from wanloom.prepare.listing import list_files, read_entries
-from wanloom.prepare.run import PLAN, prepare
+from wanloom.prepare.run import PLAN, encode_folder
 from wanloom.prepare.settings import PrepareConfig
 from wanloom.prepare.spool import Spool
 
@@ -39,7 +39,7 @@ def run(source: Path, out: Path, between: Callable[[], None] = lambda: None, **v
 
     values = {"timing": TimingConfig(frames=5), **values}
     config = PrepareConfig(framing=FramingConfig(height=32, width=48), val_fraction=0, **values)
-    return prepare(source, out, config, IDENTITY, load).report
+    return encode_folder(source, out, config, IDENTITY, load).report
 
 
 def count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:

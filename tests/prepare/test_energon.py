@@ -14,7 +14,7 @@ from test_prepare import config, put_image, put_video, small_shards
 
 from wanloom.data.shards import Dataset
 from wanloom.prepare import run as prepare_module
-from wanloom.prepare.run import prepare
+from wanloom.prepare.run import encode_folder
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "Spool", small_shards)
-        prepare(root / "in", root / "out", settings, IDENTITY, build_encoders)
+        encode_folder(root / "in", root / "out", settings, IDENTITY, build_encoders)
     return root / "out"
 
 

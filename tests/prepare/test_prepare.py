@@ -30,7 +30,7 @@ from wanloom.prepare import run as prepare_module
 from wanloom.prepare.encode import default_batch, sample_key
 from wanloom.prepare.ledger import Ledger
 from wanloom.prepare.listing import read_entries
-from wanloom.prepare.run import Finished, prepare
+from wanloom.prepare.run import Prepared, encode_folder
 from wanloom.prepare.settings import PrepareConfig
 from wanloom.prepare.spool import Spool
 
@@ -57,8 +57,8 @@ def put_image(root: Path, name: str, caption: str, level: int, size: tuple[int, 
     (root / name).with_suffix(".txt").write_text(caption)
 
 
-def run(source: Path, out: Path, encoders=None, identity=IDENTITY, **values) -> Finished:
-    return prepare(source, out, config(**values), identity, lambda: encoders or build_encoders())
+def run(source: Path, out: Path, encoders=None, identity=IDENTITY, **values) -> Prepared:
+    return encode_folder(source, out, config(**values), identity, lambda: encoders or build_encoders())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -245,7 +245,7 @@ def child(source: Path, out: Path, log: Path, started: Path) -> None:
     started.touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "Spool", small_shards)
-        prepare(source, out, config(**ALL, workers=2), IDENTITY, lambda: build_encoders(log, seconds=0.05))
+        encode_folder(source, out, config(**ALL, workers=2), IDENTITY, lambda: build_encoders(log, seconds=0.05))
 
 
 def test_sigkill_at_random_moments(mixed: Path, expected: dict[str, bytes], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from wanloom.cli.prepare import identify as identify_for_prepare
+from wanloom.codecs.identity import ENCODERS, encoder_identity
 from wanloom.data.places import DONE
 from wanloom.data.shards import Dataset
 from wanloom.data.tar import END, tar_pair
@@ -28,7 +28,7 @@ def notes(model: str | Path, *sources: str | Path) -> list[str]:
 
 
 def write_origin(folder: str, pipeline: Path, **changes: str | None) -> str:
-    settings = {"frames": 17, **identify_for_prepare(pipeline, "cpu"), **changes}
+    settings = {"frames": 17, **{name: encoder_identity(pipeline, name) for name in ENCODERS}, **changes}
     with fsspec.open(f"{folder}/{DONE}", "w") as file:
         file.write(json.dumps({"settings": {k: v for k, v in settings.items() if v is not None}, "input": "x"}))
     return folder

@@ -62,13 +62,13 @@ def outputs_of(plan: "Plan", job: "Job") -> list[Path]:
 
 def describe(plan: "Plan") -> dict[str, Any]:
     """What all results of this call share, for their json."""
-    from wanloom.codecs.identity import folder_identity, text_identity
+    from wanloom.codecs.identity import encoder_identity
 
     packages = ("torch", "diffusers", "transformers", "av")
     identity = {
         "transformer": plan.weights.identity,
-        "text_encoder": text_identity(plan.pipeline),
-        "vae": folder_identity(plan.pipeline / "vae"),
+        "text_encoder": encoder_identity(plan.pipeline, "text-encoder"),
+        "vae": encoder_identity(plan.pipeline, "vae"),
     }
     return {
         **plan.config.model_dump(),

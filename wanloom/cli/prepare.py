@@ -3,20 +3,17 @@
 import argparse
 import signal
 import time
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wanloom.cli import launch
-from wanloom.errors import UserError
 from wanloom.options import add_options, build_flat, read_options
 from wanloom.prepare.settings import PrepareConfig
 from wanloom.signals import StopSignal
 from wanloom.terminal import Terminal
 
 if TYPE_CHECKING:
-    from wanloom.prepare.encode import Encoders, Progress
-    from wanloom.prepare.run import Finished
+    from wanloom.prepare.run import Prepared
 
 HELP = """Turn a folder of videos and images with captions into a folder to train on.
 
@@ -58,72 +55,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     launch.add_arguments(parser, restarts=False)
 
 
-PARTS = ("vae", "text_encoder", "tokenizer")
-
-
-def identify(pipeline: Path, device: str) -> dict[str, str]:
-    """Which weights encode, and where: by rounding a GPU encodes otherwise than a CPU."""
-    from wanloom.codecs.identity import folder_identity, text_identity
-
-    for part in PARTS:
-        if not (pipeline / part).is_dir():
-            raise UserError(f"'{pipeline}' is no pipeline in diffusers layout: it has no folder '{part}'.")
-    return {"vae": folder_identity(pipeline / "vae"), "text-encoder": text_identity(pipeline), "device": device}
-
-
-def load_encoders(pipeline: Path, device: str) -> "Encoders":
-    """The VAE (fp32) and the text encoder (bf16 on a GPU, else fp32) of a pipeline."""
-    import torch
-
-    from wanloom.codecs.text import TextCodec
-    from wanloom.codecs.vae import VaeCodec
-    from wanloom.prepare.encode import Encoders
-
-    vae = VaeCodec.load(pipeline, device)
-    text = TextCodec.load(pipeline, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    return Encoders(vae.encode_batch, lambda caption, most: text.encode([caption], most)[0], text.count_tokens)
-
-
-def check_alike(identity: dict[str, str]) -> None:
-    """Raise UserError unless all ranks would encode with the same weights on the same kind of device."""
-    from wanloom.dist import gather
-
-    for rank, other in enumerate(found := gather(identity)):
-        differs = [
-            f"{name} is {other[name]}, on rank 0 {found[0][name]}" for name in other if other[name] != found[0][name]
-        ]
-        if differs:
-            raise UserError(f"Rank {rank} would make other samples than rank 0: {'; '.join(differs)}.")
-
-
 def check(arguments: argparse.Namespace) -> None:
     """Raises UserError for settings that cannot be, folders that are in the way, and a model that is none."""
+    from wanloom.codecs.identity import ENCODERS
     from wanloom.data.places import check_folders
     from wanloom.formats.pipeline import check_name
 
     build_flat(PrepareConfig, read_options(arguments, PrepareConfig))
     check_folders(arguments.input, arguments.out)
-    check_name(arguments.model or "tiny", PARTS)
+    check_name(arguments.model or "tiny", sum(ENCODERS.values(), ()))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prepare, with a progress bar and the report on rank 0; 128 and the number of the signal when it was stopped."""
-    config = build_flat(PrepareConfig, read_options(arguments, PrepareConfig))
-    from wanloom.data.places import check_folders
-    from wanloom.dist import pick_device, rank, together
-    from wanloom.formats.pipeline import find_pipeline
-    from wanloom.prepare.memory import check_batch
-    from wanloom.prepare.run import prepare
-    from wanloom.threads import one_thread
+    from wanloom.cli.prepare_report import Bar
+    from wanloom.dist import rank
+    from wanloom.runs.prepare import prepare
 
-    with together():
-        check_folders(arguments.input, arguments.out)  # before a large model is fetched
-        device = pick_device(arguments.device).type
-        check_batch(config, device)
-        model = arguments.model or "tiny"
-        pipeline = find_pipeline(model, PARTS)
-        identity = identify(pipeline, device)
-    check_alike(identity)
+    settings, model = read_options(arguments, PrepareConfig), arguments.model or "tiny"
     console = Terminal(quiet=rank() != 0)
     if arguments.model is None:
         console.print(
@@ -133,17 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     started = time.monotonic()
     stop = StopSignal("the samples under way")
-    threads = one_thread() if device == "cpu" else nullcontext()  # the bytes of any number of processes are equal
+    stop.is_patient = False  # until there are some
     try:
-        with stop, Bar(console, stop) as bar, threads:
-            done = prepare(
-                arguments.input,
-                arguments.out,
-                config,
-                identity,
-                lambda: load_with_room(pipeline, device),
-                bar.show,
-            )
+        with stop, Bar(console, stop) as bar:
+            done = prepare(arguments.input, arguments.out, model, arguments.device, bar.show, **settings)
     except KeyboardInterrupt:
         message = f"Stopped. Run the same command again to go on: what is encoded is kept in {arguments.out}."
         console.print(message, soft_wrap=True)
@@ -153,16 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load_with_room(pipeline: Path, device: str) -> "Encoders":
-    """The encoders. Raises UserError when the memory does not suffice for them alone."""
-    from wanloom.memory import enough_memory
-
-    helps = ["`device=cpu`"] if device == "cuda" else ["another machine, as the encoders alone need more"]
-    with enough_memory(f"load the VAE and the text encoder of {pipeline}", helps):
-        return load_encoders(pipeline, device)
-
-
-def tell(done: "Finished", out: Path, model: str, console: Any, seconds: float) -> None:
+def tell(done: "Prepared", out: Path, model: str, console: Terminal, seconds: float) -> None:
     """Print the report, and how to go on."""
     from wanloom.cli.hints import train_command
     from wanloom.cli.prepare_report import print_report
@@ -171,60 +104,11 @@ def tell(done: "Finished", out: Path, model: str, console: Any, seconds: float) 
 
     print_report(done.report, console)
     what = f"is ready after {seconds:.0f} s" if not done.was_complete else "was complete already, nothing was done"
-    lines = [f"{out} {what}: {summarise(done.report)}. All file names are in {out / REPORT}."]
-    command = train_command(out, model)
-    lines.append(
-        f"Train on it with: {command}"
-        if command
-        else f"Train on it with a recipe whose `model` has the VAE and the text encoder of {model}."
-    )
-    for line in lines:
+    how = f"with a recipe whose `model` has the VAE and the text encoder of {model}."
+    if command := train_command(out, model):
+        how = f"with: {command}"
+    for line in (
+        f"{out} {what}: {summarise(done.report)}. All file names are in {out / REPORT}.",
+        f"Train on it {how}",
+    ):
         console.print(line, soft_wrap=True)
-
-
-class Bar:
-    """Shows `Progress` as a bar with rate and time left; in a log file as a line every half minute."""
-
-    def __init__(self, console: Any, stop: StopSignal) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("files{task.fields[samples]}"),
-            TimeRemainingColumn(),
-        )
-        self.console = console
-        self.stop = stop
-        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.progress.add_task("reading", total=None, samples="")
-        self.stage = ""
-        self.first = (0.0, 0, 0)  # time, files and samples when the stage began
-        self.said = time.monotonic()
-
-    def __enter__(self) -> "Bar":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def show(self, state: "Progress") -> None:
-        """Called after every file and sample."""
-        self.stop.is_patient = state.stage == "encoding"
-        if self.stop.received:
-            raise KeyboardInterrupt
-        now = time.monotonic()
-        if state.stage != self.stage:
-            self.stage, self.first = state.stage, (now, state.done, state.samples)
-            self.progress.reset(self.task, total=state.total, completed=state.done, description=state.stage)
-        seconds = max(now - self.first[0], 1e-3)
-        rate = (state.samples - self.first[2]) / seconds
-        text = f", {state.samples} samples, {rate:.2g} per second" if state.samples else ""
-        self.progress.update(self.task, completed=state.done, total=state.total, samples=text)
-        if not self.console.is_terminal and now - self.said > 30:
-            self.said = now
-            made = state.done - self.first[1]
-            left = f", about {seconds / made * (state.total - state.done) / 60:.0f} min left" if made else ""
-            self.console.print(f"{state.stage}: {state.done} of {state.total} files{text}{left}")

@@ -45,13 +45,13 @@ def choose_vae(source: "Dataset", model: str | None) -> tuple[str, str]:
     made_with = read_settings(source.path).get("vae")
     if model is None:
         for name in ("tiny", *PUBLISHED):
-            if made_with is not None and identify(name, ("vae",)) == made_with:
+            if made_with is not None and identify(name, "vae") == made_with:
                 return name, ""
         raise UserError(
             f"Which VAE made '{source.path}' cannot be told here: --model names the model that it was prepared for."
         )
     if made_with is None:
         return model, f"Whether these latents were made with this VAE is not known: {source.path} does not say."
-    if identify(model, ("vae",)) not in (made_with, None):
+    if identify(model, "vae") not in (made_with, None):
         raise UserError(f"'{source.path}' was prepared with another VAE than that of {model}: give its own model.")
     return model, ""

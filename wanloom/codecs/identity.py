@@ -10,6 +10,8 @@ from pathlib import Path
 
 BLOCK = 1 << 20
 STRIDE = 64 * BLOCK
+# the folders of a pipeline whose weights encode, by what they are called in a prepared folder
+ENCODERS = {"vae": ("vae",), "text-encoder": ("text_encoder", "tokenizer")}
 SUFFIXES = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # of everything that is read
 
 
@@ -31,6 +33,6 @@ def files_identity(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def text_identity(pipeline: Path) -> str:
-    """Fingerprint of a pipeline's text encoder and its tokenizer together."""
-    return f"{folder_identity(pipeline / 'text_encoder')}-{folder_identity(pipeline / 'tokenizer')}"
+def encoder_identity(pipeline: Path, name: str) -> str:
+    """Fingerprint of one of `ENCODERS` of a pipeline."""
+    return "-".join(folder_identity(pipeline / folder) for folder in ENCODERS[name])

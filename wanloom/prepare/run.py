@@ -41,7 +41,7 @@ FREE = {"workers", "strict", "follow_links"}  # settings that change no byte of 
 PLAN = "plan.jsonl"  # in the work folder
 
 
-class Finished(NamedTuple):
+class Prepared(NamedTuple):
     report: dict[str, Any]  # on rank 0, else empty
     was_complete: bool  # nothing was left to do
 
@@ -58,21 +58,21 @@ class Request:
     on_progress: Callable[[Progress], None]
 
 
-def prepare(
+def encode_folder(
     source: Path,
     out: Path,
     config: PrepareConfig,
     identity: dict[str, str],
     load_encoders: Callable[[], Encoders],
     on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> Finished:
+) -> Prepared:
     """Prepare `source` into `out`, or go on where an earlier start stopped. Every rank of a run calls it.
 
     `identity` names the weights and the device; it is written into every sample. The encoders are loaded when there is
     something to encode. Raises UserError, the same on every rank, for what a user can mend.
     """
     request = Request(source, out, config, identity, load_encoders, on_progress)
-    finished = Finished({}, False)
+    finished = Prepared({}, False)
     halved = f"`workers={max(1, config.workers // 2)}` in place of {config.workers}"
     helps = [halved, "fewer `frames`, in a new folder", "a smaller size, in a new folder"]
     with together(), _told(out), enough_memory("hold the clips that are read ahead", helps), Crew() as crew:
@@ -95,7 +95,7 @@ def _told(out: Path) -> Iterator[None]:
         raise UserError(f"'{out}' cannot be written: {reason}.") from error
 
 
-def _lead(request: Request, crew: Crew) -> Finished:
+def _lead(request: Request, crew: Crew) -> Prepared:
     """Rank 0: the plan before the others begin, its share of the blocks, and the shards of all."""
     check_folders(request.source, request.out)
     with Spool(request.out, request.config.shard_size << 20) as spool:
@@ -106,7 +106,7 @@ def _lead(request: Request, crew: Crew) -> Finished:
             crew.complete.add()
             crew.planned.add()
             spool.remove()
-            return Finished(_read(request.out / REPORT, "samples"), True)
+            return Prepared(_read(request.out / REPORT, "samples"), True)
         spool.load()
         blocks = plan_blocks(plan.entries, request.config)
         total, ledger = sum(len(block.entries) for block in blocks), spool.ledger
@@ -129,7 +129,7 @@ def _lead(request: Request, crew: Crew) -> Finished:
         summary = _complete(spool, plan, settings)
     crew.complete.add()
     crew.check()  # others that were stopped while they waited for this are gone
-    return Finished(summary, False)
+    return Prepared(summary, False)
 
 
 def _follow(request: Request, crew: Crew) -> None:

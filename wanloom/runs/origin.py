@@ -10,7 +10,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from wanloom.codecs.identity import folder_identity
+from wanloom.codecs.identity import ENCODERS, encoder_identity
 from wanloom.data.places import DONE
 from wanloom.data.shards import Dataset
 from wanloom.errors import UserError
@@ -19,18 +19,17 @@ from wanloom.formats.pipeline import find_local
 from wanloom.runs.recipe import Run
 from wanloom.terminal import plural
 
-# the key in prepare.json, how to call it, the folders of a pipeline that it is the identity of
-PARTS = (("vae", "VAE", ("vae",)), ("text-encoder", "text encoder", ("text_encoder", "tokenizer")))
+NAMES = {"vae": "VAE", "text-encoder": "text encoder"}  # how to call what prepare.json has under these keys
 
 
 def check_origins(run: Run, say: Callable[[str], None]) -> None:
     """Compare what every source was prepared with to the model's own. Raises UserError for another VAE."""
     if run.data.mock:
         return
-    own = {key: identify(run.model, folders) for key, _, folders in PARTS}
+    own = {key: identify(run.model, key) for key in NAMES}
     for source in run.data.resolved():
         stored = read_settings(source.path)
-        for key, name, _ in PARTS:
+        for key, name in NAMES.items():
             if stored.get(key) is None or own[key] is None:
                 reason = "that is not on this machine" if own[key] is None else f"there is no {DONE} that says"
                 say(
@@ -58,10 +57,10 @@ def note_unhashed(sources: Sequence[object], say: Callable[[str], None]) -> None
             )
 
 
-def identify(model: str, folders: tuple[str, ...]) -> str | None:
-    """The identity of a part of a pipeline, as prepare writes it; None when the part is not on this machine."""
-    pipeline = find_local(model, folders)
-    return pipeline and "-".join(folder_identity(pipeline / folder) for folder in folders)
+def identify(model: str, encoder: str) -> str | None:
+    """The identity of an encoder of a pipeline, as prepare writes it; None when it is not on this machine."""
+    pipeline = find_local(model, ENCODERS[encoder])
+    return pipeline and encoder_identity(pipeline, encoder)
 
 
 def read_settings(path: str) -> dict[str, Any]:
