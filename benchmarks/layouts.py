@@ -30,8 +30,9 @@ from wanloom.data.settings import BatchConfig, SourceConfig
 from wanloom.dist import gather, pick_device, process_group, rank, world_size
 from wanloom.errors import UserError
 from wanloom.files import write_atomic
-from wanloom.model.dit import WanDiT, init_weights
+from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
+from wanloom.model.init import init_weights
 from wanloom.model.kernels import resolve_kernel
 from wanloom.model.settings import CONFIGS, DiTConfig
 from wanloom.objective.inputs import Objective

@@ -21,8 +21,9 @@ from wanloom.demo.shapes import SEEN, build_clip
 from wanloom.evaluate.validation import build_validation
 from wanloom.files import write_atomic
 from wanloom.formats.pipeline import find_pipeline
-from wanloom.model.dit import WanDiT, init_weights
+from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
+from wanloom.model.init import init_weights
 from wanloom.model.settings import CONFIGS
 from wanloom.objective.inputs import Objective
 from wanloom.objective.settings import FlowConfig

@@ -30,7 +30,8 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from wanloom.demo import shapes
 from wanloom.formats.transformer import load_dit, save_dit
-from wanloom.model.dit import WanDiT, init_weights
+from wanloom.model.dit import WanDiT
+from wanloom.model.init import init_weights
 from wanloom.model.settings import CONFIGS
 
 SEED = 20210

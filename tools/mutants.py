@@ -120,8 +120,8 @@ MUTANTS = (
         (PACK,),
     ),
     Mutant("wanloom/model/dit.py", "angles = 1000.0 * sigma", "angles = 999.0 * sigma", (PACK,)),
-    Mutant("wanloom/model/dit.py", "bias.append(math.log(slots - length))", "bias.append(math.log(slots))", (PACK,)),
-    Mutant("wanloom/model/dit.py", "tuple(param.shape), (seed, ", "tuple(param.shape), (seed % 2, ", (SEEDS,)),
+    Mutant("wanloom/model/text.py", "bias.append(math.log(slots - length))", "bias.append(math.log(slots))", (PACK,)),
+    Mutant("wanloom/model/init.py", "tuple(param.shape), (seed, ", "tuple(param.shape), (seed % 2, ", (SEEDS,)),
     Mutant(
         "wanloom/formats/published.py",
         '    ("eps", "eps", "eps"),\n',

@@ -19,7 +19,8 @@ from dit_reference import (
 from wanloom.config import build_config
 from wanloom.errors import UserError
 from wanloom.model.attention import PackedAttention
-from wanloom.model.dit import WanDiT, cast_weights, init_weights, keeps_fp32, time_features
+from wanloom.model.dit import WanDiT, cast_weights, keeps_fp32, time_features
+from wanloom.model.init import init_weights
 from wanloom.model.sequence import apply_rope, build_pack, grid_of, grid_positions, patchify, rope_table
 from wanloom.model.settings import CONFIGS, DiTConfig
 

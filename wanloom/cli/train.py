@@ -313,7 +313,8 @@ def build_model(run: "Run", config: "DiTConfig", mesh: "Mesh", fill: bool) -> "W
     from wanloom.errors import UserError
     from wanloom.formats.pipeline import find_pipeline
     from wanloom.formats.transformer import load_dit
-    from wanloom.model.dit import WanDiT, init_weights
+    from wanloom.model.dit import WanDiT
+    from wanloom.model.init import init_weights
     from wanloom.parallel import params
     from wanloom.parallel.apply import apply_layout
     from wanloom.runs.recipe import split_init

@@ -24,7 +24,8 @@ from wanloom.config import build_config
 from wanloom.errors import UserError
 from wanloom.folders import StoredTensor, match_tensors, read_headers, read_json, read_tensors, tell_dtypes
 from wanloom.formats.published import check_channels, config_json, find_files, parse_config, transformer_folder
-from wanloom.model.dit import PATCH_SIZE, Fill, WanDiT, cast_weights
+from wanloom.model.dit import PATCH_SIZE, WanDiT, cast_weights
+from wanloom.model.init import Fill
 from wanloom.model.sequence import PATCH
 from wanloom.model.settings import DiTConfig
 

@@ -12,7 +12,7 @@ than the work in it. Everything else is one call per sample.
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,22 @@ from wanloom.model.sequence import runs
 BATCH_BELOW = 512  # queries per sample
 
 
+class Attend(Protocol):
+    """The attention core, which has no parameters: all that context parallelism replaces, in self-attention.
+
+    `q (T, H, D)`, `k`, `v (S, H, D)`, `k_bias (S,)` added to the logits of each key -> `(T, H, D)`. The lengths `(N,)`
+    are int64 on the CPU: of what is here, or in a pack that is a part, of the whole sequence.
+    """
+
+    kernel: str
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, q_lens: Tensor, k_lens: Tensor, k_bias: Tensor | None
+    ) -> Tensor: ...
+
+
 class PackedAttention(nn.Module):
-    """The attention core, without parameters: the one seam that context parallelism replaces."""
+    """The attention core where all keys of a sample are here."""
 
     def __init__(self, kernel: str = "auto") -> None:
         super().__init__()
@@ -39,9 +53,8 @@ class PackedAttention(nn.Module):
         k_lens: Tensor,
         k_bias: Tensor | None = None,
     ) -> Tensor:
-        """`q (T, H, D)`, `k`, `v (S, H, D)`, `k_bias (S,)` added to the logits of each key -> `(T, H, D)`.
+        """As `Attend`. A sample may have no queries here, its keys are then not looked at.
 
-        `q_lens`, `k_lens (N,)` int64 on the CPU. A sample may have no queries here, its keys are then not looked at.
         Raises UserError for a kernel that cannot run here, ValueError for lengths that do not sum to T and S, for a
         sample with queries and no keys, and for a bias that wants a gradient, which none gets.
         """

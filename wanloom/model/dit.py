@@ -17,25 +17,21 @@ leaf module, the modulation tables too. Source: Wan, arXiv 2503.20314, and its p
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from wanloom.keys import keyed_normal, keyed_uniform
-from wanloom.model.attention import PackedAttention
+from wanloom.model.attention import Attend, PackedAttention
 from wanloom.model.layers import LayerNorm, Linear, Linear32, Modulation, RMSNorm
 from wanloom.model.modulation import TokenLayout, add_gated, build_layout, modulate_norm
 from wanloom.model.sequence import PATCH, Pack, apply_rope, rope_table
 from wanloom.model.settings import DiTConfig
+from wanloom.model.text import TextEmbedding, fold_text
 
 PATCH_SIZE = math.prod(PATCH)
 # parts whose arithmetic and weights stay fp32 when the rest is bf16
 FP32_PARTS = frozenset({"time_embedding", "time_projection", "modulation", "head", "norm3", "norm_q", "norm_k"})
-
-
-Fill = Callable[[Tensor, Tensor], object]  # sets a parameter, or the part of it that is here, from all of its values
 
 
 class KV(NamedTuple):
@@ -84,7 +80,7 @@ class Attention(nn.Module):
         self.o = Linear(dim, dim)
         self.norm_q = RMSNorm(dim, config.eps)
         self.norm_k = RMSNorm(dim, config.eps)
-        self.attend: Any = PackedAttention(kernel)  # context parallelism puts its own in this place
+        self.attend: Attend = PackedAttention(kernel)
 
     def forward(
         self,
@@ -177,7 +173,7 @@ class WanDiT(nn.Module):
         self.config = config
         dim = config.dim
         self.patch_embedding = Linear(config.in_channels * PATCH_SIZE, dim)
-        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
+        self.text_embedding = TextEmbedding(config.text_dim, dim)
         self.time_embedding = nn.Sequential(Linear32(config.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
         self.blocks = nn.ModuleDict({str(i): Block(config, kernel) for i in range(config.num_layers)})
@@ -200,7 +196,7 @@ class WanDiT(nn.Module):
         if stream is None:
             context = pack.text.new_empty(0, self.config.dim, dtype=dtype)
             if text_kv is None:
-                context = self.embed_text(pack.text, text.rows, dtype)
+                context = self.text_embedding.embed(pack.text, text.rows, dtype)
             stream = self.embed(pack, sigma, context, dtype)
         cond = Conditions(
             modulation=stream.modulation,
@@ -227,13 +223,8 @@ class WanDiT(nn.Module):
         as `forward`.
         """
         rows = fold_text(pack.text_lens, self.config.text_slots).rows
-        context = self.embed_text(pack.text, rows, self.compute_dtype(pack.text.device.type))
+        context = self.text_embedding.embed(pack.text, rows, self.compute_dtype(pack.text.device.type))
         return {name: block.text_kv(context) for name, block in self.blocks.items()}  # pyright: ignore[reportCallIssue]
-
-    def embed_text(self, text: Tensor, rows: list[int], dtype: torch.dtype) -> Tensor:
-        """Text states `(L, text_dim)` -> the projected text `(S, dim)` of `rows`, as `fold_text` names them."""
-        text = torch.cat([text, text.new_zeros(1, text.shape[1])]).to(dtype)
-        return self.text_embedding(text).index_select(0, torch.tensor(rows, device=text.device))
 
     def embed(self, pack: Pack, sigma: Tensor, context: Tensor, dtype: torch.dtype) -> Stream:
         """The stream before the first block."""
@@ -250,33 +241,6 @@ class WanDiT(nn.Module):
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return next(p.dtype for name, p in self.blocks.named_parameters() if not keeps_fp32(name))
-
-
-class TextRows(NamedTuple):
-    """The text keys of a pack: rows of its text states, of which one past the end stands for zeros."""
-
-    rows: list[int]  # (S,)
-    bias: list[float]  # (S,) added to the logits of each key
-    lens: tuple[int, ...]  # keys of each sample
-
-
-def fold_text(text_lens: Sequence[int], slots: int) -> TextRows:
-    """Which text states are keys. Raises ValueError for a caption longer than the slots.
-
-    The model attends to `slots` keys, of which the unused are zero before the projection and so all equal after it.
-    n equal keys weigh in the softmax as one whose logit is larger by log(n): one key stands for them all.
-    """
-    if max(text_lens) > slots:
-        raise ValueError(f"a caption has {max(text_lens)} text states, the model has {slots} slots")
-    rows, bias, first, zero_row = [], [], 0, sum(text_lens)
-    for length in text_lens:
-        rows += range(first, first + length)
-        bias += [0.0] * length
-        if length < slots:
-            rows.append(zero_row)
-            bias.append(math.log(slots - length))
-        first += length
-    return TextRows(rows, bias, tuple(length + (length < slots) for length in text_lens))
 
 
 def time_features(sigma: Tensor, freq_dim: int) -> Tensor:
@@ -296,33 +260,3 @@ def cast_weights(model: WanDiT, dtype: torch.dtype) -> None:
     """Cast the weights of the Linears to `dtype` in place; the fp32 parts become fp32."""
     for name, param in model.named_parameters():
         param.data = param.data.to(torch.float32 if keeps_fp32(name) else dtype)
-
-
-@torch.no_grad()
-def init_weights(model: WanDiT, seed: int, fill: Fill = Tensor.copy_) -> None:
-    """Random weights in the original's way, in place; each parameter's draws depend on its name and the seed alone.
-
-    Linears Xavier-uniform with zero bias; text and time embedding N(0, 0.02); tables N(0, 1/dim); the head zero, so
-    that a new model's velocity is zero; the patch embedding's bias is a convolution's, uniform in +-1/sqrt(fan in).
-    `fill(parameter, values)` sets a parameter of which there may be a part here.
-    """
-    for name, param in model.named_parameters():
-        shape, key = tuple(param.shape), (seed, "init", name)
-        if "norm" in name:
-            value = torch.full(shape, float(name.endswith("weight")))
-        elif "modulation" in name:
-            value = keyed_normal(shape, *key).mul_(shape[-1] ** -0.5)
-        elif name == "patch_embedding.bias":
-            value = _draw_within((model.config.in_channels * PATCH_SIZE) ** -0.5, shape, key)
-        elif name.endswith("bias") or name == "head.head.weight":
-            value = torch.zeros(shape)
-        elif name.startswith(("text_embedding", "time_embedding")):
-            value = keyed_normal(shape, *key).mul_(0.02)
-        else:
-            value = _draw_within(math.sqrt(6 / (shape[0] + shape[1])), shape, key)  # Xavier
-        fill(param, value)
-
-
-def _draw_within(bound: float, shape: tuple[int, ...], key: tuple[str | int, ...]) -> Tensor:
-    """Uniform in +-bound, fp32."""
-    return keyed_uniform(shape, *key).mul_(2 * bound).sub_(bound)

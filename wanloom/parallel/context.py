@@ -40,7 +40,7 @@ class ContextAttention(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, q_lens: Tensor, k_lens: Tensor, k_bias: Tensor | None = None
     ) -> Tensor:
-        """`q`, `k`, `v (T, H, D)` of this rank -> `(T, H, D)`; lengths `(N,)` of the whole sequence, on the CPU.
+        """As `model.attention.Attend`, with the lengths of the whole sequence.
 
         Raises UserError for a kernel that cannot run here, ValueError for a bias, which self-attention has not, and
         for lengths that do not sum to T times the ranks.

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from wanloom.model.dit import Stream, WanDiT, fold_text
+from wanloom.model.dit import Stream, WanDiT
 from wanloom.model.sequence import Pack
+from wanloom.model.text import fold_text
 from wanloom.parallel.mesh import Mesh
 
 Loss = Callable[[int, Tensor], Tensor]
