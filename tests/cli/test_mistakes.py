@@ -154,13 +154,13 @@ def test_a_valid_command_shows_a_sign_of_life_before_torch_is_loaded(tmp_path):
     (tmp_path / "clips").mkdir()
     code = """
 import sys, wanloom.cli as cli
-cli._choose = lambda command, *_: lambda: print(command.__name__, "torch" in sys.modules, file=sys.stderr) or 0
+cli._run_one = lambda run: print(run.func.__module__, "torch" in sys.modules, file=sys.stderr) or 0
 for line in sys.stdin.read().splitlines():
     assert cli.main(line.split()) == 0
 """
     lines = ["train tiny --mock run_dir=x", "prepare clips out", "demo", "show tiny", "generate --prompt x"]
     words = [sys.executable, "-c", code]
-    done = subprocess.run(words, cwd=tmp_path, input="\n".join(lines), capture_output=True, text=True)
+    done = subprocess.run(words, cwd=tmp_path, input="\n".join(lines), capture_output=True, text=True, timeout=120)
     names = [line.split()[0] for line in lines]
     assert done.stderr.splitlines() == [
         said
