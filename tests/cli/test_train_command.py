@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 from wanloom import memory
 from wanloom.checkpoint.saved import find_checkpoint, list_checkpoints, read_state
 from wanloom.checkpoint.writer import load_weights
-from wanloom.cli import main, train
-from wanloom.cli.train_checks import tell_outlook, times
+from wanloom.cli import main
 from wanloom.codecs.identity import ENCODERS, encoder_identity
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order
@@ -30,9 +29,10 @@ from wanloom.formats.transformer import state_dict_as
 from wanloom.keys import SCHEME, draw_noise, keyed_fractions, keyed_normal
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import forward_flops
+from wanloom.runs import build, train
 from wanloom.runs.recipe import build_run
+from wanloom.runs.train import tell_outlook, times
 from wanloom.train import loop
-from wanloom.train import step as step_module
 from wanloom.train.loop import Trainer
 from wanloom.train.metrics import read_metrics
 from wanloom.train.peaks import find_peak
@@ -204,7 +204,7 @@ def wait_for(what, process: subprocess.Popen) -> None:
 def test_mfu_is_the_published_convention_over_the_peak_of_the_gpu(tmp_path, monkeypatch, capsys):
     """The model's FLOPs by hand, on a CPU that says it is an H200; fp32 and a GPU of another name have none."""
     gpu = torch.device("cuda")
-    monkeypatch.setattr("wanloom.train.peaks.find_peak", lambda device, bf16: find_peak(gpu, bf16))
+    monkeypatch.setattr("wanloom.runs.train.find_peak", lambda device, bf16: find_peak(gpu, bf16))
     settings = ["train.steps=1", "log.every=1", "--mock=5x48x32"]  # four samples of 2 x 3 x 2 tokens
     for name, precision, device in (("a", "bf16", "NVIDIA H200"), ("b", "fp32", "NVIDIA H200"), ("c", "bf16", "X")):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, device=device: device)
@@ -340,7 +340,7 @@ def test_a_log_that_nobody_reads_any_more_costs_no_step(tmp_path, monkeypatch, c
 @pytest.mark.parametrize("place", ["train_step", "build_batch"])
 def test_a_step_that_memory_does_not_suffice_for_costs_none(tmp_path, monkeypatch, capsys, place):
     """In the passes over the model, and where samples are read; what torch says is its own sentence."""
-    module = loop if place == "train_step" else step_module
+    module = loop if place == "train_step" else build
     original, number = getattr(module, place), []
 
     def fail(*words, **options):
@@ -371,7 +371,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(tmp_path, ti
     config |= {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824}
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(memory, "free_bytes", lambda device: 450 << 30)
-    monkeypatch.setattr(train, "build_model", None)
+    monkeypatch.setattr(train, "build_parts", None)
     run_dir, model = tmp_path / "run", f"model={tmp_path / 'model'}"
     assert main([*words(run_dir, "train.steps=1"), model]) == 2
     error = capsys.readouterr().err

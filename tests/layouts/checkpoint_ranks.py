@@ -24,7 +24,6 @@ from wanloom.checkpoint import writer as module
 from wanloom.checkpoint.saved import find_checkpoint
 from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.checkpoint.writer import Checkpointer, load_tensors, load_weights
-from wanloom.cli.train import build_model
 from wanloom.dist import gather, is_lost
 from wanloom.errors import UserError
 from wanloom.model.dit import WanDiT
@@ -32,6 +31,7 @@ from wanloom.model.settings import DiTConfig
 from wanloom.parallel.mesh import Mesh, resolve_layout
 from wanloom.parallel.params import box_of, local
 from wanloom.parallel.settings import ParallelConfig
+from wanloom.runs.build import build_model
 from wanloom.runs.recipe import build_run, dump_run
 
 SHAPES = {"one": (1, 5), "three": (3,), "seven": (7, 6), "wide": (6, 7), "even": (8, 5), "flat": (13, 2, 3)}
@@ -248,7 +248,7 @@ def check_init() -> None:
         for init, ema in ((FOLDER / "begun", False), (f"{FOLDER / 'begun'}:ema", True)):
             run = build_run("tiny", [f"init={init}"])
             wanted = load_weights(find_checkpoint(FOLDER / "begun"), ema)[1]
-            model = build_model(run, SMALL, mesh, fill=True)
+            model = build_model(run, SMALL, mesh)
             held = dict(model.named_parameters())
             assert held and held.keys() <= wanted.keys(), held.keys()
             for name, param in held.items():

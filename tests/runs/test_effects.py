@@ -1,5 +1,7 @@
 """Settings without effect: an error where the command line says them, a note where one's own recipe does."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from wanloom.cli import main
@@ -78,7 +80,7 @@ def test_a_recipe_of_ones_own_gives_notes(tmp_path):
 @pytest.mark.parametrize("words", [["show"], ["train", "--mock"]])
 def test_the_commands_say_the_notes(tmp_path, monkeypatch, capsys, words):
     (tmp_path / "mine.yaml").write_text("based_on: tiny\nflow: {mode_scale: 1.0}\n")
-    monkeypatch.setattr("wanloom.cli.train.start", lambda *_: None)
+    monkeypatch.setattr("wanloom.runs.train.train", lambda run: SimpleNamespace(stopped=None, taken=0))
     monkeypatch.chdir(tmp_path)
     assert main([words[0], "mine.yaml", *words[1:], "run_dir=x"]) == 0
     note = "note: flow.mode_scale=1 has no effect with flow.sampler=uniform (mine.yaml says it)."

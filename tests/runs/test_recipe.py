@@ -12,15 +12,14 @@ from wanloom.objective.settings import PRESETS
 from wanloom.prepare.encode import PrepareConfig
 from wanloom.runs.layers import recipe_names
 from wanloom.runs.recipe import (
-    MAY_CHANGE,
     MIXES,
     Run,
     build_run,
-    changed_settings,
     dump_run,
     model_config,
     settle_steps,
 )
+from wanloom.runs.resume import MAY_CHANGE, changed_settings
 
 STEPS = ["train.steps=3"]
 

@@ -6,11 +6,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanloom.cli.train_checks import check_folder
 from wanloom.config import expand_home
 from wanloom.errors import UserError, nearest
 from wanloom.formats.pipeline import check_name
 from wanloom.memory import GIB
+from wanloom.runs.checks import check_folder
 from wanloom.runs.effects import find_notes
 from wanloom.runs.layers import recipe_names
 from wanloom.runs.recipe import Run, build_run

@@ -8,7 +8,6 @@ A recipe that is based on another one comes with its values for the mode after a
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,22 +38,6 @@ PUBLISHED = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-t2v-1.3b",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-t2v-14b",
 }
-# What a resumed run may change: it alters neither the samples nor the steps that are done. `train.steps` moves the end
-# of a linear or cosine schedule; a kernel, a pack or a layout changes the rounding; data is known by its fingerprint.
-MAY_CHANGE = (
-    "run_dir",
-    "train.steps",
-    "train.epochs",
-    "train.kernel",
-    "batch.tokens_per_pack",
-    "checkpoint.*",
-    "log.*",
-    "data.*",
-    "parallel.*",
-    "recompute",
-    "offload",
-    "compile",
-)
 
 
 class Run(Config):
@@ -203,21 +186,3 @@ def model_config(model: str) -> DiTConfig:
 def dump_run(run: Run) -> str:
     """The run as YAML that `build_run` reads back."""
     return dump_yaml(run.model_dump(mode="json"))
-
-
-def changed_settings(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ between two runs and may not change when a run is resumed: before and now, by name."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
-    pairs = {key: (before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys())}
-    return {
-        key: (was, now)
-        for key, (was, now) in pairs.items()
-        if was != now and not any(fnmatch(key, may) for may in MAY_CHANGE)
-    }
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out = {}
-    for key, value in values.items():
-        out |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out

@@ -1,0 +1,117 @@
+"""What a run is made of: data, model, optimizer, average.
+
+In: a run, the model's config, the mesh. Out: each part, built once, in one place; what `wanloom train` runs is what
+tests and benchmarks run.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import wanloom
+from wanloom.data.loader import Loader, Plan, Source
+from wanloom.dist import together
+from wanloom.errors import UserError
+from wanloom.evaluate.validation import build_validation
+from wanloom.formats.pipeline import find_pipeline
+from wanloom.formats.transformer import load_dit
+from wanloom.keys import SCHEME
+from wanloom.model.dit import WanDiT
+from wanloom.model.flops import train_flops
+from wanloom.model.init import init_weights
+from wanloom.model.settings import DiTConfig
+from wanloom.objective.inputs import Objective
+from wanloom.parallel import params
+from wanloom.parallel.apply import apply_layout
+from wanloom.parallel.mesh import Mesh
+from wanloom.runs.empty_text import sum_of
+from wanloom.runs.recipe import Run, dump_run, split_init
+from wanloom.runs.trained import open_trained
+from wanloom.train.ema import Ema
+from wanloom.train.loop import Parts
+from wanloom.train.optim import AdamW
+from wanloom.train.step import Batch, build_batch
+
+
+def build_plan(run: Run, config: DiTConfig, sources: list[Source], data_ranks: int) -> Plan:
+    """Which samples make a step. Raises UserError when one fits in no pack."""
+    return Plan(sources, run.data.resolved(), run.batch, run.seed, partial(train_flops, config), data_ranks)
+
+
+def build_loader(
+    run: Run, config: DiTConfig, sources: list[Source], plan: Plan, start_step: int, empty: Tensor | None, rank: int
+) -> Loader[Batch]:
+    """The steps of a data rank from `start_step` on, as the model takes them; `empty` is the empty caption."""
+    objective = Objective(
+        flow=run.flow,
+        seed=run.seed,
+        num_samples=run.batch.samples,
+        caption_dropout=run.caption_dropout,
+        empty_text=empty,
+        channels=config.in_channels,
+        text_dim=config.text_dim,
+    )
+    return Loader(sources, plan, start_step, partial(build_batch, objective=objective), run.data.prefetch, rank)
+
+
+def build_model(run: Run, config: DiTConfig, mesh: Mesh, fill: bool = True) -> WanDiT:
+    """The part of the model that is this rank's, in fp32; without `fill` its values are left for a checkpoint."""
+
+    def apply(model: WanDiT) -> None:
+        apply_layout(model, mesh, run.train.precision == "bf16", run.recompute, run.offload, run.compile)
+
+    if fill and run.init == "pretrained":
+        path = find_pipeline(run.model, ("transformer",))
+        return load_dit(path, device=mesh.device, kernel=run.train.kernel, apply=apply, fill=params.fill)
+    if fill and run.init != "random":
+        path, ema = split_init(run.init)
+        with together():
+            trained = open_trained(path, ema)
+            if trained.config != config:
+                raise UserError(f"{trained.path} has weights of another shape than those of {run.model}.")
+        return trained.load_model(ema, torch.float32, mesh.device, run.train.kernel, apply)
+    with torch.device("meta"):
+        model = WanDiT(config, run.train.kernel)
+    apply(model)
+    model.to_empty(device=mesh.device)
+    if fill:
+        init_weights(model, run.seed, params.fill)
+    return model
+
+
+def build_parts(
+    run: Run,
+    config: DiTConfig,
+    mesh: Mesh,
+    sources: list[Source],
+    plan: Plan,
+    empty: Tensor | None,
+    fill: bool = True,
+) -> Parts:
+    """Model, optimizer and average as they are at the first step; without `fill` they wait for a checkpoint."""
+    model = build_model(run, config, mesh, fill)
+    optimizer = AdamW(model.named_parameters(), run.optimizer)
+    bf16, validates = run.train.precision == "bf16", run.log.validate_every > 0
+    return Parts(
+        model=model,
+        mesh=mesh,
+        optimizer=optimizer,
+        ema=Ema(optimizer.named, run.ema.decay) if run.ema.decay else None,
+        validate=build_validation(model, mesh, sources, run.batch.tokens_per_pack, bf16) if validates else None,
+        facts=describe_parts(config, plan, empty),
+        recipe=dump_run(run),
+    )
+
+
+def describe_parts(config: DiTConfig, plan: Plan, empty: Tensor | None) -> dict[str, Any]:
+    """What every checkpoint says beside the tensors: what a run that goes on must have in common with it."""
+    return {
+        "model": config.model_dump(),
+        "data": plan.fingerprint(),
+        "draws": SCHEME,
+        "empty_text": None if empty is None else sum_of(empty),
+        "threads": torch.get_num_threads(),
+        "versions": {"wanloom": wanloom.__version__, "torch": torch.__version__},
+    }
