@@ -29,7 +29,7 @@ from wanloom.codecs.text import TextCodec, clean_prompt
 from wanloom.codecs.vae import VaeCodec
 from wanloom.data.shards import Dataset
 from wanloom.formats.pipeline import find_pipeline
-from wanloom.media.framing import FramingConfig, choose_frame
+from wanloom.media.framing import FramingConfig, choose_crop
 from wanloom.media.video import TimingConfig, read_clips
 from wanloom.prepare.encode import Encoders
 from wanloom.prepare.run import encode_folder
@@ -163,13 +163,13 @@ def _check(clips: Path, dataset: Dataset, config: PrepareConfig, encode: Encode,
     for i in range(len(index)):
         row, sample = index[i], dataset.read(index[i])
         (clip,) = read_clips(
-            clips / row.source, "video", config.timing, lambda w, h, n: choose_frame(w, h, config.framing, 0, "")
+            clips / row.source, "video", config.timing, lambda w, h, n: choose_crop(w, h, config.framing, 0, "")
         )
         video = torch.from_numpy(clip.pixels).permute(3, 0, 1, 2)[None] / 255.0
         states = pad_text(row.caption, text)
-        latents, text = sample.tensors["latents"], sample.tensors["text"]
-        assert not states[len(text) :].any()
-        for stored, made in ((latents, encode(video * 2 - 1)[0]), (text, states[: len(text)])):
+        latents, kept = sample.tensors["latents"], sample.tensors["text"]
+        assert not states[len(kept) :].any()
+        for stored, made in ((latents, encode(video * 2 - 1)[0]), (kept, states[: len(kept)])):
             torch.testing.assert_close(stored, made, rtol=1e-4, atol=1e-4)
             apart = max(apart, float((stored - made).abs().max()))
     return apart

@@ -9,7 +9,7 @@ import pytest
 
 from wanloom.errors import UserError, sentence_of
 from wanloom.files import LOCK, lock_folder, parse_json, write_atomic, written
-from wanloom.prepare.spool import Spool
+from wanloom.prepare.shard_writer import ShardWriter
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -50,7 +50,7 @@ def test_a_folder_has_one_owner(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(UserError, match="disk without file locks"), Spool(tmp_path / "out", 1000):
+    with pytest.raises(UserError, match="disk without file locks"), ShardWriter(tmp_path / "out", 1000):
         pass
 
 

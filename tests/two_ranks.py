@@ -10,7 +10,7 @@ import torch.distributed
 
 from wanloom import cli
 from wanloom.cli import show
-from wanloom.dist import Tally, gather, process_group, rank, says_first, together
+from wanloom.dist import SharedCounter, gather, process_group, rank, says_first, together
 from wanloom.errors import UserError
 
 
@@ -57,7 +57,7 @@ def come_back(out: Path) -> None:
         torch.distributed.barrier()
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        counted = Tally().add()
+        counted = SharedCounter().add()
         torch.distributed.barrier()
         (out / f"{rank()}.json").write_text(json.dumps(counted))
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from wanloom.media.decoding import MediaError
-from wanloom.media.framing import Frame, FramingConfig, choose_frame
+from wanloom.media.framing import Crop, FramingConfig, choose_crop
 from wanloom.media.limits import LimitsConfig
 from wanloom.media.video import TimingConfig, read_clips
 from wanloom.suffixes import kind_of
@@ -106,8 +106,8 @@ def read_mutant(path: Path, timing: TimingConfig) -> str:
     """What became of a file: "clips", or the reason why it gave no more."""
     framing = FramingConfig(height=32, width=48)
 
-    def choose(width: float, height: float, number: int) -> Frame:
-        return choose_frame(width, height, framing, 0, str(number))
+    def choose(width: float, height: float, number: int) -> Crop:
+        return choose_crop(width, height, framing, 0, str(number))
 
     try:
         for clip in read_clips(path, kind_of(path.name) or "", timing, choose, limits=LIMITS):

@@ -27,7 +27,7 @@ from wanloom.signals import LAUNCHER, ended_by_ctrl_c
 TIMEOUT = timedelta(minutes=30)  # the first step of a large model compiles, a checkpoint is read
 SAID = "wanloom/said"
 HEARD = "wanloom/heard"  # by how many
-TALLY = "wanloom/tally"
+COUNTER = "wanloom/counter"
 WAIT_FOR_RANK_0 = 5.0  # seconds
 LOOPBACK = "127.0.0.1"
 # what gloo (a plain RuntimeError) and NCCL (a DistBackendError, as for its other errors) say of the other end
@@ -210,13 +210,13 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         raise UserError(where + found[wrong[0]]) from cause
 
 
-class Tally:
+class SharedCounter:
     """A number that the ranks count up together, from 0, each at its own time. All make the same ones in one order."""
 
     _made = itertools.count()
 
     def __init__(self) -> None:
-        self._key = f"{TALLY}/{next(self._made)}"
+        self._key = f"{COUNTER}/{next(self._made)}"
         self._alone = 0
 
     def add(self, number: int = 1) -> int:

@@ -13,14 +13,14 @@ from wanloom.media import player as player_module
 from wanloom.media.clock import DISORDER, JUMPS, scan
 from wanloom.media.container import MediaFile
 from wanloom.media.decoding import MediaError
-from wanloom.media.framing import Frame
+from wanloom.media.framing import Crop
 from wanloom.media.picture import Clip
 from wanloom.media.video import HELD, TimingConfig, play_through, read_clips
 
 
-def native(width: float, height: float, number: int) -> Frame:
+def native(width: float, height: float, number: int) -> Crop:
     size = (round(width), round(height))
-    return Frame(size, (0, 0), size)
+    return Crop(size, (0, 0), size)
 
 
 def read(path: Path, **timing) -> list[Clip]:

@@ -16,7 +16,7 @@ from wanloom.config import build_config
 from wanloom.errors import UserError
 from wanloom.media import limits as limits_module
 from wanloom.media.decoding import MediaError
-from wanloom.media.framing import Frame, FramingConfig, choose_frame
+from wanloom.media.framing import Crop, FramingConfig, choose_crop
 from wanloom.media.limits import Budget, LimitsConfig
 from wanloom.media.picture import Clip
 from wanloom.media.video import TimingConfig, read_clips
@@ -95,8 +95,8 @@ def test_a_sliver_at_a_given_size(tmp_path: Path) -> None:
     Image.new("RGB", (1, 1000)).save(tmp_path / "a.png")
     config = FramingConfig(height=480, width=832)
 
-    def choose(width: float, height: float, number: int) -> Frame:
-        return choose_frame(width, height, config, 0, "k")
+    def choose(width: float, height: float, number: int) -> Crop:
+        return choose_crop(width, height, config, 0, "k")
 
     with peak_below(20 * MIB), pytest.raises(MediaError, match="is beyond `max_aspect=20`") as caught:
         read(tmp_path / "a.png", LimitsConfig(), choose)
@@ -107,8 +107,8 @@ def test_what_a_picture_takes_is_as_the_help_says(tmp_path: Path) -> None:
     """RGBA of 4 million pixels, laid on black in bands."""
     Image.new("RGBA", (2000, 2000), (200, 100, 50, 128)).save(tmp_path / "a.png", compress_level=1)
 
-    def choose(width: float, height: float, number: int) -> Frame:
-        return Frame((64, 48), (0, 0), (64, 48))
+    def choose(width: float, height: float, number: int) -> Crop:
+        return Crop((64, 48), (0, 0), (64, 48))
 
     with peak_below(12 * 4_000_000 + 30 * MIB):
         (clip,) = read(tmp_path / "a.png", LimitsConfig(), choose)

@@ -13,15 +13,15 @@ from PIL import Image
 from wanloom.errors import UserError
 from wanloom.media.container import MediaFile, choose_track, open_container, picture_rate
 from wanloom.media.decoding import MediaError
-from wanloom.media.framing import Frame
+from wanloom.media.framing import Crop
 from wanloom.media.picture import Clip
 from wanloom.media.video import TimingConfig, read_clips
 from wanloom.suffixes import kind_of
 
 
-def native(width: float, height: float, number: int) -> Frame:
+def native(width: float, height: float, number: int) -> Crop:
     size = (round(width), round(height))
-    return Frame(size, (0, 0), size)
+    return Crop(size, (0, 0), size)
 
 
 def read(path: Path, **timing) -> list[Clip]:

@@ -15,8 +15,8 @@ from wanloom.config import build_config
 from wanloom.errors import UserError
 from wanloom.media import player as player_module
 from wanloom.media.decoding import MediaError
-from wanloom.media.framing import Frame, FramingConfig, choose_frame
-from wanloom.media.picture import SWS_FLAGS, Clip, Screen
+from wanloom.media.framing import Crop, FramingConfig, choose_crop
+from wanloom.media.picture import SWS_FLAGS, Clip, PictureConverter
 from wanloom.media.video import TimingConfig, read_clips
 from wanloom.suffixes import kind_of
 
@@ -24,10 +24,10 @@ CORNERS = np.zeros((48, 80, 3), dtype=np.uint8)
 CORNERS[:24, :40], CORNERS[:24, 40:], CORNERS[24:, :40] = (230, 20, 20), (20, 230, 20), (20, 20, 230)
 
 
-def native(width: float, height: float, number: int) -> Frame:
+def native(width: float, height: float, number: int) -> Crop:
     """Keep the displayed size."""
     size = (round(width), round(height))
-    return Frame(size, (0, 0), size)
+    return Crop(size, (0, 0), size)
 
 
 def read(path: Path, choose=native, **timing) -> list[Clip]:
@@ -137,7 +137,7 @@ def test_rotation_and_mirroring(tmp_path: Path, rotation: int, hflip: bool) -> N
 def test_rotation_with_resize_and_crop(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", [CORNERS] * 3, rotation=90, pix_fmt="yuv444p")
     config = FramingConfig(height=32, width=32)
-    (clip,) = read(path, lambda w, h, n: choose_frame(w, h, config, 0, "k"), frames=1)
+    (clip,) = read(path, lambda w, h, n: choose_crop(w, h, config, 0, "k"), frames=1)
     turned = Image.fromarray(np.ascontiguousarray(np.rot90(CORNERS))).resize((32, 53), Image.Resampling.BICUBIC)
     expected = np.asarray(turned)[10:42]
     assert clip.pixels[0].shape == (32, 32, 3)
@@ -203,7 +203,7 @@ def test_planes_give_the_bytes_of_a_direct_conversion(pix_fmt: str) -> None:
         expected = picture.reformat(*size, format="rgb24", interpolation=SWS_FLAGS).to_ndarray()
         if pix_fmt == "gray" and color_range == 1:  # which the library takes as full
             expected = np.clip(np.round((expected.astype(float) - 16) * 255 / 219), 0, 255)
-        screen = Screen(None, None, lambda width, height, number, size=size: Frame(size, (0, 0), size))
+        screen = PictureConverter(None, None, lambda width, height, number, size=size: Crop(size, (0, 0), size))
         assert np.array_equal(screen.convert(picture, 0), expected)
 
 
@@ -226,7 +226,7 @@ def test_resizing_is_antialiased(tmp_path: Path) -> None:
     stripes[:, ::2] = 255
     for codec, pix_fmt in (("ffv1", "yuv444p"), ("ffv1", "bgr0")):
         path = write_video(tmp_path / "a.mkv", [stripes] * 2, codec=codec, pix_fmt=pix_fmt)
-        (clip,) = read(path, lambda w, h, n: Frame((48, 36), (0, 0), (48, 36)), frames=1)
+        (clip,) = read(path, lambda w, h, n: Crop((48, 36), (0, 0), (48, 36)), frames=1)
         assert np.abs(clip.pixels[0, :, 2:-2].astype(int) - 127.5).max() < 24
 
 
@@ -246,8 +246,8 @@ def test_alpha_is_laid_on_black(tmp_path: Path, suffix: str, codec: str, pix_fmt
 
 def test_crops_may_differ_between_clips_of_one_file(tmp_path: Path) -> None:
     path = write_numbers(tmp_path / "a.mp4", 20)
-    clips = read(path, lambda w, h, n: Frame((64, 48), (16 * n, 0), (16, 16)), frames=5, clips="all")
-    assert [c.frame.corner for c in clips] == [(0, 0), (16, 0), (32, 0), (48, 0)]
+    clips = read(path, lambda w, h, n: Crop((64, 48), (16 * n, 0), (16, 16)), frames=5, clips="all")
+    assert [c.crop.corner for c in clips] == [(0, 0), (16, 0), (32, 0), (48, 0)]
 
 
 def broken_files(root: Path) -> dict[str, tuple[Path, str]]:

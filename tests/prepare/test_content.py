@@ -13,14 +13,14 @@ from PIL import Image
 from wanloom.data.places import WORK
 from wanloom.errors import UserError
 from wanloom.media.decoding import MediaError
-from wanloom.media.framing import Frame, FramingConfig
+from wanloom.media.framing import Crop, FramingConfig
 from wanloom.media.video import TimingConfig, read_clips
 from wanloom.prepare import content as content_module
 from wanloom.prepare.content import Content, hash_file, read_stamp
 from wanloom.prepare.listing import list_files, read_entries
 from wanloom.prepare.run import PLAN, encode_folder
 from wanloom.prepare.settings import PrepareConfig
-from wanloom.prepare.spool import Spool
+from wanloom.prepare.shard_writer import ShardWriter
 
 
 def picture(path: Path, level: int) -> Path:
@@ -104,7 +104,7 @@ def test_a_video_that_changes_while_it_is_read_keeps_the_clips_before(tmp_path: 
         path,
         "video",
         TimingConfig(frames=5, clips="all"),
-        lambda w, h, n: Frame((64, 48), (0, 0), (64, 48)),
+        lambda w, h, n: Crop((64, 48), (0, 0), (64, 48)),
         content.check,
     )
     assert next(clips).number == 0
@@ -130,7 +130,7 @@ def test_the_saved_plan_knows_where_the_files_are_now(tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(content_module, "SETTLED_NS", 0)
-    monkeypatch.setattr(Spool, "finish", stop)
+    monkeypatch.setattr(ShardWriter, "finish", stop)
     path = picture(tmp_path / "in/a.png", 10)
     saved, stamps = tmp_path / "out" / WORK / PLAN, []
     for seconds in (5, 9):

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         timing={"clips": "all"}, framing={"height": None, "width": None, "max_area": 1536}, val_fraction=0.25
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "Spool", small_shards)
+        patch.setattr(prepare_module, "ShardWriter", small_shards)
         encode_folder(root / "in", root / "out", settings, IDENTITY, build_encoders)
     return root / "out"
 

@@ -28,11 +28,11 @@ from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
 from wanloom.prepare import run as prepare_module
 from wanloom.prepare.encode import default_batch, sample_key
-from wanloom.prepare.ledger import Ledger
+from wanloom.prepare.journal import Journal
 from wanloom.prepare.listing import read_entries
 from wanloom.prepare.run import Prepared, encode_folder
 from wanloom.prepare.settings import PrepareConfig
-from wanloom.prepare.spool import Spool
+from wanloom.prepare.shard_writer import ShardWriter
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["wanloom.prepare.run", "pytest"])
@@ -93,13 +93,13 @@ def expected(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """The folder that an undisturbed run makes; small shards, so that there are several."""
     out = tmp_path_factory.mktemp("expected") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "Spool", small_shards)
+        patch.setattr(prepare_module, "ShardWriter", small_shards)
         run(mixed, out, **ALL)
     return contents(out)
 
 
-def small_shards(out: Path, shard_bytes: int) -> Spool:
-    return Spool(out, 40_000)
+def small_shards(out: Path, shard_bytes: int) -> ShardWriter:
+    return ShardWriter(out, 40_000)
 
 
 def test_files_whose_names_end_alike_have_keys_of_their_own():
@@ -193,7 +193,7 @@ def test_the_printed_report_names_the_files(expected: dict[str, bytes]) -> None:
 def test_workers_change_no_byte(
     mixed: Path, expected: dict[str, bytes], tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "Spool", small_shards)
+    monkeypatch.setattr(prepare_module, "ShardWriter", small_shards)
     run(mixed, tmp_path / "out", workers=workers, **ALL)
     assert contents(tmp_path / "out") == expected
 
@@ -207,7 +207,7 @@ def test_death_at_every_change_of_the_disk(
     mixed: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
 ) -> None:
     """Die before or after each rename, deletion and log line, start again, die at the next, until it is finished."""
-    monkeypatch.setattr(prepare_module, "Spool", small_shards)
+    monkeypatch.setattr(prepare_module, "ShardWriter", small_shards)
     left = [0]
 
     def dying(real: Callable) -> Callable:
@@ -222,7 +222,7 @@ def test_death_at_every_change_of_the_disk(
 
         return call
 
-    for owner, name in ((Path, "replace"), (Path, "unlink"), (shutil, "rmtree"), (Ledger, "_write")):
+    for owner, name in ((Path, "replace"), (Path, "unlink"), (shutil, "rmtree"), (Journal, "_write")):
         monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
     log, out, deaths = tmp_path / "log", tmp_path / "out", 0
     for start in range(100):
@@ -244,7 +244,7 @@ def test_death_at_every_change_of_the_disk(
 def child(source: Path, out: Path, log: Path, started: Path) -> None:
     started.touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "Spool", small_shards)
+        patch.setattr(prepare_module, "ShardWriter", small_shards)
         encode_folder(source, out, config(**ALL, workers=2), IDENTITY, lambda: build_encoders(log, seconds=0.05))
 
 
@@ -303,7 +303,7 @@ def test_a_kill_while_beginning_costs_nothing_later(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Spool, "finish", stop)
+        patch.setattr(ShardWriter, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             run(source, out, build_encoders(log))
     with pytest.raises(UserError, match="dtype was bf16, now fp32"):
@@ -371,7 +371,7 @@ def test_a_changed_input_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Spool, "finish", stop)
+        patch.setattr(ShardWriter, "finish", stop)
         with pytest.raises(Killed):
             run(source, out)
     put_image(source, "3.png", "new", 99)
@@ -504,7 +504,7 @@ def test_the_report_of_an_older_folder_and_a_damaged_plan(expected: dict[str, by
 def test_two_at_once(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     put_image(source, "a.png", "a", 10)
-    with Spool(out, 1000), pytest.raises(UserError, match="Another `wanloom prepare`"):
+    with ShardWriter(out, 1000), pytest.raises(UserError, match="Another `wanloom prepare`"):
         run(source, out)
     assert not out.exists()  # neither of them began anything
     run(source, out)
@@ -513,7 +513,7 @@ def test_two_at_once(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_sentence_and_loses_nothing(
     mixed: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "Spool", small_shards)
+    monkeypatch.setattr(prepare_module, "ShardWriter", small_shards)
     real, calls = os.fsync, []
 
     def full(descriptor: int) -> None:

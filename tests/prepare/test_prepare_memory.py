@@ -12,7 +12,7 @@ from wanloom.cli import main
 from wanloom.errors import UserError
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
-from wanloom.prepare.encode import Block, Writer
+from wanloom.prepare.encode import BatchEncoder, FileBlock
 from wanloom.prepare.memory import BYTES, check_batch, find_helps
 from wanloom.prepare.settings import PrepareConfig
 
@@ -58,8 +58,8 @@ def test_a_batch_that_does_not_fit_is_a_sentence(error):
 
     none: Any = None
     encoders: Any = SimpleNamespace(frames=fail)
-    writer = Writer(none, config(), encoders, {})
+    writer = BatchEncoder(none, config(), encoders, {})
     clip: Any = SimpleNamespace(pixels=np.zeros((5, 32, 48, 3), np.uint8))
     writer.clips = [("a", none, clip), ("b", none, clip)]
     with pytest.raises(UserError, match=r"not enough to encode 2 x 5 frames of 48x32 pixels\. .*: `batch_size=1` in"):
-        writer.flush(Block(0, []))
+        writer.flush(FileBlock(0, []))

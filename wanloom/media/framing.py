@@ -1,6 +1,6 @@
 """Which part of a picture becomes a sample, and of what size.
 
-In: the displayed size of a file (rotation and pixel shape applied) and the user's wish. Out: a `Frame`: the size to
+In: the displayed size of a file (rotation and pixel shape applied) and the user's wish. Out: a `Crop`: the size to
 resize to, the window to cut, in whole pixels. The one decision: a picture is never squashed to fit. It is resized by
 one factor and cut (`center`, `random`), or fitted whole inside the size and rounded to the grid of 16 (`none`), which
 bends it by the rounding alone, and that is recorded. A side that is too many times the other one is refused before
@@ -64,7 +64,7 @@ class FramingConfig(Config):
         return self.height * self.width if self.keep_aspect else None
 
 
-class Frame(NamedTuple):
+class Crop(NamedTuple):
     """Resize to `resized`, then cut the window of `size` at `corner`; all are (horizontal, vertical)."""
 
     resized: tuple[int, int]
@@ -72,8 +72,8 @@ class Frame(NamedTuple):
     size: tuple[int, int]
 
 
-def choose_frame(width: float, height: float, config: FramingConfig, seed: int, key: str) -> Frame:
-    """The frame for a picture displayed at `width` x `height`; `seed` and `key` place a random crop.
+def choose_crop(width: float, height: float, config: FramingConfig, seed: int, key: str) -> Crop:
+    """The crop of a picture displayed at `width` x `height`; `seed` and `key` place a random crop.
 
     Raises ValueError when a picture is too narrow to be fitted without squashing, or beyond `max_aspect`.
     """
@@ -91,15 +91,15 @@ def choose_frame(width: float, height: float, config: FramingConfig, seed: int, 
         if config.crop == "none":
             size = fit_inside(width, height, size)
     if config.crop == "none":
-        return Frame(size, (0, 0), size)
+        return Crop(size, (0, 0), size)
     scale = max(size[0] / width, size[1] / height)
     resized = (max(size[0], round(width * scale)), max(size[1], round(height * scale)))
     slack = (resized[0] - size[0], resized[1] - size[1])
     if config.crop == "center":
-        return Frame(resized, (slack[0] // 2, slack[1] // 2), size)
+        return Crop(resized, (slack[0] // 2, slack[1] // 2), size)
     draw = hashlib.blake2b(f"crop:{seed}:{key}".encode(), digest_size=16).digest()
     across, down = int.from_bytes(draw[:8], "little"), int.from_bytes(draw[8:], "little")
-    return Frame(resized, (across % (slack[0] + 1), down % (slack[1] + 1)), size)
+    return Crop(resized, (across % (slack[0] + 1), down % (slack[1] + 1)), size)
 
 
 def fit_inside(width: float, height: float, box: tuple[int, int]) -> tuple[int, int]:
@@ -130,9 +130,9 @@ def fit_area(width: float, height: float, area: int) -> tuple[int, int]:
     return min(options, key=lambda o: (abs(math.log(o[0] / o[1] * height / width)), -o[0] * o[1]))
 
 
-def aspect_change(width: float, height: float, frame: Frame) -> float:
+def aspect_change(width: float, height: float, crop: Crop) -> float:
     """By how much the picture is bent: 0.01 means it became 1% wider than it should be."""
-    return frame.resized[0] / frame.resized[1] * height / width - 1
+    return crop.resized[0] / crop.resized[1] * height / width - 1
 
 
 def _below(side: float) -> int:

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from wanloom.media.colour import UNKNOWN, UNTAGGED, Colour, on_black, to_8_bits, video_colour
 from wanloom.media.container import MediaFile
 from wanloom.media.decoding import MediaError
-from wanloom.media.framing import Frame
+from wanloom.media.framing import Crop
 from wanloom.media.image_colour import image_to_rgb
 
 SWS_FLAGS = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC, SWS_ACCURATE_RND, SWS_FULL_CHR_H_INT
@@ -35,7 +35,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-ChooseFrame = Callable[[float, float, int], Frame]  # displayed width and height, clip number -> frame
+ChooseCrop = Callable[[float, float, int], Crop]  # displayed width and height, clip number -> crop
 
 
 @dataclass
@@ -49,13 +49,13 @@ class Clip:
     source_fps: float | None  # None for an image
     source_size: tuple[int, int]  # as stored
     display_size: tuple[float, float]  # as it is to be seen
-    frame: Frame
+    crop: Crop
     notes: list[str] = field(default_factory=list)  # what was done beyond time and size
     source_seconds: float | None = None  # of the whole video, by its header
     colour: Colour = UNKNOWN
 
 
-def read_image(file: MediaFile, choose: ChooseFrame) -> Clip:
+def read_image(file: MediaFile, choose: ChooseCrop) -> Clip:
     """An image as a clip of one frame, turned as its EXIF orientation says."""
     notes, head = [], file.read(HEAD)
     file.seek(0)
@@ -69,9 +69,9 @@ def read_image(file: MediaFile, choose: ChooseFrame) -> Clip:
         turned = ImageOps.exif_transpose(image) if is_turned else image
         pixels, colour = image_to_rgb(turned, image.format, head)
     height, width = pixels.shape[:2]
-    frame = _choose(choose, width, height, 0)
-    cut = _cut(_resize_rgb(pixels, frame.resized), frame)
-    return Clip(0, cut[None], 0.0, 0.0, None, stored, (width, height), frame, [*notes, *colour.notes], colour=colour)
+    crop = _choose(choose, width, height, 0)
+    cut = _cut(_resize_rgb(pixels, crop.resized), crop)
+    return Clip(0, cut[None], 0.0, 0.0, None, stored, (width, height), crop, [*notes, *colour.notes], colour=colour)
 
 
 def _open_image(file: MediaFile) -> Image.Image:
@@ -85,13 +85,13 @@ def _open_image(file: MediaFile) -> Image.Image:
     return image
 
 
-class Screen:
-    """Turns decoded pictures into RGB of the chosen frame, and remembers what it met on the way.
+class PictureConverter:
+    """Turns decoded pictures into RGB of the chosen crop, and remembers what it met on the way.
 
     `pixel_shape` is the width of a pixel over its height, `rate` that of the stream, None when it is not known.
     """
 
-    def __init__(self, pixel_shape: Fraction | None, rate: Fraction | None, choose: ChooseFrame) -> None:
+    def __init__(self, pixel_shape: Fraction | None, rate: Fraction | None, choose: ChooseCrop) -> None:
         self.pixel_shape = pixel_shape
         self.rate = rate
         self.choose = choose
@@ -99,7 +99,7 @@ class Screen:
         self.stored: tuple[int, int] | None = None
         self.display: tuple[float, float] = (0.0, 0.0)
         self.turn = np.eye(2, dtype=int)
-        self.frames: dict[int, Frame] = {}
+        self.crops: dict[int, Crop] = {}
         self.notes: dict[str, None] = {}
         self.latest: tuple[Any, int, np.ndarray] | None = None
         self.colour = UNKNOWN
@@ -114,12 +114,12 @@ class Screen:
             self._look(picture)
         elif self.stored != (picture.width, picture.height):
             raise MediaError("broken", f"changes its size to {picture.width}x{picture.height} in the middle")
-        if number not in self.frames:
-            self.frames = {number: _choose(self.choose, *self.display, number)}
-        frame = self.frames[number]
-        width, height = frame.resized
+        if number not in self.crops:
+            self.crops = {number: _choose(self.choose, *self.display, number)}
+        crop = self.crops[number]
+        width, height = crop.resized
         stored = (height, width) if self.turn[0, 1] else (width, height)
-        pixels = _cut(_apply_turn(self._to_rgb(picture, stored), self.turn), frame)
+        pixels = _cut(_apply_turn(self._to_rgb(picture, stored), self.turn), crop)
         self.latest = (picture, number, pixels)
         return pixels
 
@@ -132,7 +132,7 @@ class Screen:
             source_fps=round(float(self.rate), 6) if self.rate else None,
             source_size=self.stored or (0, 0),
             display_size=self.display,
-            frame=self.frames[number],
+            crop=self.crops[number],
             notes=list(self.notes),
             colour=self.colour,
         )
@@ -213,12 +213,12 @@ def _resize_rgb(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
-def _cut(pixels: np.ndarray, frame: Frame) -> np.ndarray:
-    (left, top), (width, height) = frame.corner, frame.size
+def _cut(pixels: np.ndarray, crop: Crop) -> np.ndarray:
+    (left, top), (width, height) = crop.corner, crop.size
     return pixels[top : top + height, left : left + width]
 
 
-def _choose(choose: ChooseFrame, width: float, height: float, number: int) -> Frame:
+def _choose(choose: ChooseCrop, width: float, height: float, number: int) -> Crop:
     try:
         return choose(width, height, number)
     except ValueError as error:

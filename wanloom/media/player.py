@@ -20,7 +20,7 @@ TICK = Fraction(1, 1000)  # containers with millisecond clocks (Matroska) round 
 FAR = 10  # seconds that are worth a jump
 
 
-class Shown(NamedTuple):
+class TimedPicture(NamedTuple):
     """A picture and when it is on the screen, in seconds from the first picture of the file."""
 
     begin: Fraction
@@ -78,7 +78,7 @@ class Player:
             yield from self.decoder.decode(packet)
         yield from self.decoder.decode(None)
 
-    def _play(self) -> Iterator[Shown]:
+    def _play(self) -> Iterator[TimedPicture]:
         previous: Any = None
         begin = Fraction(0)
         for picture in self._decode():
@@ -86,14 +86,14 @@ class Player:
             time = self.clock.time(picture)
             if previous is not None and time > begin:  # of two with one stamp the second is shown
                 self.end = time
-                yield Shown(begin, time, previous)
+                yield TimedPicture(begin, time, previous)
             previous, begin = picture, time
         if previous is not None:
             length = previous.duration * self.clock.base
             if not length or previous.pts is None:
                 length = max(length, self.clock.interval)
             self.end = begin + length
-            yield Shown(begin, self.end, previous)
+            yield TimedPicture(begin, self.end, previous)
 
     def _jump(self, time: Fraction) -> None:
         """To a picture at or before `time`, or back to the first one for good."""

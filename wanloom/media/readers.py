@@ -16,7 +16,7 @@ J = TypeVar("J")
 R = TypeVar("R")
 
 
-class _Lane(Generic[J, R]):
+class _DecodeThread(Generic[J, R]):
     """One job on its thread. An empty list in `results` is the end; `error` is what ended it before."""
 
     def __init__(self, job: J, work: Callable[[J], Iterator[R]], stop: threading.Event) -> None:
@@ -57,17 +57,17 @@ def read_ahead(jobs: Iterable[J], work: Callable[[J], Iterator[R]], workers: int
     """
     stop = threading.Event()
     waiting = iter(jobs)
-    lanes: deque[_Lane[J, R]] = deque()
+    threads: deque[_DecodeThread[J, R]] = deque()
     try:
         while True:
-            while len(lanes) < workers and (job := next(waiting, None)) is not None:
-                lanes.append(_Lane(job, work, stop))
-            if not lanes:
+            while len(threads) < workers and (job := next(waiting, None)) is not None:
+                threads.append(_DecodeThread(job, work, stop))
+            if not threads:
                 return
-            result = lanes[0].results.get()
+            result = threads[0].results.get()
             if result:
-                yield lanes[0].job, result[0]
-            elif (error := lanes.popleft().error) is not None:
+                yield threads[0].job, result[0]
+            elif (error := threads.popleft().error) is not None:
                 raise error
     finally:
         stop.set()

@@ -22,7 +22,7 @@ from wanloom.media.clock import JUMPS, Extent, scan
 from wanloom.media.container import MediaFile, choose_track, open_container, picture_rate
 from wanloom.media.decoding import Decoding, MediaError
 from wanloom.media.limits import USUAL, LimitsConfig
-from wanloom.media.picture import ChooseFrame, Clip, Screen, read_image
+from wanloom.media.picture import ChooseCrop, Clip, PictureConverter, read_image
 from wanloom.media.player import FAR, TICK, Player
 from wanloom.media.readers import read_ahead
 
@@ -82,7 +82,7 @@ def read_clips(
     path: Path,
     kind: str,
     timing: TimingConfig,
-    choose: ChooseFrame,
+    choose: ChooseCrop,
     same: Same = lambda file: None,
     limits: LimitsConfig = USUAL,
 ) -> Iterator[Clip]:
@@ -134,7 +134,7 @@ class Track(NamedTuple):
     seconds: float | None
 
 
-class Due(NamedTuple):
+class ClipFrame(NamedTuple):
     """A decoded picture and its place: frame `k` of clip `number`."""
 
     picture: Any
@@ -145,11 +145,11 @@ class Due(NamedTuple):
     notes: tuple[str, ...]  # what was done to the clock and the track until now
 
 
-def _read_video(file: MediaFile, timing: TimingConfig, choose: ChooseFrame) -> Iterator[Clip]:
+def _read_video(file: MediaFile, timing: TimingConfig, choose: ChooseCrop) -> Iterator[Clip]:
     screen = pixels = None
     with closing(read_ahead([file], lambda file: _decode(file, timing), workers=1)) as pictures:
         for _, due in pictures:
-            screen = screen or Screen(due.track.pixel_shape, due.track.rate, choose)
+            screen = screen or PictureConverter(due.track.pixel_shape, due.track.rate, choose)
             shown = screen.convert(due.picture, due.number)
             if pixels is None:
                 pixels = np.empty((len(due.moments), *shown.shape), dtype=np.uint8)
@@ -162,7 +162,7 @@ def _read_video(file: MediaFile, timing: TimingConfig, choose: ChooseFrame) -> I
                 pixels = None
 
 
-def _decode(file: MediaFile, timing: TimingConfig) -> Iterator[Due]:
+def _decode(file: MediaFile, timing: TimingConfig) -> Iterator[ClipFrame]:
     """The pictures of every clip, in order of time."""
     budget = file.budget
     budget.renew()
@@ -190,7 +190,7 @@ def _decode(file: MediaFile, timing: TimingConfig) -> Iterator[Due]:
                     _check_held(held, timing)
                     _check_enough(number, k, timing, moments, player)
                     return
-                yield Due(picture, k, number, moments, header, (*notes, *player.clock.notes))
+                yield ClipFrame(picture, k, number, moments, header, (*notes, *player.clock.notes))
             before = player.last.picture if timing.mode == "video" else None
             budget.renew()
         _check_held(held, timing)

@@ -1,6 +1,6 @@
 """Clips to encoded samples, in batches that any start and any number of ranks would form alike.
 
-In: the blocks of a plan, and what is encoded already. Out: batches of encoded samples in the ledger. The one decision:
+In: the blocks of a plan, and what is encoded already. Out: batches of encoded samples in the journal. The one decision:
 a block is a few neighbouring files, chosen by the plan and the settings alone; a batch is filled in the order of the
 plan with clips of one shape and never crosses a block. So its members, and with them every bit of the result, do not
 depend on workers, kills, restarts or ranks, and each rank decodes and encodes blocks of its own.
@@ -9,7 +9,9 @@ depend on workers, kills, restarts or ranks, and each rank decodes and encodes b
 import hashlib
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +23,14 @@ from wanloom.data.tar import tar_pair
 from wanloom.dist import world_size
 from wanloom.errors import UserError
 from wanloom.media.decoding import MediaError
-from wanloom.media.framing import Frame, aspect_change, choose_frame
+from wanloom.media.framing import Crop, aspect_change, choose_crop
 from wanloom.media.picture import Clip
 from wanloom.media.readers import read_ahead
 from wanloom.media.video import read_clips
 from wanloom.memory import enough_memory
 from wanloom.prepare.content import Content
-from wanloom.prepare.ledger import Ledger
-from wanloom.prepare.listing import Entry
+from wanloom.prepare.journal import Journal
+from wanloom.prepare.listing import MediaEntry
 from wanloom.prepare.memory import describe_batch, find_helps
 from wanloom.prepare.settings import PrepareConfig
 
@@ -60,26 +62,26 @@ def sample_key(source: str, number: int) -> str:
 
 
 @dataclass
-class Block:
+class FileBlock:
     """Neighbouring files that one rank encodes, in batches of their own."""
 
     number: int
-    entries: list[Entry]
+    entries: list[MediaEntry]
     files: int = 0  # read to the end
-    batches: int = 0  # in the ledger
-    keys: set[str] = field(default_factory=set)  # of the samples in the ledger
+    batches: int = 0  # in the journal
+    keys: set[str] = field(default_factory=set)  # of the samples in the journal
 
 
-def plan_blocks(entries: list[Entry], config: PrepareConfig) -> list[Block]:
+def plan_blocks(entries: list[MediaEntry], config: PrepareConfig) -> list[FileBlock]:
     """The files that are not dropped, in blocks of about one batch, so that few files also make work for many ranks."""
-    blocks: list[Block] = []
+    blocks: list[FileBlock] = []
     room = 0
     for entry in entries:
         if entry.drop:
             continue
         wish = most_files(entry.kind, config)
         if not blocks or wish != room or len(blocks[-1].entries) == room:
-            blocks.append(Block(len(blocks), []))
+            blocks.append(FileBlock(len(blocks), []))
         blocks[-1].entries.append(entry)
         room = wish
     return blocks
@@ -100,76 +102,80 @@ def default_batch(pixels: int) -> int:
 
 def encode_blocks(
     source: Path,
-    blocks: list[Block],
+    blocks: list[FileBlock],
     numbers: Iterator[int],
     config: PrepareConfig,
-    writer: "Writer",
-    on_step: Callable[[Block], None],
+    encoder: "BatchEncoder",
+    on_step: Callable[[FileBlock], None],
 ) -> None:
-    """Encode what is not in the ledger yet of the blocks whose numbers come; `on_step` is called after every clip."""
-    ledger = writer.ledger
-
-    def jobs() -> Iterator[tuple[Block, Entry]]:
-        for number in numbers:
-            block = blocks[number]
-            if number not in ledger.finished:
-                find_begun(block, ledger)
-                yield from ((block, entry) for entry in block.entries[block.files :])
-
-    def read(job: tuple[Block, Entry]) -> Iterator[Clip | MediaError | None]:
-        entry = job[1]
-
-        def choose(width: float, height: float, number: int) -> Frame:
-            return choose_frame(width, height, config.framing, config.seed, sample_key(entry.source, number))
-
-        content = Content(entry.stamp, entry.sha256)
-        try:
-            yield from read_clips(
-                source / entry.source, entry.kind, config.timing, choose, content.check, config.limits
-            )
-        except MediaError as error:
-            yield error
-        yield None
-
+    """Encode what is not finished yet of the blocks whose numbers come; `on_step` is called after every clip."""
+    journal = encoder.journal
     # a rank that has taken files ahead keeps them from the others: no more than its share
-    left = sum(len(block.entries) for block in blocks) - ledger.files
-    clips = read_ahead(jobs(), read, max(1, min(config.workers, -(-left // world_size()))))
-    try:
-        for (block, entry), result in clips:
+    left = sum(len(block.entries) for block in blocks) - journal.files
+    workers = max(1, min(config.workers, -(-left // world_size())))
+    files = _files_left(blocks, numbers, journal)
+    with closing(read_ahead(files, partial(_read_file, source, config), workers)) as results:
+        for (block, entry), result in results:
             if isinstance(result, Clip):
-                writer.add(block, entry, result)
+                encoder.add(block, entry, result)
             elif result is None:
-                writer.end_file(block)
+                encoder.end_file(block)
+            elif config.strict:
+                raise UserError(f"`strict`: {entry.source} would be dropped: {result.kind}, {result}.")
             else:
-                if config.strict:
-                    raise UserError(f"`strict`: {entry.source} would be dropped: {result.kind}, {result}.")
-                ledger.drop(entry.source, result.kind, str(result), result.frames)
+                journal.drop(entry.source, result.kind, str(result), result.frames)
             on_step(block)
-    finally:
-        clips.close()
 
 
-def find_begun(block: Block, ledger: Ledger) -> None:
+def _files_left(
+    blocks: list[FileBlock], numbers: Iterator[int], journal: Journal
+) -> Iterator[tuple[FileBlock, MediaEntry]]:
+    """The files of the blocks whose numbers come that an earlier start has not read to their ends."""
+    for number in numbers:
+        if number not in journal.finished:
+            find_begun(blocks[number], journal)
+            for entry in blocks[number].entries[blocks[number].files :]:
+                yield blocks[number], entry
+
+
+def _read_file(
+    source: Path, config: PrepareConfig, file: tuple[FileBlock, MediaEntry]
+) -> Iterator[Clip | MediaError | None]:
+    """The clips of a file, why there are no more where something is wrong with it, and None at its end."""
+    _, entry = file
+
+    def choose(width: float, height: float, number: int) -> Crop:
+        return choose_crop(width, height, config.framing, config.seed, sample_key(entry.source, number))
+
+    path, content = source / entry.source, Content(entry.stamp, entry.sha256)
+    try:
+        yield from read_clips(path, entry.kind, config.timing, choose, content.check, config.limits)
+    except MediaError as error:
+        yield error
+    yield None
+
+
+def find_begun(block: FileBlock, journal: Journal) -> None:
     """Go on where an earlier start left a block: files before the newest encoded sample are finished, as order is."""
-    batches = ledger.begun(block.number)
+    batches = journal.begun(block.number)
     found = {key: source for batch in batches for key, source in batch.items()}
     block.batches, block.keys = len(batches), set(found)
     last = max(found.values(), default="")
     block.files = sum(entry.source < last for entry in block.entries)
 
 
-class Writer:
+class BatchEncoder:
     """Collects clips of one shape and encodes them together."""
 
-    def __init__(self, ledger: Ledger, config: PrepareConfig, encoders: Encoders, identity: dict[str, str]) -> None:
-        self.ledger = ledger
+    def __init__(self, journal: Journal, config: PrepareConfig, encoders: Encoders, identity: dict[str, str]) -> None:
+        self.journal = journal
         self.config = config
         self.encoders = encoders
         self.identity = identity
-        self.clips: list[tuple[str, Entry, Clip]] = []  # all of one block
+        self.clips: list[tuple[str, MediaEntry, Clip]] = []  # all of one block
         self.text: tuple[str, Tensor, int] = ("", torch.empty(0), 0)  # of the latest caption
 
-    def add(self, block: Block, entry: Entry, clip: Clip) -> None:
+    def add(self, block: FileBlock, entry: MediaEntry, clip: Clip) -> None:
         """Take a clip, unless it is encoded; the batch goes when it is full or the next clip has another shape."""
         key = sample_key(entry.source, clip.number)
         if key in block.keys:
@@ -180,14 +186,14 @@ class Writer:
         if len(self.clips) >= (self.config.batch_size or default_batch(clip.pixels.size // 3)):
             self.flush(block)
 
-    def end_file(self, block: Block) -> None:
+    def end_file(self, block: FileBlock) -> None:
         """A file gives no more; with its last file a block is finished."""
         block.files += 1
         if block.files == len(block.entries):
             self.flush(block)
-            self.ledger.finish(block.number, block.batches, block.files, len(block.keys))
+            self.journal.finish(block.number, block.batches, block.files, len(block.keys))
 
-    def flush(self, block: Block) -> None:
+    def flush(self, block: FileBlock) -> None:
         """Encode the clips at hand and keep them as one unit."""
         if not self.clips:
             return
@@ -196,7 +202,7 @@ class Writer:
         with enough_memory(describe_batch(shape), find_helps(self.config, shape)):
             pixels = torch.from_numpy(np.stack([clip.pixels for _, _, clip in self.clips]))
             encoded = self._encode(self.encoders.frames(pixels))
-        self.ledger.keep(block.number, block.batches, encoded)
+        self.journal.keep(block.number, block.batches, encoded)
         block.batches += 1
         block.keys |= {key for key, _, _ in self.clips}
         self.clips = []
@@ -221,7 +227,9 @@ class Writer:
         return self.text[1], self.text[2]
 
 
-def build_record(entry: Entry, clip: Clip, config: PrepareConfig, num_tokens: int, text_len: int) -> dict[str, Any]:
+def build_record(
+    entry: MediaEntry, clip: Clip, config: PrepareConfig, num_tokens: int, text_len: int
+) -> dict[str, Any]:
     """The json member of a sample, without the hash of its tensors. Sizes are (width, height) in pixels."""
     is_video = clip.pixels.shape[0] > 1
     return {
@@ -241,10 +249,10 @@ def build_record(entry: Entry, clip: Clip, config: PrepareConfig, num_tokens: in
         "frames": clip.pixels.shape[0],
         "source_size": clip.source_size,
         "display_size": [round(side, 3) for side in clip.display_size],
-        "resized": clip.frame.resized,
-        "crop": [*clip.frame.corner, *clip.frame.size],
-        "size": clip.frame.size,
-        "aspect_change": round(aspect_change(*clip.display_size, clip.frame), 6),
+        "resized": clip.crop.resized,
+        "crop": [*clip.crop.corner, *clip.crop.size],
+        "size": clip.crop.size,
+        "aspect_change": round(aspect_change(*clip.display_size, clip.crop), 6),
         "colour": clip.colour.said,
         "colour_guessed": clip.colour.guessed,
         "notes": clip.notes,

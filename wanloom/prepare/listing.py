@@ -16,15 +16,16 @@ from typing import NamedTuple
 
 from wanloom.errors import UserError
 from wanloom.files import is_special, parse_json
-from wanloom.prepare.captions import Caption, Sidecars, read_captions
+from wanloom.prepare.captions import Answer, Caption, Sidecars, read_captions
 from wanloom.prepare.content import Stamp, hash_file, read_stamp
+from wanloom.prepare.settings import PrepareConfig
 from wanloom.prepare.tables import TABLES
 from wanloom.suffixes import kind_of
 from wanloom.terminal import is_text
 
 
 @dataclass(frozen=True)
-class Entry:
+class MediaEntry:
     """One media file. `drop` is empty or the heading in the report, `reason` the sentence under it."""
 
     source: str  # path relative to the input folder, with '/'
@@ -45,10 +46,10 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class InputPlan:
     """All files of a folder."""
 
-    entries: list[Entry]
+    entries: list[MediaEntry]
     conflicts: dict[str, str]  # media files whose caption sources disagree
     shared: dict[str, str]  # media files whose caption is also another's
     missing: list[str]  # listed in the metadata table, not in the folder
@@ -65,10 +66,10 @@ class Plan:
         return "".join(json.dumps(asdict(entry)) + "\n" for entry in self.entries).encode()
 
 
-def read_entries(data: bytes) -> list[Entry]:
+def read_entries(data: bytes) -> list[MediaEntry]:
     """The entries of a saved plan. Raises UserError when it is damaged."""
     try:
-        return [Entry(**parse_json(line)) for line in data.splitlines()]
+        return [MediaEntry(**parse_json(line)) for line in data.splitlines()]
     except (ValueError, TypeError) as error:
         raise UserError(f"The plan of the unfinished folder is damaged ({error}): prepare into a new one.") from error
 
@@ -109,54 +110,48 @@ def list_files(root: Path, leave_out: Path, follow_links: bool = False) -> Listi
 def build_plan(
     root: Path,
     leave_out: Path,
-    mode: str,
-    caption_key: str | None,
-    val_fraction: float,
-    seed: int,
-    known: Sequence[Entry] = (),
-    workers: int = 1,
-    on_read: Callable[[int, int], None] = lambda done, total: None,
-    follow_links: bool = False,
-) -> Plan:
+    config: PrepareConfig,
+    known: Sequence[MediaEntry],
+    on_read: Callable[[int, int], None],
+) -> InputPlan:
     """The plan of a folder. `known` are entries of an earlier start: unchanged files are not read again.
 
     Raises UserError when there is no such folder or no media in it.
     """
     if not root.is_dir():
         raise UserError(f"There is no folder '{root}' with videos or images.")
-    visible, hidden, links = list_files(root, leave_out, follow_links)
+    visible, hidden, links = list_files(root, leave_out, config.follow_links)
     media = [name for name in visible if kind_of(name)]
     if not media:
         linked = f" `follow_links` takes what '{links[0]}' leads to." if links else ""
         raise UserError(f"'{root}' holds no videos or images ({len(visible)} other files).{linked}")
-    taken = [name for name in media if is_text(name) and (mode != "image" or kind_of(name) == "image")]
-    captions = read_captions(root, taken, {name for name in visible if is_text(name)}, caption_key)
+    mode, readable = config.timing.mode, {name for name in visible if is_text(name)}
+    taken = [name for name in media if name in readable and (mode != "image" or kind_of(name) == "image")]
+    captions = read_captions(root, taken, readable, config.caption_key)
     sidecars = Sidecars(visible)
     texts = {text for name in media for text in sidecars.own(name) + sidecars.common(name)} | set(TABLES)
     ignored = [name for name in visible if not kind_of(name) and name not in texts]
-    entries = []
-    for name in media:
-        stat = _stat(root / name)
-        entry = Entry(name, kind_of(name) or "", *stat)
-        found = captions.found.get(name)
-        if not is_text(name):
-            entry = replace(entry, source=ascii(name)[1:-1], drop="broken", reason="its name is not valid UTF-8")
-        elif is_special(root / name):
-            entry = replace(entry, drop="broken", reason="is a pipe or a device, not a file")
-        elif mode == "image" and entry.kind == "video":
-            entry = replace(
-                entry, drop="not taken", reason="a video, `mode=image` takes images only (see `mode=frames`)"
-            )
-        elif isinstance(found, Caption):
-            entry = replace(entry, caption=found.text, caption_source=found.source)
-        else:
-            entry = replace(entry, drop="captionless", reason=found.reason if found else "no caption found")
-        if not entry.drop and stat[0] == 0:
-            entry = replace(entry, drop="broken", reason="is an empty file")
-        entries.append(entry)
-    entries = _add_hashes(root, entries, known, workers, on_read)
-    entries = _split(_drop_duplicates(entries), val_fraction, seed)
-    return Plan(entries, captions.conflicts, captions.shared, captions.missing, sorted(ignored + hidden), links)
+    entries = [_describe(root, name, mode, captions.found.get(name)) for name in media]
+    entries = _add_hashes(root, entries, known, config.workers, on_read)
+    entries = _split(_drop_duplicates(entries), config.val_fraction, config.seed)
+    return InputPlan(entries, captions.conflicts, captions.shared, captions.missing, sorted(ignored + hidden), links)
+
+
+def _describe(root: Path, name: str, mode: str, found: Answer | None) -> MediaEntry:
+    """A file by its name, its caption and what the disk says, before it is read."""
+    stamp = _stat(root / name)
+    entry = MediaEntry(name, kind_of(name) or "", *stamp)
+    if not is_text(name):
+        return replace(entry, source=ascii(name)[1:-1], drop="broken", reason="its name is not valid UTF-8")
+    if is_special(root / name):
+        return replace(entry, drop="broken", reason="is a pipe or a device, not a file")
+    if mode == "image" and entry.kind == "video":
+        reason = "a video, `mode=image` takes images only (see `mode=frames`)"
+        return replace(entry, drop="not taken", reason=reason)
+    if not isinstance(found, Caption):
+        return replace(entry, drop="captionless", reason=found.reason if found else "no caption found")
+    entry = replace(entry, caption=found.text, caption_source=found.source)
+    return entry if stamp.size else replace(entry, drop="broken", reason="is an empty file")
 
 
 def _stat(path: Path) -> Stamp:
@@ -167,12 +162,16 @@ def _stat(path: Path) -> Stamp:
 
 
 def _add_hashes(
-    root: Path, entries: list[Entry], known: Sequence[Entry], workers: int, on_read: Callable[[int, int], None]
-) -> list[Entry]:
+    root: Path,
+    entries: list[MediaEntry],
+    known: Sequence[MediaEntry],
+    workers: int,
+    on_read: Callable[[int, int], None],
+) -> list[MediaEntry]:
     """Read every file that may become samples once, in threads, for its sha256."""
     before = {(e.source, e.stamp): e.sha256 for e in known if e.sha256 and e.ctime_ns}
 
-    def add(entry: Entry) -> Entry:
+    def add(entry: MediaEntry) -> MediaEntry:
         if entry.drop:
             return entry
         if digest := before.get((entry.source, entry.stamp)):
@@ -192,9 +191,9 @@ def _add_hashes(
     return out
 
 
-def _drop_duplicates(entries: list[Entry]) -> list[Entry]:
+def _drop_duplicates(entries: list[MediaEntry]) -> list[MediaEntry]:
     """Of files with the same content the first is kept."""
-    first: dict[str, Entry] = {}
+    first: dict[str, MediaEntry] = {}
     out = []
     for entry in entries:
         if not entry.drop:
@@ -206,10 +205,10 @@ def _drop_duplicates(entries: list[Entry]) -> list[Entry]:
     return out
 
 
-def _split(entries: list[Entry], fraction: float, seed: int) -> list[Entry]:
+def _split(entries: list[MediaEntry], fraction: float, seed: int) -> list[MediaEntry]:
     """The val share are the files whose keyed hashes are smallest: all clips of a file are on one side."""
 
-    def rank(entry: Entry) -> bytes:
+    def rank(entry: MediaEntry) -> bytes:
         return hashlib.blake2b(f"split:{seed}:{entry.source}".encode(), digest_size=16).digest()
 
     kept = sorted((entry for entry in entries if not entry.drop), key=rank)

@@ -11,14 +11,14 @@ from typing import Any
 
 from wanloom.media.clock import JUMPS
 from wanloom.prepare.advice import advise
-from wanloom.prepare.listing import Plan
+from wanloom.prepare.listing import InputPlan
 from wanloom.terminal import plural
 
 
 class Report:
     """Collects the report of a prepared folder, one sample's record after the other."""
 
-    def __init__(self, plan: Plan, late: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    def __init__(self, plan: InputPlan, late: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         self.plan = plan
         self.settings = settings
         self.late = late  # the drops found while decoding

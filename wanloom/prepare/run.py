@@ -23,18 +23,18 @@ from wanloom.data.index import INDEX, build_table, encode_index
 from wanloom.data.places import DONE, REPORT, WORK, check_folders
 from wanloom.data.shards import index_rows
 from wanloom.data.tar import scan_tar
-from wanloom.dist import rank, together, world_size
+from wanloom.dist import rank, together
 from wanloom.errors import UserError
 from wanloom.files import parse_json, write_atomic
 from wanloom.memory import enough_memory
-from wanloom.prepare.crew import Crew
-from wanloom.prepare.encode import Block, Encoders, Progress, Writer, encode_blocks, plan_blocks
+from wanloom.prepare.encode import BatchEncoder, Encoders, FileBlock, Progress, encode_blocks, plan_blocks
 from wanloom.prepare.energon import write_energon
-from wanloom.prepare.ledger import Ledger
-from wanloom.prepare.listing import Plan, build_plan, read_entries
+from wanloom.prepare.journal import Journal
+from wanloom.prepare.listing import InputPlan, build_plan, read_entries
 from wanloom.prepare.report import Report, explain_nothing
 from wanloom.prepare.settings import PrepareConfig
-from wanloom.prepare.spool import SPLITS, Spool
+from wanloom.prepare.shard_writer import SPLITS, ShardWriter
+from wanloom.prepare.work_queue import COMPLETE, PLANNED, WorkQueue
 from wanloom.terminal import plural
 
 FREE = {"workers", "strict", "follow_links"}  # settings that change no byte of the result
@@ -47,7 +47,7 @@ class Prepared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Request:
+class PrepareJob:
     """What a run was asked for, the same on every rank."""
 
     source: Path
@@ -71,16 +71,23 @@ def encode_folder(
     `identity` names the weights and the device; it is written into every sample. The encoders are loaded when there is
     something to encode. Raises UserError, the same on every rank, for what a user can mend.
     """
-    request = Request(source, out, config, identity, load_encoders, on_progress)
-    finished = Prepared({}, False)
+    job = PrepareJob(source, out, config, identity, load_encoders, on_progress)
+    prepared = Prepared({}, False)
     halved = f"`workers={max(1, config.workers // 2)}` in place of {config.workers}"
     helps = [halved, "fewer `frames`, in a new folder", "a smaller size, in a new folder"]
-    with together(), _told(out), enough_memory("hold the clips that are read ahead", helps), Crew() as crew:
+    with together(), _told(out), enough_memory("hold the clips that are read ahead", helps), WorkQueue() as queue:
         if rank() == 0:
-            finished = _lead(request, crew)
+            check_folders(source, out)
+            with ShardWriter(out, config.shard_size << 20) as shards:
+                prepared = _lead(job, queue, shards)
+            queue.reach(COMPLETE)
+            queue.check()  # others that were stopped while they waited for this are gone
         else:
-            _follow(request, crew)
-    return finished
+            on_progress(Progress("reading", 0, 0, 0))
+            queue.wait(lambda: queue.has_reached(PLANNED))
+            if not queue.has_reached(COMPLETE):
+                _encode(job, queue, Journal(out / WORK), None)
+    return prepared
 
 
 @contextmanager
@@ -95,88 +102,54 @@ def _told(out: Path) -> Iterator[None]:
         raise UserError(f"'{out}' cannot be written: {reason}.") from error
 
 
-def _lead(request: Request, crew: Crew) -> Prepared:
-    """Rank 0: the plan before the others begin, its share of the blocks, and the shards of all."""
-    check_folders(request.source, request.out)
-    with Spool(request.out, request.config.shard_size << 20) as spool:
-        settings = {**settings_of(request.config), **request.identity}
-        check_settings(request.out, settings)
-        plan = _plan(request, crew, settings, spool.work / PLAN)
-        if (request.out / DONE).exists():
-            crew.complete.add()
-            crew.planned.add()
-            spool.remove()
-            return Prepared(_read(request.out / REPORT, "samples"), True)
-        spool.load()
-        blocks = plan_blocks(plan.entries, request.config)
-        total, ledger = sum(len(block.entries) for block in blocks), spool.ledger
-
-        def look(block: Block | None = None) -> None:
-            crew.check()
-            spool.collect()
-            own = block if block and block.number not in ledger.finished else Block(0, [])
-            now = Progress("encoding", ledger.files + own.files, total, ledger.samples + len(own.keys))
-            request.on_progress(now)
-
-        look()
-        crew.planned.add()
-        writer = Writer(ledger, request.config, request.load_encoders(), request.identity)
-        encode_blocks(request.source, blocks, crew.deal(len(blocks)), request.config, writer, look)
-        crew.ended.add()
-        crew.wait(lambda: crew.ended.add(0) == world_size() and len(ledger.finished) == len(blocks), look)
-        spool.collect()
-        spool.finish()
-        summary = _complete(spool, plan, settings)
-    crew.complete.add()
-    crew.check()  # others that were stopped while they waited for this are gone
-    return Prepared(summary, False)
+def _lead(job: PrepareJob, queue: WorkQueue, shards: ShardWriter) -> Prepared:
+    """Rank 0: the plan before the others begin, its share of the blocks, and the result of all."""
+    settings = {**settings_of(job.config), **job.identity}
+    check_settings(job.out, settings)
+    plan = _plan(job, queue, settings, shards.work / PLAN)
+    if (job.out / DONE).exists():
+        shards.remove()
+        return Prepared(_read(job.out / REPORT, "samples"), True)
+    shards.load()
+    queue.reach(PLANNED)
+    _encode(job, queue, shards.journal, shards)
+    shards.collect()
+    shards.finish()
+    return Prepared(_complete(shards, plan, settings), False)
 
 
-def _follow(request: Request, crew: Crew) -> None:
-    """Any other rank: its share of the blocks, between the plan and the end."""
-    request.on_progress(Progress("reading", 0, 0, 0))
-    crew.wait(lambda: crew.planned.add(0) > 0)
-    if crew.complete.add(0):
-        return
-    ledger = Ledger(request.out / WORK)
-    ledger.refresh()
-    blocks = plan_blocks(read_entries((ledger.work / PLAN).read_bytes()), request.config)
+def _encode(job: PrepareJob, queue: WorkQueue, journal: Journal, shards: ShardWriter | None) -> None:
+    """Any rank's share of the blocks, until all are finished; with `shards`, which rank 0 has, theirs are made too."""
+    journal.refresh()
+    blocks = plan_blocks(read_entries((journal.work / PLAN).read_bytes()), job.config)
     total = sum(len(block.entries) for block in blocks)
 
-    def look(_: Block | None = None) -> None:
-        crew.check()
-        request.on_progress(Progress("encoding", ledger.files, total, ledger.samples))
+    def step(block: FileBlock | None = None) -> None:
+        queue.check()
+        if shards:
+            shards.collect()
+        own = block if block and block.number not in journal.finished else FileBlock(0, [])
+        job.on_progress(Progress("encoding", journal.files + own.files, total, journal.samples + len(own.keys)))
 
-    writer = Writer(ledger, request.config, request.load_encoders(), request.identity)
-    encode_blocks(request.source, blocks, crew.deal(len(blocks)), request.config, writer, look)
-    crew.ended.add()
-    crew.wait(lambda: crew.complete.add(0) > 0, look)
+    step()
+    encoder = BatchEncoder(journal, job.config, job.load_encoders(), job.identity)
+    encode_blocks(job.source, blocks, queue.take(len(blocks)), job.config, encoder, step)
+    queue.wait(lambda: len(journal.finished) == len(blocks) if shards else queue.has_reached(COMPLETE), step)
 
 
-def _plan(request: Request, crew: Crew, settings: dict[str, Any], saved: Path) -> Plan:
+def _plan(job: PrepareJob, queue: WorkQueue, settings: dict[str, Any], saved: Path) -> InputPlan:
     """The plan of the input; from the first start on it is saved, and must be the same."""
-    config = request.config
 
     def on_read(done: int, total: int) -> None:
-        crew.check()
-        request.on_progress(Progress("reading", done, total, 0))
+        queue.check()
+        job.on_progress(Progress("reading", done, total, 0))
 
-    plan = build_plan(
-        request.source,
-        request.out,
-        config.timing.mode,
-        config.caption_key,
-        config.val_fraction,
-        config.seed,
-        known=read_entries(saved.read_bytes()) if saved.exists() else (),
-        workers=config.workers,
-        on_read=on_read,
-        follow_links=config.follow_links,
-    )
-    check_input(request.out, plan)
-    if config.strict:
+    known = read_entries(saved.read_bytes()) if saved.exists() else []
+    plan = build_plan(job.source, job.out, job.config, known, on_read)
+    check_input(job.out, plan)
+    if job.config.strict:
         refuse_drops(plan)
-    if (request.out / DONE).exists():
+    if (job.out / DONE).exists():
         return plan
     if not saved.exists():
         # the plan last: where it is, the folder is known to be begun, and with what
@@ -226,7 +199,7 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def check_input(out: Path, plan: Plan) -> None:
+def check_input(out: Path, plan: InputPlan) -> None:
     """Raise UserError when files or captions changed since the folder was begun."""
     begun = _started(out)
     if begun is None or begun["input"] == plan.fingerprint:
@@ -248,7 +221,7 @@ def check_input(out: Path, plan: Plan) -> None:
     )
 
 
-def refuse_drops(plan: Plan) -> None:
+def refuse_drops(plan: InputPlan) -> None:
     """`strict`: raise UserError for files that would be left out."""
     lines = [f"{entry.source}: {entry.drop}, {entry.reason}" for entry in plan.entries if entry.drop]
     if lines:
@@ -256,13 +229,13 @@ def refuse_drops(plan: Plan) -> None:
         raise UserError(f"`strict`: before any is decoded, {plural(len(lines), 'file')} would be dropped:\n  {shown}")
 
 
-def _complete(spool: Spool, plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
+def _complete(shards: ShardWriter, plan: InputPlan, settings: dict[str, Any]) -> dict[str, Any]:
     """Index, report and metadata from the finished shards; the work folder goes last."""
-    out, report = spool.out, Report(plan, list(spool.ledger.drops.values()), settings)
+    out, report = shards.out, Report(plan, list(shards.journal.drops.values()), settings)
     tables: list[pa.Table] = [build_table([])]
     starts: dict[str, list[int]] = {}
     for split in SPLITS:
-        for path in spool.shards(split):
+        for path in shards.files(split):
             name = f"{split}/{path.name}"
             with path.open("rb") as file:
                 pairs = list(scan_tar(file, name))
@@ -273,14 +246,14 @@ def _complete(spool: Spool, plan: Plan, settings: dict[str, Any]) -> dict[str, A
     summary = report.to_dict()
     write_atomic(out / REPORT, _dump(summary))
     if not starts:
-        spool.remove()
+        shards.remove()
         files = plural(len(plan.entries), "file")
         raise UserError(f"No sample could be made from {files}: {explain_nothing(summary)} All are in {out / REPORT}.")
     write_atomic(out / INDEX, encode_index(pa.concat_tables(tables)))
     write_energon(out, starts)
     versions = {"wanloom": wanloom.__version__, "torch": torch.__version__}
     write_atomic(out / DONE, _dump({"settings": settings, "input": plan.fingerprint, "versions": versions}))
-    spool.remove()
+    shards.remove()
     return summary
 
 

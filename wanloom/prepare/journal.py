@@ -20,7 +20,7 @@ from wanloom.files import write_atomic
 EVERY = 0.5  # seconds between two looks at what the other ranks have logged
 
 
-class Ledger:
+class Journal:
     """The work folder. `finished`, `drops` and the counts know what this rank wrote and what `refresh` found."""
 
     def __init__(self, work: Path) -> None:

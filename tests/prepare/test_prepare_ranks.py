@@ -20,8 +20,8 @@ from wanloom.dist import process_group
 from wanloom.errors import UserError
 from wanloom.prepare import run as prepare_module
 from wanloom.prepare.encode import Encoders, Progress, plan_blocks
-from wanloom.prepare.ledger import Ledger
-from wanloom.prepare.listing import Entry
+from wanloom.prepare.journal import Journal
+from wanloom.prepare.listing import MediaEntry
 from wanloom.prepare.run import encode_folder
 from wanloom.prepare.settings import PrepareConfig
 
@@ -46,7 +46,7 @@ def encoders(log: Path | None = None, seconds: float = 0.0) -> Encoders:
 def expected(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:  # noqa: F811
     out = tmp_path_factory.mktemp("expected") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "Spool", small_shards)
+        patch.setattr(prepare_module, "ShardWriter", small_shards)
         encode_folder(mixed, out, config(**ALL), IDENTITY, encoders)
     return contents(out)
 
@@ -58,7 +58,7 @@ def member(environment: dict[str, str], source: Path, out: Path, logs: Path, tro
     rank = environment["RANK"]
     progress: list[Progress] = []
     with pytest.MonkeyPatch.context() as patch, process_group():
-        patch.setattr(prepare_module, "Spool", small_shards)
+        patch.setattr(prepare_module, "ShardWriter", small_shards)
         if trouble:
             trouble(patch)
         settings, load = config(**{**ALL, **values}), lambda: encoders(logs / f"encoded{rank}", seconds=0.02)
@@ -143,7 +143,7 @@ def die_at(moment: int) -> Trouble:
     """End the process, without any clearing up, right after its write number `moment`."""
 
     def trouble(patch: pytest.MonkeyPatch) -> None:
-        replace, note, calls = Path.replace, Ledger._write, []
+        replace, note, calls = Path.replace, Journal._write, []
 
         def dying(real: Callable) -> Callable:
             def call(*arguments):
@@ -155,7 +155,7 @@ def die_at(moment: int) -> Trouble:
             return call
 
         patch.setattr(Path, "replace", dying(replace))
-        patch.setattr(Ledger, "_write", dying(note))
+        patch.setattr(Journal, "_write", dying(note))
 
     return trouble
 
@@ -204,7 +204,7 @@ def fill_the_disk(patch: pytest.MonkeyPatch) -> None:
 
 
 def interrupt(patch: pytest.MonkeyPatch) -> None:
-    real, calls = Ledger.keep, []
+    real, calls = Journal.keep, []
 
     def keep(*arguments) -> None:
         real(*arguments)
@@ -212,7 +212,7 @@ def interrupt(patch: pytest.MonkeyPatch) -> None:
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    patch.setattr(Ledger, "keep", keep)
+    patch.setattr(Journal, "keep", keep)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -236,7 +236,7 @@ def test_what_stops_one_rank_stops_all_and_loses_nothing(
         assert said[0] == said[1] and said[0].startswith(f"UserError: {where}'{out}' cannot be written: No "), said
     before = total(encoded(logs))
     assert 0 < before.total() < json.loads(expected["report.json"])["samples"]["total"]
-    monkeypatch.setattr(prepare_module, "Spool", small_shards)
+    monkeypatch.setattr(prepare_module, "ShardWriter", small_shards)
     encode_folder(mixed, out, config(**ALL), IDENTITY, lambda: encoders(tmp_path / "log"))
     assert contents(out) == expected
     twice = before & Counter((tmp_path / "log").read_text().split())
@@ -258,7 +258,7 @@ def test_a_mistake_that_rank_0_finds_is_told_by_all(tmp_path: Path) -> None:
 def test_a_block_is_about_one_batch_of_neighbours() -> None:
     def blocks(kinds: str, config: PrepareConfig) -> list[str]:
         entries = [
-            Entry(f"{i:03d}", "video" if kind == "v" else "image", 1, 1, drop="broken" if kind == "x" else "")
+            MediaEntry(f"{i:03d}", "video" if kind == "v" else "image", 1, 1, drop="broken" if kind == "x" else "")
             for i, kind in enumerate(kinds)
         ]
         made = plan_blocks(entries, config)

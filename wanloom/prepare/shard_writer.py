@@ -16,13 +16,13 @@ from wanloom.data.places import DONE, WORK
 from wanloom.data.tar import END, scan_tar
 from wanloom.errors import UserError
 from wanloom.files import lock_folder, write_atomic
-from wanloom.prepare.ledger import Ledger
+from wanloom.prepare.journal import Journal
 
 SPLITS: tuple[str, ...] = ("train", "val")
 COPY_BYTES = 1 << 24
 
 
-class Piece(NamedTuple):
+class SampleRange(NamedTuple):
     """One sample inside a batch file."""
 
     key: str
@@ -31,22 +31,22 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Spool:
+class ShardWriter:
     """Open with `with`, on one rank; raises UserError when another process has the folder."""
 
     def __init__(self, out: Path, shard_bytes: int) -> None:
         self.out = out
         self.work = out / WORK
         self.shard_bytes = shard_bytes
-        self.ledger = Ledger(self.work)
+        self.journal = Journal(self.work)
         self._keys: set[str] = set()  # of the samples that are in shards or queues
         self._next = 0  # the first block that is in neither
-        self._queues: dict[str, list[Piece]] = {split: [] for split in SPLITS}
+        self._queues: dict[str, list[SampleRange]] = {split: [] for split in SPLITS}
         self._shards = {split: 0 for split in SPLITS}
         self._waiting: dict[Path, int] = {}  # batch file -> its samples that are not in a shard yet
         self._lock: TextIO | None = None
 
-    def __enter__(self) -> "Spool":
+    def __enter__(self) -> "ShardWriter":
         taken = f"Another `wanloom prepare` is writing to '{self.out}': wait for it or stop it."
         self._lock = lock_folder(self.work, taken)
         return self
@@ -64,22 +64,22 @@ class Spool:
         for leftover in (*self.out.glob("*.tmp"), *self.out.glob("*/*.tmp")):
             leftover.unlink()
         for split in SPLITS:
-            for shard in self.shards(split):
+            for shard in self.files(split):
                 with shard.open("rb") as file:
                     self._keys |= {pair.key for pair in scan_tar(file, str(shard))}
                 self._shards[split] += 1
         self.collect()
 
-    def shards(self, split: str) -> list[Path]:
+    def files(self, split: str) -> list[Path]:
         """The finished shards of a split, in order."""
         return sorted((self.out / split).glob("shard-*.tar"))
 
     def collect(self) -> None:
         """Take the blocks that are finished, as far as none is missing before them, and write the full shards."""
-        self.ledger.refresh()
-        while (batches := self.ledger.finished.get(self._next)) is not None:
+        self.journal.refresh()
+        while (batches := self.journal.finished.get(self._next)) is not None:
             for number in range(batches):
-                path = self.ledger.path(self._next, number)
+                path = self.journal.path(self._next, number)
                 if path.exists():  # else its samples are in shards
                     self._queue(path)
             self._next += 1
@@ -88,7 +88,7 @@ class Spool:
 
     def finish(self) -> None:
         """Write the last, partly filled shards. Raises UserError when there are fewer samples than were encoded."""
-        lost = self.ledger.samples - len(self._keys)
+        lost = self.journal.samples - len(self._keys)
         if lost > 0:
             raise UserError(f"{lost} encoded samples are gone from '{self.work}': delete '{self.out}' and start again.")
         for split in SPLITS:
@@ -100,11 +100,11 @@ class Spool:
         shutil.rmtree(self.work)
 
     def _queue(self, path: Path) -> None:
-        pieces: dict[str, list[Piece]] = {split: [] for split in SPLITS}
+        pieces: dict[str, list[SampleRange]] = {split: [] for split in SPLITS}
         with path.open("rb") as file:
             for pair in scan_tar(file, str(path)):
                 if pair.key not in self._keys:  # else it was stopped between writing a shard and clearing up
-                    pieces[pair.record["split"]].append(Piece(pair.key, path, pair.start, pair.stop))
+                    pieces[pair.record["split"]].append(SampleRange(pair.key, path, pair.start, pair.stop))
                     self._keys.add(pair.key)
         self._waiting[path] = sum(map(len, pieces.values()))
         for split in SPLITS:
@@ -134,7 +134,7 @@ class Spool:
                 piece.path.unlink()
 
 
-def _joined(pieces: list[Piece]) -> Iterator[bytes]:
+def _joined(pieces: list[SampleRange]) -> Iterator[bytes]:
     for piece in pieces:
         with piece.path.open("rb") as file:
             file.seek(piece.start)
