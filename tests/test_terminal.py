@@ -11,7 +11,7 @@ from rich.table import Table
 
 from wanloom.cli import main
 from wanloom.terminal import Terminal, printable, say
-from wanloom.train.metrics import ProgressLine
+from wanloom.train.progress import ProgressLine
 
 EVIL = "a\x1b[2J\x1b]0;title\x07\x9b31m\rb\x7f\u202ec\u2028d\udce9e"
 SHOWN = "a\\x1b[2J\\x1b]0;title\\x07\\x9b31m\\rb\\x7f\\u202ec\\u2028d\\xe9e"

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from wanloom.checkpoint.saved import FOLDER, find_checkpoint, list_checkpoints
-from wanloom.train.metrics import FILE, read_metrics
+from wanloom.train.records import FILE, read_metrics
 
 TIMES = {"seconds", "tokens_per_second", "model_tflops_per_gpu", "peak_memory_gib"}
 SETTINGS = ["tiny", "--mock=1x64x64,9x32x32,5x48x32", "batch.samples=4", "batch.tokens_per_pack=40", "ema.decay=0.9"]

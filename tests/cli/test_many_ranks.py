@@ -11,7 +11,7 @@ import pytest
 
 from wanloom.checkpoint.saved import list_checkpoints
 from wanloom.cli import main
-from wanloom.train.metrics import read_metrics
+from wanloom.train.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["train", "tiny", "--mock=1x64x64,9x32x32,5x48x32", "batch.samples=4", "batch.tokens_per_pack=40"]

@@ -34,8 +34,8 @@ from wanloom.runs.recipe import build_run
 from wanloom.runs.train import tell_outlook, times
 from wanloom.train import loop
 from wanloom.train.loop import Trainer
-from wanloom.train.metrics import read_metrics
 from wanloom.train.peaks import find_peak
+from wanloom.train.records import read_metrics
 
 TIMES = {"seconds", "tokens_per_second", "model_tflops_per_gpu", "peak_memory_gib"}
 SMALL = [

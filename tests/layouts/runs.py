@@ -101,12 +101,8 @@ def build_parts(case: Case) -> Parts:
     mesh = Mesh(layout, CPU)
     model = build(mesh, case)
     optimizer = AdamW(model.named_parameters(), OptimizerConfig(lr=LR, weight_decay=1.0))
-    validate = build_validation(
-        model, mesh, [MockDataset(SHAPES, MODEL.text_dim, size=1, val_size=3)], BUDGET, case.bf16
-    )
-    return Parts(
-        model, mesh, optimizer, Ema(optimizer.named, 0.9), validate, {"model": case.model.model_dump()}, "seed: 7\n"
-    )
+    facts = {"model": case.model.model_dump()}
+    return Parts(model, mesh, optimizer, Ema(optimizer.named, 0.9), facts, "seed: 7\n")
 
 
 def take_steps(parts: Parts, case: Case, first: int, last: int) -> Iterator[tuple[Batch, StepResult]]:
@@ -170,6 +166,8 @@ def run(case: Case, first: Callable[[WanDiT], None] = lambda model: None) -> Res
         facts["steps"].append([*result])
         facts["keys"].append([key for keys in batch.keys for key in keys])
         facts["packs"].append(len(batch.inputs))
-    assert parts.validate is not None
-    facts["val_loss"] = parts.validate()
+    held_out = MockDataset(SHAPES, MODEL.text_dim, size=1, val_size=3)
+    validate = build_validation(parts.model, parts.mesh, [held_out], BUDGET, case.bf16)
+    assert validate is not None
+    facts["val_loss"] = validate()
     return result_of(parts, gradients, facts)

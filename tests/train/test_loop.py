@@ -11,7 +11,7 @@ from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.data.loader import Totals
 from wanloom.objective.settings import FlowConfig
 from wanloom.train import loop
-from wanloom.train.loop import RunState, Settings, Trainer
+from wanloom.train.loop import Routine, RunState, Settings, Trainer
 from wanloom.train.settings import LogConfig, ScheduleConfig, TrainConfig
 from wanloom.train.step import Cause, NonFiniteError, StepResult
 
@@ -23,9 +23,9 @@ def test_mfu_is_of_one_gpu_and_tokens_are_of_all(monkeypatch, ranks):
     means = dict.fromkeys(("loss", "weighted_loss", "grad_norm", "packing_efficiency", "balance"), 3.0)
     window = {"steps": 2, "tokens": 200, "flops": 6.4e15, "seconds": 4.0} | means
     settings = Settings(TrainConfig(steps=9), 1e-3, ScheduleConfig(), FlowConfig(), None, LogConfig(), 1000.0)
-    parts: Any = SimpleNamespace(validate=None, mesh=SimpleNamespace(device=torch.device("cpu")))
+    parts: Any = SimpleNamespace(mesh=SimpleNamespace(device=torch.device("cpu")))
     none: Any = None
-    record = Trainer(parts, settings, RunState(step=2, window=window), [], none, None, none)._record()
+    record = Trainer(parts, settings, RunState(step=2, window=window), [], none, (), none)._record()
     assert record is not None and record["loss"] == 1.5 and record["tokens_per_second"] == 50
     assert record["model_tflops_per_gpu"] == pytest.approx(1600 / ranks)
     assert record["mfu"] == pytest.approx(1.6 / ranks)
@@ -39,9 +39,9 @@ def test_a_record_is_of_all_steps_since_the_one_before(monkeypatch):
     clock = iter(np.cumsum(seconds, dtype=float))
     monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
     settings = Settings(TrainConfig(steps=9), 1e-3, ScheduleConfig(), FlowConfig(), None, LogConfig(every=3), None)
-    parts: Any = SimpleNamespace(validate=None, mesh=SimpleNamespace(device=torch.device("cpu")))
+    parts: Any = SimpleNamespace(mesh=SimpleNamespace(device=torch.device("cpu")))
     none: Any = None
-    trainer = Trainer(parts, settings, RunState(), [], none, None, none)
+    trainer = Trainer(parts, settings, RunState(), [], none, (), none)
     trainer._tick = 0.0
     records = []
     for loss, count in zip(losses, tokens, strict=True):
@@ -64,6 +64,38 @@ def test_a_record_is_of_all_steps_since_the_one_before(monkeypatch):
     assert trainer.state.window == {}
 
 
+def test_routines_are_called_at_their_steps_and_their_time_is_no_speed(monkeypatch):
+    """Two of them, every 2 and every 3 steps; each takes 100 s, of which no record knows."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    called: list[tuple[str, int]] = []
+
+    def routine(name: str) -> Any:
+        def call(step: int) -> dict[str, float]:
+            now[0] += 100.0
+            called.append((name, step))
+            return {name: 10.0 * step}
+
+        return call
+
+    settings = Settings(TrainConfig(steps=7), 1e-3, ScheduleConfig(), FlowConfig(), None, LogConfig(every=100), None)
+    parts: Any = SimpleNamespace(mesh=SimpleNamespace(device=torch.device("cpu")))
+    none: Any = None
+    routines = (Routine(2, routine("a")), Routine(3, routine("b")))
+    trainer = Trainer(parts, settings, RunState(), [], none, (), none, routines)
+    trainer._tick, records = 0.0, {}
+    for step in range(1, 8):
+        now[0] += 1.0
+        batch: Any = SimpleNamespace(totals=Totals(1, 10, 1.0, 1.0, 1.0))
+        trainer._count(batch, StepResult(1.0, 1.0, 1.0))
+        if (record := trainer._record()) is not None:
+            records[step] = record
+    assert called == [("a", 2), ("b", 3), ("a", 4), ("a", 6), ("b", 6)]
+    found = {step: {name: value for name, value in record.items() if name in "ab"} for step, record in records.items()}
+    assert found == {2: {"a": 20}, 3: {"b": 30}, 4: {"a": 40}, 6: {"a": 60, "b": 60}, 7: {}}
+    assert all(record["tokens_per_second"] == 10 for record in records.values())
+
+
 def test_the_average_follows_every_update(monkeypatch):
     """First the weights move, at the rate of their step; then the average hears how many updates came before."""
     done: list[tuple[str, float]] = []
@@ -74,7 +106,7 @@ def test_the_average_follows_every_update(monkeypatch):
     average = SimpleNamespace(update=lambda count: done.append(("average", count)))
     parts: Any = SimpleNamespace(model=None, mesh=None, optimizer=optimizer, ema=average)
     none: Any = None
-    trainer = Trainer(parts, settings, RunState(), [], none, None, none)
+    trainer = Trainer(parts, settings, RunState(), [], none, (), none)
     for step in range(4):
         trainer.state.step = step
         trainer._update(none)
@@ -103,7 +135,7 @@ def test_the_average_follows_every_update(monkeypatch):
 def test_a_loss_that_is_not_finite_tells_weights_from_samples(cause, words):
     none: Any = None
     checkpointer: Any = SimpleNamespace(describe_last=lambda: "The last whole checkpoint is x.", run_dir=none)
-    trainer = Trainer(none, none, RunState(), [], checkpointer, None, none)
+    trainer = Trainer(none, none, RunState(), [], checkpointer, (), none)
     said = str(trainer._explain(NonFiniteError("loss", 6, ["a", "b", "c"], cause)))
     assert said.startswith(f"The loss of step 7 is not finite, {words}") and "The last whole checkpoint is x." in said
 
@@ -120,7 +152,7 @@ def test_minutes_are_counted_from_the_last_save(monkeypatch):
     )
     parts: Any = SimpleNamespace(facts={}, recipe="", tensors=dict)
     none: Any = None
-    trainer = Trainer(parts, settings, RunState(), [], checkpointer, none, none)
+    trainer = Trainer(parts, settings, RunState(), [], checkpointer, (), none)
     trainer._saved = now[0]
     for _ in range(9):
         now[0] = float(next(seconds))

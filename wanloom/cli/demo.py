@@ -255,7 +255,7 @@ def machine() -> str:
 
 def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
     """The logged losses by step, plain and smoothed; the held-out loss where it was measured."""
-    from wanloom.train.metrics import read_metrics
+    from wanloom.train.records import read_metrics
 
     raw, smooth, held_out, average = [], [], [], None
     for row in read_metrics(path):

@@ -272,7 +272,8 @@ def describe(source: "Source") -> str:
 def show_run(path: Path) -> None:
     """How far a run is, and its checkpoints."""
     from wanloom.checkpoint.saved import list_checkpoints, read_state
-    from wanloom.train.metrics import FILE, format_seconds, read_metrics
+    from wanloom.train.progress import format_seconds
+    from wanloom.train.records import FILE, read_metrics
 
     records = read_metrics(path / FILE)
     if records:

@@ -30,7 +30,7 @@ from wanloom.runs.empty_text import sum_of
 from wanloom.runs.recipe import Run, dump_run, split_init
 from wanloom.runs.trained import open_trained
 from wanloom.train.ema import Ema
-from wanloom.train.loop import Parts
+from wanloom.train.loop import Parts, Routine
 from wanloom.train.optim import AdamW
 from wanloom.train.step import Batch, build_batch
 
@@ -85,7 +85,6 @@ def build_parts(
     run: Run,
     config: DiTConfig,
     mesh: Mesh,
-    sources: list[Source],
     plan: Plan,
     empty: Tensor | None,
     fill: bool = True,
@@ -93,16 +92,23 @@ def build_parts(
     """Model, optimizer and average as they are at the first step; without `fill` they wait for a checkpoint."""
     model = build_model(run, config, mesh, fill)
     optimizer = AdamW(model.named_parameters(), run.optimizer)
-    bf16, validates = run.train.precision == "bf16", run.log.validate_every > 0
     return Parts(
         model=model,
         mesh=mesh,
         optimizer=optimizer,
         ema=Ema(optimizer.named, run.ema.decay) if run.ema.decay else None,
-        validate=build_validation(model, mesh, sources, run.batch.tokens_per_pack, bf16) if validates else None,
         facts=describe_parts(config, plan, empty),
         recipe=dump_run(run),
     )
+
+
+def build_routines(run: Run, parts: Parts, sources: list[Source]) -> list[Routine]:
+    """What the loop does now and then: the loss on the held-out samples, where it is asked for."""
+    if not run.log.validate_every:
+        return []
+    bf16 = run.train.precision == "bf16"
+    validate = build_validation(parts.model, parts.mesh, sources, run.batch.tokens_per_pack, bf16)
+    return [Routine(run.log.validate_every, lambda _: {"val_loss": validate()})] if validate else []
 
 
 def describe_parts(config: DiTConfig, plan: Plan, empty: Tensor | None) -> dict[str, Any]:

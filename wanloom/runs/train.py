@@ -24,7 +24,7 @@ from wanloom.files import lock_folder, write_atomic
 from wanloom.memory import enough_memory
 from wanloom.model.kernels import resolve_kernel
 from wanloom.parallel.mesh import Mesh, resolve_layout
-from wanloom.runs.build import build_loader, build_parts, build_plan
+from wanloom.runs.build import build_loader, build_parts, build_plan, build_routines
 from wanloom.runs.checks import check_places
 from wanloom.runs.effects import find_notes
 from wanloom.runs.empty_text import FILE, check_same, empty_text
@@ -35,8 +35,10 @@ from wanloom.runs.recipe import Run, build_run, dump_run, model_config, settle_s
 from wanloom.runs.resume import find_state, restore
 from wanloom.terminal import Terminal, note, plural, show_log
 from wanloom.train.loop import Settings, Trainer
-from wanloom.train.metrics import Metrics, ProgressLine
 from wanloom.train.peaks import find_peak
+from wanloom.train.progress import ProgressLine
+from wanloom.train.records import Records
+from wanloom.train.trackers import TensorBoard
 
 Say = Callable[[str], None]
 
@@ -111,16 +113,17 @@ def _train(run: Run, run_dir: Path) -> Ended:
             write_atomic(run_dir / "run.yaml", dump_run(run).encode())
     empty = share_empty_text(run, run_dir, config.text_dim, device, newest)
     with enough_memory(f"hold {run.model}", helps):
-        parts = build_parts(run, config, mesh, sources, plan, empty, fill=newest is None)
+        parts = build_parts(run, config, mesh, plan, empty, fill=newest is None)
         if newest is not None:
             restore(parts, newest, first, progress.say)
     settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log, peak.tflops, helps)
-    metrics = Metrics(run_dir, first) if rank() == 0 else None
+    trackers = [Records(run_dir, first), TensorBoard(run_dir, first)] if rank() == 0 else []
+    routines = build_routines(run, parts, sources)
     with (
         enough_memory(f"train in packs of {run.batch.tokens_per_pack:,} tokens", helps),
         build_loader(run, config, sources, plan, first, empty, mesh.data_rank) as batches,
     ):
-        stopped = Trainer(parts, settings, state, batches, checkpointer, metrics, progress).run()
+        stopped = Trainer(parts, settings, state, batches, checkpointer, trackers, progress, routines).run()
     checkpoint = checkpointer.last()
     assert checkpoint is not None, "the trainer saves at its end"
     return Ended(run_dir, state.step, state.step - first, checkpoint, stopped, plan.indices[0][0])

@@ -1,9 +1,9 @@
 """The training loop: steps until the last one, a checkpoint now and then, a clean end whatever happens.
 
-In: everything as arguments: model, optimizer, batches, a callable for validation. Out: checkpoints,
-metrics, and how the run ended. The one decision: the state of a run is the tensors and a handful of numbers, all in
-the checkpoint; nothing else is remembered, so a resumed run is the same run. SIGTERM and SIGINT let the current step
-finish, save and leave.
+In: everything as arguments: model, optimizer, batches, trackers, and routines such as the held-out loss. Out:
+checkpoints, records, and how the run ended. The one decision: the state of a run is the tensors and a handful of
+numbers, all in the checkpoint; nothing else is remembered, so a resumed run is the same run. SIGTERM and SIGINT let the
+current step finish, save and leave.
 """
 
 import signal
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,10 +24,12 @@ from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import Mesh
 from wanloom.signals import StopSignal
 from wanloom.train.ema import Ema
-from wanloom.train.metrics import Metrics, ProgressLine, peak_memory_gib
 from wanloom.train.optim import AdamW, learning_rate
+from wanloom.train.peaks import peak_memory_gib
+from wanloom.train.progress import ProgressLine
 from wanloom.train.settings import LogConfig, ScheduleConfig, TrainConfig
 from wanloom.train.step import Batch, NonFiniteError, StepResult, train_step
+from wanloom.train.trackers import Tracker
 
 OUTPUT_CLOSED, SAVE_FAILED = 2**8, 2**16  # among numbers of signals
 TRIED = 10  # steps after the first, from which the end of the run is told
@@ -53,7 +55,6 @@ class Parts:
     mesh: Mesh
     optimizer: AdamW
     ema: Ema | None
-    validate: Callable[[], float] | None
     facts: Mapping[str, Any]  # stored in every checkpoint: model, versions, fingerprint of the data
     recipe: str  # run.yaml
 
@@ -62,6 +63,13 @@ class Parts:
         named = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         named |= {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
         return named | ({f"ema.{name}": t for name, t in self.ema.tensors().items()} if self.ema else {})
+
+
+class Routine(NamedTuple):
+    """What is done every so many steps, by all ranks together; its numbers go into the record of the step."""
+
+    every: int
+    call: Callable[[int], Mapping[str, float]]  # of the steps that are done
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,9 @@ class Trainer:
     state: RunState
     batches: Iterable[Batch]
     checkpointer: Checkpointer
-    metrics: Metrics | None  # of the first rank
+    trackers: Sequence[Tracker]  # of the first rank; the others have none
     progress: ProgressLine
+    routines: Sequence[Routine] = ()
 
     def run(self) -> signal.Signals | None:
         """Take the steps that are left. Returns the signal that stopped the run, or None at its end.
@@ -109,8 +118,8 @@ class Trainer:
             raise
         finally:
             self.checkpointer.close(wait=not lost)
-            if self.metrics is not None:
-                self.metrics.close()
+            for tracker in self.trackers:
+                tracker.close()
 
     def _steps(self, batches: Iterator[Batch], stop: StopSignal) -> signal.Signals | None:
         while self.state.step < self.settings.train.steps:
@@ -130,8 +139,8 @@ class Trainer:
             ends = self.state.step == self.settings.train.steps or wish
             if ends or is_due or self.state.step % self.checkpointer.config.every == 0:
                 with self._saved_before_the_end(), together():
-                    if self.metrics is not None:
-                        self.metrics.sync()
+                    for tracker in self.trackers:
+                        tracker.sync()
                 self._save()
             if ends:
                 self.checkpointer.wait()
@@ -236,13 +245,13 @@ class Trainer:
     def _record(self) -> dict[str, float] | None:
         """The record of the steps since the last one, when one is due; every rank makes it."""
         state, log = self.state, self.settings.log
-        validates = self.parts.validate is not None and state.step % max(log.validate_every, 1) == 0
+        due = [routine for routine in self.routines if state.step % routine.every == 0]
         last = state.step == self.settings.train.steps
         # not at a stop: its records would differ from those of a run that was not stopped
-        if not (last or validates or state.step % log.every == 0):
+        if not (last or due or state.step % log.every == 0):
             return None
         # a sample that cannot be read ends the run here, and the window is saved with it
-        held_out = self.parts.validate() if validates and self.parts.validate is not None else None
+        numbers = {name: value for routine in due for name, value in routine.call(state.step).items()}
         sums, state.window = state.window, {}
         record: dict[str, float] = {"step": state.step}
         means = ("loss", "weighted_loss", "grad_norm", "packing_efficiency", "balance")
@@ -258,10 +267,9 @@ class Trainer:
         }
         if self.settings.peak_tflops:
             record["mfu"] = record["model_tflops_per_gpu"] / self.settings.peak_tflops
-        if held_out is not None:
-            record["val_loss"] = held_out
+        if due:
             self._tick = time.monotonic()  # not part of the speed
-        return record
+        return record | numbers
 
     def _report(self, record: dict[str, float] | None) -> None:
         self.progress.advance(self.state.step)
@@ -272,8 +280,9 @@ class Trainer:
             a_step, left = (self.state.seconds - seconds) / TRIED, self.settings.train.steps - self.state.step
             every = self.checkpointer.config.every
             self.progress.say_end(a_step, left, every - self.state.step % every)
-        if record is not None and self.metrics is not None:
-            self.metrics.write(record)
+        if record is not None:
+            for tracker in self.trackers:
+                tracker.write(record)
             self.progress.show(record)
 
     def _save(self) -> None:

@@ -1,9 +1,10 @@
-"""The peak that MFU is measured against.
+"""Peaks: the arithmetic that MFU is measured against, and the most memory that was in use.
 
-In: the device of every rank, by the name that CUDA gives it. Out: the mean of their dense bf16 peaks. The one decision:
-a GPU that is not in the table has no peak, and a run with such a GPU has no MFU: nothing is guessed.
+In: the device of every rank, by the name that CUDA gives it. Out: the mean of their dense bf16 peaks; GiB. The one
+decision: a GPU that is not in the table has no peak, and a run with such a GPU has no MFU: nothing is guessed.
 """
 
+import resource
 from typing import NamedTuple
 
 import torch
@@ -57,3 +58,10 @@ def find_peak(device: torch.device, bf16: bool) -> Peak:
     known = [peak for name in names if (peak := peaks[name]) is not None]
     unknown = tuple(name for name, peak in peaks.items() if name is not None and peak is None)
     return Peak(sum(known) / len(known) if len(known) == len(names) else None, unknown)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory in use so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

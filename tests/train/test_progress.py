@@ -1,59 +1,15 @@
-"""Records survive stops without doubles; TensorBoard reads what is written."""
+"""What a run shows: a line a record without a terminal, a live one on it."""
 
 import io
 import re
-from pathlib import Path
 
-import pytest
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from wanloom.errors import UserError
-from wanloom.train.metrics import Metrics, ProgressLine, format_seconds, read_metrics
+from wanloom.train.progress import ProgressLine, format_seconds
 
 
 def record(step: int, loss: float) -> dict[str, float]:
     return {"step": step, "loss": loss, "lr": 1e-3, "tokens_per_second": 1234.5}
-
-
-def test_a_resumed_run_has_every_step_once(tmp_path):
-    metrics = Metrics(tmp_path, 0)
-    for step in range(1, 7):
-        metrics.write(record(step, step / 10))
-    metrics.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "lo')  # killed while writing
-    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    metrics = Metrics(tmp_path, 4)
-    for step in range(5, 8):
-        metrics.write(record(step, step / 100))
-    metrics.sync()
-    metrics.close()
-    found = read_metrics(tmp_path / "metrics.jsonl")
-    assert [(r["step"], r["loss"]) for r in found[3:]] == [(4, 0.4), (5, 0.05), (6, 0.06), (7, 0.07)]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    shown = [(e.step, round(e.value, 6)) for e in events.Scalars("loss")]
-    assert shown == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 0.05), (6, 0.06), (7, 0.07)]
-
-
-@pytest.mark.parametrize(
-    "line", ["garbage{", "[1]", '{"step": "2"}', '{"step": 2, "loss": null}', '{"loss": 1}', "\0\0\0\0", "\xff"]
-)
-def test_a_damaged_record_is_named(tmp_path, line):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + line.encode("latin-1") + b'\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"Line 2 of .*metrics.jsonl is damaged: delete the line"):
-        Metrics(tmp_path, 3)
-
-
-def test_a_full_disk_is_a_sentence(tmp_path):
-    metrics = Metrics(tmp_path, 0)
-    metrics._jsonl.close()
-    metrics._jsonl = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
-    with pytest.raises(UserError, match=r"metrics\.jsonl could not be written: No space left on device"):
-        metrics.write(record(1, 0.5))
-    metrics.close()
 
 
 def test_without_a_terminal_there_is_a_line_per_record():
@@ -83,7 +39,7 @@ def test_the_speed_is_shown_where_it_can_be_compared():
 
 def test_the_time_left_is_at_the_speed_of_now_and_not_of_a_slow_start(monkeypatch):
     clock = iter([0.0, 1000.0, 1010.0])  # the start, step 10 after a stall, step 20
-    monkeypatch.setattr("wanloom.train.metrics.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("wanloom.train.progress.time.monotonic", lambda: next(clock))
     out = io.StringIO()
     with ProgressLine(0, 120, Console(file=out, width=200)) as progress:
         progress.show(record(10, 0.5))
