@@ -31,7 +31,7 @@ from benchmarks.peer import build_diffusers, cast_as_loaded
 from wanloom.model import attention, kernels
 from wanloom.model.dit import Conditions, WanDiT, cast_weights
 from wanloom.model.modulation import build_layout
-from wanloom.model.sequence import Pack, rope_table
+from wanloom.model.sequence import build_pack, rope_table
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.compile import apply_compile
 from wanloom.parallel.recompute import apply_recompute
@@ -108,7 +108,7 @@ def build_ours(config: DiTConfig, recompute: Recompute = "none", autocast: bool 
     def forward(grid: tuple[int, int, int]) -> object:
         tokens = grid[0] * grid[1] * grid[2]
         text = torch.empty(0, config.text_dim)
-        pack = Pack(torch.empty(tokens, 64), torch.zeros(tokens, 3, dtype=torch.int64), text, (tokens,), (0,))
+        pack = build_pack([torch.empty(tokens, 64)], [grid], [text])
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return model(pack, torch.empty(1))
 

@@ -86,7 +86,7 @@ def count_peer(shape: dict[str, int]) -> tuple[int, float]:
 
 
 def is_own_sum(node: BaseSchedulerNode) -> bool:
-    return isinstance(node, ExternKernelSchedulerNode) and "sum_samples" in str(node.node)
+    return isinstance(node, ExternKernelSchedulerNode) and "sum_segments" in str(node.node)
 
 
 def count_kernels(run: Callable[[], object]) -> tuple[int, int]:

@@ -78,6 +78,8 @@ def pad(pack: Pack, text_slots: int) -> Pack:
         text=fill(pack.text, pack.text_lens, text_slots),
         video_lens=(longest,) * samples,
         text_lens=(text_slots,) * samples,
+        level_lens=(longest,) * samples,
+        sequence_lens=(longest,) * samples,
     )
 
 

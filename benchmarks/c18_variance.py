@@ -34,7 +34,7 @@ def batch_losses(network: Network, samples: Sequence[Sample], flow: FlowConfig, 
         chosen = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0 if same else seed))
         objective, taken = build_objective(seed, flow), [samples[i] for i in chosen[:SAMPLES].tolist()]
         made = build_input([draw_example(s.tensors, s.key, 0, place, objective) for place, s in enumerate(taken)])
-        found = flow_loss(network(made.pack, made.sigma), made.target, made.sigma, made.pack.video_lens, flow)
+        found = flow_loss(network(made.pack, made.sigma), made.target, made.sigma, made.pack.level_lens, flow)
         out.append(found.weighted_sum.item() / made.target.numel())
     return out
 

@@ -63,21 +63,30 @@ def build_reference(model: WanDiT) -> WanTransformer3DModel:
     return reference
 
 
-def draw_samples(config: DiTConfig, shapes: list[tuple[int, int, int]], text_lens: list[int], seed: int) -> Samples:
-    """`shapes` are frames, height and width of the latents."""
+def draw_samples(
+    config: DiTConfig, shapes: list[tuple[int, int, int]], text_lens: list[int], seed: int, levels: int = 1
+) -> Samples:
+    """`shapes` are frames, height and width of the latents. With two levels the first frame of a video has its own."""
     generator = torch.Generator().manual_seed(seed)
     latents = [torch.randn(config.in_channels, *shape, generator=generator) for shape in shapes]
     texts = [torch.randn(length, config.text_dim, generator=generator) for length in text_lens]
-    sigma = torch.rand(len(shapes), generator=generator)
     tokens = [patchify(x) for x in latents]
+    lens = [len(x) for x in tokens]
+    if levels == 2:
+        firsts = [len(x) // frames for x, (frames, _, _) in zip(tokens, shapes, strict=True)]
+        lens = [n for x, first in zip(tokens, firsts, strict=True) for n in (first, len(x) - first) if n]
+    sigma = torch.rand(len(lens), generator=generator)
     weights = [torch.randn(len(x), config.out_channels * 4, generator=generator) for x in tokens]
-    return Samples(latents, texts, sigma, weights, build_pack(tokens, [grid_of(x.shape) for x in latents], texts))
+    pack = build_pack(tokens, [grid_of(x.shape) for x in latents], texts, lens)
+    return Samples(latents, texts, sigma, weights, pack)
 
 
 def run_reference(reference: WanTransformer3DModel, samples: Samples, slots: int) -> list[Tensor]:
-    """Velocity tokens of each sample alone."""
-    out = []
-    for latents, text, sigma in zip(samples.latents, samples.texts, samples.sigma, strict=True):
+    """Velocity tokens of each sample alone: at its noise level, or at that of each token where there are several."""
+    out, pack = [], samples.pack
+    of_tokens = samples.sigma.repeat_interleave(torch.tensor(pack.level_lens)).split(pack.video_lens)
+    for latents, text, levels in zip(samples.latents, samples.texts, of_tokens, strict=True):
+        sigma = levels if len(levels.unique()) > 1 else levels[0]
         padded = torch.cat([text, text.new_zeros(slots - len(text), text.shape[1])])
         dtype = reference.dtype
         velocity = reference(latents[None].to(dtype), 1000 * sigma[None], padded[None].to(dtype)).sample[0]

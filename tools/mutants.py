@@ -46,6 +46,7 @@ ATTENDS = "tests/model/test_attention.py::test_equals_a_plain_loop_with_its_grad
 SEQUENCE = "tests/model/test_sequence.py"
 FLOW = "tests/objective/test_flow.py"
 INPUTS = "tests/objective/test_inputs.py"
+PLAIN_LOOP = "test_loss_and_gradient_are_those_of_a_plain_loop"
 OPTIM = "tests/train/test_optim.py"
 CLOCK = "tests/media/test_clock.py"
 LAYOUT = "tests/layouts/test_layouts.py::test_a_layout_equals_one_process"
@@ -270,6 +271,13 @@ MUTANTS = (
         (LOSS,),
     ),
     Mutant("wanloom/objective/flow.py", "return 1 + config.shift * sigma if", "return 1 + sigma if", (LOSS,)),
+    Mutant("wanloom/objective/flow.py", "(sigma > 0).float()", "torch.ones_like(sigma)", (f"{FLOW}::{PLAIN_LOOP}",)),
+    Mutant(
+        "wanloom/objective/inputs.py",
+        "[noisy_and_velocity(x, z, sigma) for",
+        "[noisy_and_velocity(x, z, levels[-1][1]) for",
+        (f"{INPUTS}::test_each_segment_is_noised_by_its_own_level",),
+    ),
     Mutant(
         "wanloom/objective/flow.py",
         "return shift * u / (1 + (shift - 1) * u)",
@@ -414,6 +422,12 @@ MUTANTS = (
         "out.mul_((lse - total).exp()",
         "out.mul_((total - lse).exp()",
         (f"{LAYOUT}[ring 2]",),
+    ),
+    Mutant(
+        "wanloom/parallel/parts.py",
+        "stream = _overlaps(filled.level_lens, start, start + width)",
+        "stream = _overlaps(filled.level_lens[::-1], start, start + width)[::-1]",
+        (f"{LAYOUT}[pp 2 x ring 2 x tp 2 with known frames]",),
     ),
     Mutant(
         "wanloom/parallel/parts.py", "return (*lens, last - filler)", "return (*lens, last)", (f"{LAYOUT}[ring 3]",)

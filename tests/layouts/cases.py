@@ -32,6 +32,7 @@ CASES = (
     Case("compiled, fsdp 2", 2, options={"compile": "block"}),
     Case("ring 2 x tp 2", 4, {"cp": 2, "tp": 2, "context": "ring"}),
     Case("pp 2 x ulysses 2", 4, {"pp": 2, "cp": 2}),
+    Case("pp 2 x ring 2 x tp 2 with known frames", 8, {"pp": 2, "cp": 2, "tp": 2, "context": "ring"}, known=True),
     Case("bf16 fsdp 2", 2, bf16=True),
     Case("bf16 fsdp 2 x tp 2", 4, {"tp": 2}, bf16=True),
     Case("bf16 pp 2 x fsdp 2", 4, {"pp": 2}, bf16=True),

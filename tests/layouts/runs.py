@@ -8,8 +8,9 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from wanloom.evaluate.validation import build_validation
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
 from wanloom.model.settings import DiTConfig
-from wanloom.objective.inputs import Objective
+from wanloom.objective.inputs import Input, Objective
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
@@ -56,6 +57,7 @@ class Case:
     samples: int = SAMPLES
     options: dict[str, Any] = field(default_factory=dict)  # of apply_layout: recompute, offload, compile
     fault: str = ""  # what is broken on purpose
+    known: bool = False  # the first frame of each video is known: a segment at level 0, outside the loss
     model: DiTConfig = MODEL
 
 
@@ -105,12 +107,30 @@ def build_parts(case: Case) -> Parts:
     return Parts(model, mesh, optimizer, Ema(optimizer.named, 0.9), facts, "seed: 7\n")
 
 
+def with_known_frames(batch: Batch) -> Batch:
+    """The first frame of each video without noise. For one data rank, which has all samples of the step."""
+    inputs, left_out = list[Input](), 0
+    for pack, target, sigma in batch.inputs:
+        tokens, levels, lens = pack.tokens.clone(), list[float](), list[int]()
+        for first, n, level in zip(accumulate((0, *pack.video_lens)), pack.video_lens, sigma.tolist(), strict=False):
+            known = int((pack.positions[first : first + n, 0] == 0).sum())
+            if known < n:
+                tokens[first : first + known] -= level * target[first : first + known]
+                left_out += known
+            segments = [(known, 0.0), (n - known, level)] if known < n else [(n, level)]
+            lens, levels = lens + [part for part, _ in segments], levels + [value for _, value in segments]
+        inputs.append(Input(replace(pack, tokens=tokens, level_lens=tuple(lens)), target, torch.tensor(levels)))
+    assert 0 < left_out < batch.totals.num_tokens
+    return batch._replace(inputs=inputs, num_elements=batch.num_elements - left_out * batch.inputs[0].target.shape[1])
+
+
 def take_steps(parts: Parts, case: Case, first: int, last: int) -> Iterator[tuple[Batch, StepResult]]:
     """Steps `first` to `last` (not taken); the caller sees each before its update. The very first is not clipped."""
     assert parts.ema is not None
     with batches(parts.mesh, case.samples, first) as loader:
         for number, batch in zip(range(first, last), loader, strict=False):
             clip = None if number == 0 else 0.5
+            batch = with_known_frames(batch) if case.known else batch
             yield batch, train_step(parts.model, parts.mesh, batch, FLOW, case.bf16, clip)
             parts.optimizer.step(LR)
             parts.ema.update(number)

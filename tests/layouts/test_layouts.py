@@ -80,13 +80,13 @@ def written(tmp_path_factory, request):
 
 @pytest.fixture(scope="session")
 def alone():
-    """The run of one process, by (bf16, samples)."""
-    found: dict[tuple[bool, int], Result] = {}
+    """The run of one process, by (bf16, samples, known)."""
+    found: dict[tuple[bool, int, bool], Result] = {}
 
     def get(case: Case) -> Result:
-        key = case.bf16, case.samples
+        key = case.bf16, case.samples, case.known
         if key not in found:
-            found[key] = run(Case("one process", 1, bf16=case.bf16, samples=case.samples))
+            found[key] = run(Case("one process", 1, bf16=case.bf16, samples=case.samples, known=case.known))
         return found[key]
 
     return get

@@ -48,6 +48,7 @@ CASES = {
         [(9, 16, 16), (9, 16, 16), (1, 4, 4), (9, 16, 16)],
         [320, 133, 420, 420],
     ),
+    "two levels, of which one is 0": (SMALL, *MIXED),
 }
 
 
@@ -57,7 +58,10 @@ def test_a_pack_equals_diffusers_on_each_sample_alone(case, reference_dtype, mon
     config, shapes, text_lens = CASES[case]
     seed = list(CASES).index(case)
     model = build_model(config, seed)
-    samples = draw_samples(config, shapes, text_lens, seed + 100)
+    samples = draw_samples(config, shapes, text_lens, seed + 100, levels=1 + case.startswith("two levels"))
+    if case.startswith("two levels"):
+        assert (len(samples.pack.video_lens), len(samples.pack.level_lens)) == (6, 10)
+        samples.sigma[1] = 0
     out = model(samples.pack, samples.sigma).split(samples.pack.video_lens)
     loss(list(out), samples).backward()
     found = gradients(model)

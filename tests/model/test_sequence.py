@@ -103,7 +103,9 @@ def test_build_pack_starts_the_positions_of_each_sample_at_zero():
     assert pack.to("cpu").video_lens == pack.video_lens
 
 
-@pytest.mark.parametrize("change", [{"video_lens": (8,)}, {"text_lens": (3, 1)}, {"text_lens": (3,)}])
+@pytest.mark.parametrize(
+    "change", [{"video_lens": (8,)}, {"level_lens": (8,)}, {"text_lens": (3, 1)}, {"text_lens": (3,)}]
+)
 def test_a_pack_whose_lengths_disagree_is_an_error(change):
     good = {
         "tokens": torch.zeros(10, 64),
@@ -111,6 +113,8 @@ def test_a_pack_whose_lengths_disagree_is_an_error(change):
         "text": torch.zeros(3, 8),
         "video_lens": (8, 2),
         "text_lens": (3, 0),
+        "level_lens": (2, 6, 2),
+        "sequence_lens": (8, 2),
     }
     Pack(**good)
     with pytest.raises(ValueError, match="disagree"):

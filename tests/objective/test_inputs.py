@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from wanloom.keys import draw_noise
+from wanloom.model.sequence import patchify, unpatchify
 from wanloom.objective.inputs import Example, Objective, build_input, choose_text, empty_input
 from wanloom.objective.settings import FlowConfig
 
@@ -18,11 +19,32 @@ def test_no_samples_have_an_input_of_the_same_kind():
     assert made.pack.video_lens == made.pack.text_lens == ()
     shape = (16, 2, 4, 4)
     tensors = {"latents": torch.zeros(shape).bfloat16(), "text": torch.zeros(3, TEXT_DIM).bfloat16()}
-    full = build_input([Example(tensors, draw_noise(shape, 0, "a", 0), 0.5)])
+    full = build_input([Example(tensors, draw_noise(shape, 0, "a", 0), [(2, 0.5)])])
     for a, b in ((made.pack.tokens, full.pack.tokens), (made.pack.positions, full.pack.positions)):
         assert a.dtype == b.dtype and a.shape[1:] == b.shape[1:]
     assert made.pack.text.shape[1:] == full.pack.text.shape[1:] and made.pack.text.dtype == full.pack.text.dtype
     assert made.target.dtype == full.target.dtype and made.sigma.dtype == full.sigma.dtype
+
+
+def test_each_segment_is_noised_by_its_own_level():
+    """A known first frame is itself; its neighbours are of one level."""
+    g = torch.Generator().manual_seed(0)
+    clip, still = (torch.randn(2, 16, frames, 4, 6, generator=g) for frames in (3, 1))
+    text = torch.zeros(2, TEXT_DIM)
+    made = build_input(
+        [
+            Example({"latents": clip[0], "text": text}, clip[1], [(1, 0.0), (2, 0.7)]),
+            Example({"latents": still[0], "text": text}, still[1], [(1, 0.4)]),
+        ]
+    )
+    assert made.pack.video_lens == (18, 6) and made.pack.level_lens == (6, 12, 6)
+    assert made.sigma.tolist() == pytest.approx([0.0, 0.7, 0.4])
+    level = torch.tensor([0.0, 0.7, 0.7]).view(3, 1, 1)
+    noisy, first = made.pack.tokens.split(made.pack.video_lens)
+    torch.testing.assert_close(unpatchify(noisy, (3, 2, 3)), (1 - level) * clip[0] + level * clip[1])
+    torch.testing.assert_close(unpatchify(first, (1, 2, 3)), 0.6 * still[0] + 0.4 * still[1])
+    assert torch.equal(noisy[:6], patchify(clip[0])[:6])
+    assert torch.equal(made.target, torch.cat([patchify(z - x) for x, z in (clip, still)]))
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 512])

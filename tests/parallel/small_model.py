@@ -27,10 +27,13 @@ def build_model(config: DiTConfig = SMALL) -> WanDiT:
     return model
 
 
-def draw_pack(grids: list[Grid], text_lens: list[int], seed: int) -> tuple[Pack, Tensor, Tensor]:
+def draw_pack(
+    grids: list[Grid], text_lens: list[int], level_lens: list[int] | None = None, *, seed: int
+) -> tuple[Pack, Tensor, Tensor]:
     """A pack for SMALL, its noise levels, and a weight of the loss for every value."""
     generator = torch.Generator().manual_seed(seed)
     tokens = [torch.randn(f * h * w, 16, generator=generator) for f, h, w in grids]
     texts = [torch.randn(length, SMALL.text_dim, generator=generator) for length in text_lens]
-    pack = build_pack(tokens, grids, texts)
-    return pack, torch.rand(len(grids), generator=generator), torch.randn(pack.tokens.shape, generator=generator)
+    pack = build_pack(tokens, grids, texts, level_lens)
+    sigma = torch.rand(len(pack.level_lens), generator=generator)
+    return pack, sigma, torch.randn(pack.tokens.shape, generator=generator)

@@ -18,13 +18,13 @@ from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 pytestmark = pytest.mark.filterwarnings("default")  # the compiler warns of what it does itself
 
 ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
-# other lengths, numbers of samples and of equal neighbours, captions from empty to full; in the first as many text keys
-# as tokens, which a compiler may take for one size
+# other lengths, numbers of samples, segments and equal neighbours, captions from empty to full; in the first as many
+# text keys as tokens, which a compiler may take for one size
 PACKS = (
     ([(1, 2, 3), (3, 2, 2), (3, 2, 2), (2, 3, 1)], [5, 0, 12, 15]),
     ([(5, 1, 4), (1, 1, 1)], [511, 512]),
     ([(2, 2, 2)] * 7, [3, 0, 3, 3, 200, 3, 3]),
-    ([(1, 3, 3), (4, 1, 2), (2, 2, 5)], [7, 7, 30]),
+    ([(1, 3, 3), (4, 1, 2), (2, 2, 5)], [7, 7, 30], [9, 2, 6, 10, 10]),  # two samples of two segments
     ([(1, 2, 2), (6, 2, 1), (1, 2, 2), (3, 1, 1), (2, 3, 3)], [0, 64, 1, 9, 512]),
     ([(2, 1, 3), (2, 1, 3), (1, 5, 1), (4, 2, 2), (1, 1, 2), (3, 3, 1)], [8, 2, 11, 0, 25, 4]),
 )
@@ -119,7 +119,7 @@ def test_gradients_of_rows_are_summed_by_sample():
     assert torch.equal(rows, torch.cat([table[i : i + 1].expand(n, -1) for i, n in enumerate(lens)]))
     (rows * weight).sum().backward()
     torch.testing.assert_close(table.grad, torch.stack([part.sum(0) for part in weight.split(lens)]))
-    torch.library.opcheck(torch.ops.wanloom.sum_samples, (weight, layout.lens))
+    torch.library.opcheck(torch.ops.wanloom.sum_segments, (weight, layout.lens))
 
 
 def test_no_compiler_is_said(monkeypatch):

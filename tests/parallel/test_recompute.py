@@ -41,7 +41,7 @@ def train(policy: str, bf16: bool = False, offload: bool = False) -> tuple[Tenso
     out, calls = torch.zeros(()), Calls()
     with calls:
         for seed in (1, 2):
-            pack, sigma, weight = draw_pack(GRIDS[seed:], TEXTS[seed:], seed)
+            pack, sigma, weight = draw_pack(GRIDS[seed:], TEXTS[seed:], seed=seed)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 out = model(pack, sigma)
             (out * weight).sum().backward()

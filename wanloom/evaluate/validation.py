@@ -65,7 +65,7 @@ def _squared_error(model: WanDiT, mesh: Mesh, cases: Sequence[Case], bf16: bool)
         for source, row, sigma in cases:
             tensors = source.read(row).tensors
             noise = draw_noise(tuple(tensors["latents"].shape), SEED, f"validation/{row.key}/{sigma}", 0)
-            examples.append(Example(tensors, noise, sigma))
+            examples.append(Example(tensors, noise, [(row.frames, sigma)]))
     none = empty_input(model.config.in_channels, model.config.text_dim)
     pack, wanted, sigma = build_input(examples) if examples else none
     share = share_of(pack, sigma, mesh)

@@ -1,8 +1,9 @@
 """WanDiT: the Wan video diffusion transformer over one packed sequence.
 
-In: a `Pack` of N samples of any size, and the noise level `sigma (N,)` of each. Out: velocity tokens in the layout of
-the pack's tokens, fp32. The one decision: the model sees samples only as lengths. Linears run over the packed sequence,
-attention inside each sample, and what differs between samples (modulation, gates) is applied run by run, on views.
+In: a `Pack` of N samples of any size, and the noise level `sigma (M,)` of each of their M segments. Out: velocity
+tokens in the layout of the pack's tokens, fp32. The one decision: the model sees samples and segments only as lengths.
+Linears run over the packed sequence, attention inside each sample, and what differs between segments (modulation,
+gates) is applied run by run, on views.
 
 Numerics. The Linears of the blocks, the text and the patch embedding run in the compute dtype: that of autocast where
 it is on, else that of their weights. Everything else is fp32 whatever the weights are: the residual stream, the time
@@ -47,7 +48,7 @@ TextKV = dict[str, KV]  # of a pack's text, by block
 class Conditions(NamedTuple):
     """What every block needs beside the residual stream."""
 
-    modulation: Tensor  # (N, 6, dim) fp32, before the block's own table
+    modulation: Tensor  # (M, 6, dim) fp32, before the block's own table
     context: Tensor | KV  # (S, dim) projected text, compute dtype, or what the block makes of it
     context_bias: Tensor  # (S,) fp32, added to the logits of each text key
     context_lens: Tensor  # (N,) int64 on the CPU, as attention wants lengths
@@ -62,8 +63,8 @@ class Stream(NamedTuple):
     """What goes from block to block and, in a pipeline, from stage to stage."""
 
     x: Tensor  # (T, dim) fp32, the residual stream
-    e: Tensor  # (N, dim) fp32, the embedded noise levels
-    modulation: Tensor  # (N, 6, dim) fp32
+    e: Tensor  # (M, dim) fp32, the embedded noise levels
+    modulation: Tensor  # (M, 6, dim) fp32
     context: Tensor  # (S, dim) projected text, compute dtype; no rows where its keys and values are given
 
 
@@ -154,7 +155,7 @@ class Head(nn.Module):
         self.modulation = Modulation(2, config.dim)
 
     def forward(self, x: Tensor, e: Tensor, layout: TokenLayout) -> Tensor:
-        """`x (T, dim)`, `e (N, dim)` -> tokens `(T, C*4)`, ordered (channel, row, column)."""
+        """`x (T, dim)`, `e (M, dim)` -> tokens `(T, C*4)`, ordered (channel, row, column)."""
         shift, scale = self.modulation(e[:, None])
         tokens = self.head(modulate_norm(x, shift, scale, layout, self.eps))
         # the checkpoint's head gives (row, column, channel)
@@ -183,14 +184,14 @@ class WanDiT(nn.Module):
     def forward(
         self, pack: Pack, sigma: Tensor, stream: Stream | None = None, text_kv: TextKV | None = None
     ) -> Tensor | Stream:
-        """Velocity `(T, C*4)` fp32 for the noisy tokens of `pack` at noise levels `sigma (N,)`, fp32 or fp64.
+        """Velocity `(T, C*4)` fp32 for the noisy tokens of `pack` at noise levels `sigma (M,)`, fp32 or fp64.
 
         With `text_kv`, as the method gives it for this pack, the text is not read again. A later stage of a pipeline is
         given the stream of the stage before it, and one without the head returns its own. Raises ValueError when a
         caption has more states than the model has text slots.
         """
-        if sigma.shape != (len(pack.video_lens),) or sigma.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"sigma is {sigma.dtype} {tuple(sigma.shape)}, not one fp32 value for each sample")
+        if sigma.shape != (len(pack.level_lens),) or sigma.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"sigma is {sigma.dtype} {tuple(sigma.shape)}, not one fp32 value for each segment")
         dtype = self.compute_dtype(pack.tokens.device.type)
         text = fold_text(pack.text_lens, self.config.text_slots)
         if stream is None:
@@ -206,7 +207,7 @@ class WanDiT(nn.Module):
             rotation=rope_table(pack.positions, self.config.dim // self.config.num_heads),
             video_lens=torch.tensor(pack.video_lens),
             sequence_lens=torch.tensor(pack.sequence_lens),
-            layout=build_layout(pack.token_lens, stream.x.device),
+            layout=build_layout(pack.level_lens, stream.x.device),
             dtype=dtype,
         )
         x = stream.x
@@ -244,7 +245,7 @@ class WanDiT(nn.Module):
 
 
 def time_features(sigma: Tensor, freq_dim: int) -> Tensor:
-    """Sinusoids of the timestep 1000 * sigma: `(N,)` -> `(N, freq_dim)` fp32, cosines first, computed in fp64."""
+    """Sinusoids of the timestep 1000 * sigma: `(M,)` -> `(M, freq_dim)` fp32, cosines first, computed in fp64."""
     half = freq_dim // 2
     freqs = 10_000.0 ** -(torch.arange(half, dtype=torch.float64, device=sigma.device) / half)
     angles = 1000.0 * sigma.double()[:, None] * freqs

@@ -78,5 +78,5 @@ class Modulation(nn.Module):
         self.weight = nn.Parameter(torch.randn(1, rows, dim) / dim**0.5)
 
     def forward(self, e: Tensor) -> tuple[Tensor, ...]:
-        """`e (N, rows or 1, dim)` -> `rows` tensors `(N, dim)`."""
+        """`e (M, rows or 1, dim)` -> `rows` tensors `(M, dim)`."""
         return (self.weight.float() + e).unbind(1)

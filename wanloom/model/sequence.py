@@ -20,21 +20,15 @@ ROPE_THETA = 10_000.0
 Grid = tuple[int, int, int]  # frames, rows, columns of tokens
 
 
-class Part(NamedTuple):
-    """What a pack is a part of, when several processes share one packed sequence."""
-
-    token_lens: tuple[int, ...]  # those of each sample that are in `tokens`, which may be fewer than in `positions`
-    sequence_lens: tuple[int, ...]  # tokens of each sample of the whole sequence; self-attention spans it
-
-
 @dataclass(frozen=True)
 class Pack:
     """One packed sequence of N samples: what one forward pass takes.
 
     tokens `(T, C*4)`, positions `(T, 3)` int64 (frame, row, column inside the sample), text `(L, text_dim)` unpadded.
     The lengths are host integers: every kernel needs them on the host, and reading them back from a GPU would stall it.
-    On one process `part` is None. Else it says what the pack is a part of: `positions` and `video_lens` are the tokens
-    that attend here, `tokens` those of them whose residual stream is here.
+    A sample is one or more segments, each with a noise level of its own. Where several processes share a sequence, each
+    has a part: `positions` and `video_lens` are the tokens that attend here, `tokens` and `level_lens` those of them
+    whose residual stream is here, and `sequence_lens` is of the whole sequence.
     """
 
     tokens: Tensor
@@ -42,22 +36,13 @@ class Pack:
     text: Tensor
     video_lens: tuple[int, ...]  # tokens of each sample; sums to the rows of positions
     text_lens: tuple[int, ...]  # text states of each sample; sums to L, 0 is allowed
-    part: Part | None = None
-
-    @property
-    def token_lens(self) -> tuple[int, ...]:
-        """Tokens of each sample in `tokens`; 0 is allowed where the pack is a part."""
-        return self.part.token_lens if self.part else self.video_lens
-
-    @property
-    def sequence_lens(self) -> tuple[int, ...]:
-        """Tokens of each sample in the whole sequence."""
-        return self.part.sequence_lens if self.part else self.video_lens
+    level_lens: tuple[int, ...]  # tokens of each segment; sums to the rows of tokens, 0 is allowed in a part
+    sequence_lens: tuple[int, ...]  # tokens of each sample of the whole sequence; self-attention spans it
 
     def __post_init__(self) -> None:
-        if sum(self.token_lens) != self.tokens.shape[0] or self.positions.shape != (sum(self.video_lens), 3):
+        if sum(self.level_lens) != self.tokens.shape[0] or self.positions.shape != (sum(self.video_lens), 3):
             raise ValueError(
-                f"video_lens {self.video_lens}, tokens {tuple(self.tokens.shape)}, "
+                f"level_lens {self.level_lens}, tokens {tuple(self.tokens.shape)}, video_lens {self.video_lens}, "
                 f"positions {tuple(self.positions.shape)} disagree"
             )
         if sum(self.text_lens) != self.text.shape[0] or len(self.text_lens) != len(self.video_lens):
@@ -120,21 +105,29 @@ def grid_positions(grid: Grid) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
 
-def build_pack(tokens: Sequence[Tensor], grids: Sequence[Grid], texts: Sequence[Tensor]) -> Pack:
-    """Join samples: tokens `(T_i, C*4)`, grids, and text states `(L_i, text_dim)`."""
+def build_pack(
+    tokens: Sequence[Tensor], grids: Sequence[Grid], texts: Sequence[Tensor], level_lens: Sequence[int] | None = None
+) -> Pack:
+    """Join samples: tokens `(T_i, C*4)`, grids, and text states `(L_i, text_dim)`.
+
+    Without `level_lens` each sample is one segment.
+    """
+    video_lens = tuple(t.shape[0] for t in tokens)
     return Pack(
         tokens=torch.cat(list(tokens)),
         positions=torch.cat([grid_positions(grid) for grid in grids]).to(tokens[0].device),
         text=torch.cat(list(texts)),
-        video_lens=tuple(t.shape[0] for t in tokens),
+        video_lens=video_lens,
         text_lens=tuple(t.shape[0] for t in texts),
+        level_lens=video_lens if level_lens is None else tuple(level_lens),
+        sequence_lens=video_lens,
     )
 
 
 def empty_pack(channels: int, text_dim: int) -> Pack:
     """A pack of no samples, for latents of so many channels: what a process without work starts from."""
     positions = torch.zeros(0, len(PATCH), dtype=torch.int64)
-    return Pack(torch.zeros(0, channels * math.prod(PATCH)), positions, torch.zeros(0, text_dim), (), ())
+    return Pack(torch.zeros(0, channels * math.prod(PATCH)), positions, torch.zeros(0, text_dim), (), (), (), ())
 
 
 def rope_table(positions: Tensor, head_dim: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Flow matching: how noise levels are drawn, what the model is asked for, and the loss as sums.
 
-In: keyed uniforms, velocities and targets of a pack. Out: sigma per sample, the noisy latents and velocity target, the
+In: keyed uniforms, velocities and targets of a pack. Out: noise levels, the noisy latents and velocity target, the
 loss as (weighted sum, plain sum). The one decision: a loss is a sum, divided once by the count of the
 whole step, so the packing and the number of ranks do not change it. Every sampler is the inverse of a distribution
 function applied to one uniform, so that stratifying that uniform over the step stratifies every sampler.
@@ -78,8 +78,13 @@ def loss_weight(config: FlowConfig, sigma: Tensor) -> Tensor:
 
 
 def flow_loss(velocity: Tensor, target: Tensor, sigma: Tensor, lens: Sequence[int], config: FlowConfig) -> FlowLoss:
-    """Squared error of the velocity `(T, C)` of a pack with samples of `lens` tokens and noise levels `sigma (N,)`."""
+    """Squared error of the velocity `(T, C)` of a pack with segments of `lens` tokens and noise levels `sigma (M,)`.
+
+    A segment at level 0 is known: it counts in no sum, as its target is noise that the model cannot see.
+    """
     error = (velocity.float() - target.float()).square().sum(dim=-1)
+    counts = (sigma > 0).float()
+    table = torch.stack([counts * loss_weight(config, sigma.float()), counts])
     # by host lengths: repeat_interleave with a device tensor of counts would wait for the device
-    weight = torch.cat([w.expand(n) for w, n in zip(loss_weight(config, sigma.float()), lens, strict=True)])
-    return FlowLoss((error * weight).sum(), error.detach().sum())
+    weight, count = torch.cat([w[:, None].expand(2, n) for w, n in zip(table.T, lens, strict=True)], dim=1)
+    return FlowLoss((error * weight).sum(), (error.detach() * count).sum())

@@ -23,7 +23,7 @@ class Example(NamedTuple):
 
     tensors: Mapping[str, Tensor]
     noise: Tensor  # (C, F, H, W) fp32
-    sigma: float
+    levels: Sequence[tuple[int, float]]  # of each segment its frames and its sigma, 0 where they are known
 
 
 class Input(NamedTuple):
@@ -31,7 +31,7 @@ class Input(NamedTuple):
 
     pack: Pack
     target: Tensor  # velocity tokens (T, C*4) fp32
-    sigma: Tensor  # (N,) fp32
+    sigma: Tensor  # (M,) fp32, of each segment
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def draw_example(tensors: Mapping[str, Tensor], name: str, draw: int, position: 
     return Example(
         tensors={**tensors, "text": choose_text(tensors["text"], name, draw, objective)},
         noise=draw_noise(shape, objective.seed, name, draw),
-        sigma=sample_sigma(objective.flow, (level, mix), frames * rows * cols),
+        levels=[(frames, sample_sigma(objective.flow, (level, mix), frames * rows * cols))],
     )
 
 
@@ -72,14 +72,20 @@ def choose_text(text: Tensor, name: str, draw: int, objective: Objective) -> Ten
 
 def build_input(examples: Sequence[Example]) -> Input:
     """The samples of one pack, noised."""
-    noisy, targets = [], []
-    for tensors, noise, sigma in examples:
-        mixed, velocity = noisy_and_velocity(patchify(tensors["latents"].float()), patchify(noise), sigma)
-        noisy.append(mixed)
-        targets.append(velocity)
-    grids = [grid_of(one.noise.shape) for one in examples]
-    pack = build_pack(noisy, grids, [one.tensors["text"].float() for one in examples])
-    return Input(pack, torch.cat(targets), torch.tensor([one.sigma for one in examples], dtype=torch.float32))
+    noisy, targets, sigmas, level_lens = [], [], list[float](), list[int]()
+    for tensors, noise, levels in examples:
+        _, rows, cols = grid_of(noise.shape)
+        lens = [frames * rows * cols for frames, _ in levels]
+        clean = patchify(tensors["latents"].float()).split(lens)
+        segments = zip(clean, patchify(noise).split(lens), levels, strict=True)
+        pairs = [noisy_and_velocity(x, z, sigma) for x, z, (_, sigma) in segments]
+        noisy.append(torch.cat([mixed for mixed, _ in pairs]))
+        targets += [velocity for _, velocity in pairs]
+        sigmas += [sigma for _, sigma in levels]
+        level_lens += lens
+    grids, texts = [grid_of(one.noise.shape) for one in examples], [one.tensors["text"].float() for one in examples]
+    pack = build_pack(noisy, grids, texts, level_lens)
+    return Input(pack, torch.cat(targets), torch.tensor(sigmas, dtype=torch.float32))
 
 
 def empty_input(channels: int, text_dim: int) -> Input:

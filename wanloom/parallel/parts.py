@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wanloom.model.sequence import Pack, Part
+from wanloom.model.sequence import Pack
 from wanloom.parallel.mesh import Mesh
 
 FILLER_SIGMA = 0.5
@@ -24,13 +24,13 @@ class Share(NamedTuple):
     """What one process gets of a pack."""
 
     pack: Pack
-    sigma: Tensor  # (N,) of the samples in `pack`
+    sigma: Tensor  # (M,) of the segments in `pack`
     tokens: slice  # of the whole pack's tokens; the first rows of `pack.tokens` are these, the rest is filler
 
     @property
     def lens(self) -> tuple[int, ...]:
-        """Tokens of each sample of `pack` that count."""
-        *lens, last = self.pack.token_lens
+        """Tokens of each segment of `pack`, but for the filler."""
+        *lens, last = self.pack.level_lens
         filler = len(self.pack.tokens) - (self.tokens.stop - self.tokens.start)
         return (*lens, last - filler)
 
@@ -43,12 +43,14 @@ def share_of(pack: Pack, sigma: Tensor, mesh: Mesh) -> Share:
         return Share(pack, sigma, slice(0, count))
     width = max(-(-count // num_parts), 1)
     filled = fill_up(pack, width * num_parts - count)
-    sigma = torch.cat([sigma, sigma.new_full((len(filled.video_lens) - len(sigma),), FILLER_SIGMA)])
+    sigma = torch.cat([sigma, sigma.new_full((len(filled.level_lens) - len(sigma),), FILLER_SIGMA)])
     first = mesh.cp_rank * tp * width
     start = first + mesh.place["tp"] * width
     here = _overlaps(filled.video_lens, first, first + tp * width)
-    stream = _overlaps(filled.video_lens, start, start + width)
     samples = [i for i, length in enumerate(here) if length]
+    # of the segments those that attend here, also where none of their tokens is in the stream: tp ranks have the same
+    segments = [i for i, length in enumerate(_overlaps(filled.level_lens, first, first + tp * width)) if length]
+    stream = _overlaps(filled.level_lens, start, start + width)
     texts = filled.text.split(filled.text_lens)
     part = Pack(
         tokens=filled.tokens[start : start + width],
@@ -56,9 +58,10 @@ def share_of(pack: Pack, sigma: Tensor, mesh: Mesh) -> Share:
         text=torch.cat([texts[i] for i in samples]),
         video_lens=tuple(here[i] for i in samples),
         text_lens=tuple(filled.text_lens[i] for i in samples),
-        part=Part(tuple(stream[i] for i in samples), filled.video_lens),
+        level_lens=tuple(stream[i] for i in segments),
+        sequence_lens=filled.sequence_lens,
     )
-    return Share(part, sigma[samples], slice(min(start, count), min(start + width, count)))
+    return Share(part, sigma[segments], slice(min(start, count), min(start + width, count)))
 
 
 def gather_parts(part: Tensor, count: int, mesh: Mesh) -> Tensor:
@@ -84,11 +87,13 @@ def fill_up(pack: Pack, fill: int) -> Pack:
         positions=torch.cat([pack.positions, pack.positions.new_zeros(fill, 3)]),
         video_lens=(*pack.video_lens, fill),
         text_lens=(*pack.text_lens, 0),
+        level_lens=(*pack.level_lens, fill),
+        sequence_lens=(*pack.sequence_lens, fill),
     )
 
 
 def _overlaps(lens: Sequence[int], start: int, stop: int) -> list[int]:
-    """How many tokens of each sample lie between `start` and `stop` of the sequence."""
+    """How many tokens of each length lie between `start` and `stop` of the sequence."""
     out, first = [], 0
     for length in lens:
         out.append(max(min(first + length, stop) - max(first, start), 0))

@@ -28,13 +28,13 @@ def build_branches(noise: Sequence[Tensor], text: Sequence[Tensor], negative: Se
     if len(negative) not in (0, len(noise)) or len(text) != len(noise):
         raise ValueError(f"{len(noise)} samples, {len(text)} texts and {len(negative)} negatives do not fit together")
     noises, texts = [*noise, *noise] if negative else noise, [*text, *negative]
-    pairs = zip(noises, texts, strict=True)
-    return build_input([Example({"latents": torch.zeros_like(z), "text": t}, z, 1.0) for z, t in pairs]).pack
+    clean = [{"latents": torch.zeros_like(z), "text": t} for z, t in zip(noises, texts, strict=True)]
+    return build_input([Example(x, z, [(z.shape[1], 1.0)]) for x, z in zip(clean, noises, strict=True)]).pack
 
 
 def share_at(branches: Pack, sigma: float, mesh: Mesh) -> Share:
     """The part of this process, all samples at one noise level."""
-    level = torch.full((len(branches.video_lens),), sigma, dtype=torch.float32, device=branches.tokens.device)
+    level = torch.full((len(branches.level_lens),), sigma, dtype=torch.float32, device=branches.tokens.device)
     return share_of(branches, level, mesh)
 
 
