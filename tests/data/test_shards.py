@@ -412,6 +412,50 @@ def test_an_index_that_is_not_ours_is_refused(tmp_path, column, values, kind, me
         Dataset.open(tmp_path)
 
 
+@pytest.mark.parametrize("rows_of_a_small_index", [100, 0])
+def test_an_index_has_at_least_our_columns(tmp_path, monkeypatch, rows_of_a_small_index):
+    """Further ones, in any order, change nothing, mapped or not; one that is missing is named."""
+    monkeypatch.setattr("wanloom.data.index_cache.LARGE", rows_of_a_small_index)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = Dataset.open(write_folder(tmp_path / "data")).rows("train")
+    table = pq.read_table(tmp_path / "data" / INDEX)
+    more = table.append_column("quality", pa.array([0.5, None] * 3)).append_column("made", pa.array([["a"]] * 6))
+    write_atomic(tmp_path / "data" / INDEX, encode_index(more.select(more.schema.names[::-1])))
+    dataset = Dataset.open(tmp_path / "data")
+    after = dataset.rows("train")
+    assert list(after) == list(before) and after.digest == before.digest
+    assert torch.equal(dataset.read(after[1]).tensors["latents"], draw(1)[0])
+    for name in table.schema.names:
+        write_atomic(tmp_path / "data" / INDEX, encode_index(more.drop_columns([name])))
+        with pytest.raises(UserError, match=f"has no column '{name}': delete index.parquet to have it built again"):
+            Dataset.open(tmp_path / "data")
+
+
+def test_of_a_sample_only_what_the_schema_names_is_read(tmp_path):
+    """What it lacks is named."""
+    latents, text = draw(0)
+    for tensors, problem in (
+        ({"latents": latents, "text": text, "depth": torch.arange(3)}, None),
+        ({"latents": latents}, "it has no text"),
+        ({"text": text}, "it has no latents"),
+    ):
+        data = save(tensors)
+        (tmp_path / "x.tar").write_bytes(tar_member("a.json", b"{}") + tar_member("a.safetensors", data) + END)
+        (tmp_path / INDEX).unlink(missing_ok=True)
+        if problem is None:
+            dataset = Dataset.open(tmp_path)
+            row = dataset.rows("train")[0]
+            assert dataset.read(row).tensors.keys() == {"latents", "text"}
+            continue
+        with pytest.raises(UserError, match=r"'a' in x.tar is not latents \(C, F, H, W\) and text \(L, D\): "):
+            Dataset.open(tmp_path)
+        offset = (tmp_path / "x.tar").read_bytes().index(data)
+        changed = build_table([row._replace(offset=offset, size=len(data), sha256="")])
+        write_atomic(tmp_path / INDEX, encode_index(changed))
+        with pytest.raises(UserError, match=rf"is damaged \({problem}\)"):
+            Dataset.open(tmp_path).read(row._replace(offset=offset, size=len(data), sha256=""))
+
+
 @pytest.mark.parametrize("column", ["tokens", "frames", "text_len"])
 def test_an_index_that_says_other_sizes_than_the_sample_is_an_error(tmp_path, column):
     """Packing counts on these: a sample that is larger than its row would burst its pack."""

@@ -1,9 +1,10 @@
 """The index as columns: what planning and reading need to know of every sample, in memory or mapped from a disk.
 
-In: tables in the schema of index.parquet. Out: an `Index` for each split. The one decision: columns are plain arrays,
-numbers by row and strings as their bytes and where each ends. So those of a large index can be files that all processes
-of a machine map and share (`index_cache.py`), of which only what is looked at is ever read, and a row is a few values
-in place of objects. Whatever comes from an index is checked once, while the columns are made.
+In: tables that have at least the columns of `SCHEMA`, as index.parquet has. Out: an `Index` for each split. The one
+decision: columns are plain arrays, numbers by row and strings as their bytes and where each ends. So those of a large
+index can be files that all processes of a machine map and share (`index_cache.py`), of which only what is looked at is
+ever read, and a row is a few values in place of objects. Whatever comes from an index is checked once, while the
+columns are made.
 """
 
 import hashlib
@@ -157,7 +158,7 @@ class Sink:
 class Builder:
     """Columns from tables, batch by batch; a context manager. With a `folder` they are files of it, else in memory.
 
-    Raises UserError unless the tables are what this version writes: they decide what is read, and from where.
+    Raises UserError unless the tables have the columns of `SCHEMA`: they decide what is read, and from where.
     """
 
     def __init__(self, path: str, folder: Path | None = None) -> None:
@@ -180,7 +181,11 @@ class Builder:
         return Sink(self._folder / f"{split}.{name}" if self._folder else None, file_names()[name])
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """More rows."""
+        """More rows; columns beside those of `SCHEMA` are not looked at."""
+        for name in SCHEMA.names:
+            if batch.schema.get_field_index(name) < 0:
+                raise UserError(f"The index of '{self._path}' has no column '{name}': {AGAIN}")
+        batch = batch.select(SCHEMA.names)
         if not batch.schema.equals(SCHEMA) or any(column.null_count for column in batch.columns):
             raise UserError(f"The index of '{self._path}' is of another version: {AGAIN}")
         batch.validate(full=True)  # strings are text

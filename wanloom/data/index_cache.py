@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wanloom.data.index import SPLITS, Builder, Columns, file_names, index_of, map_files
+from wanloom.data.index import SCHEMA, SPLITS, Builder, Columns, file_names, index_of, map_files
 from wanloom.errors import UserError
 from wanloom.files import parse_json, write_atomic
 
@@ -80,7 +80,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 def _read(parquet: pq.ParquetFile, path: str, folder: Path | None = None) -> Columns:
     with Builder(path, folder) as builder:
-        for batch in parquet.iter_batches(BATCH):
+        for batch in parquet.iter_batches(BATCH, columns=SCHEMA.names):
             builder.add(batch)
         return builder.finish()
 

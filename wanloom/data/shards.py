@@ -45,7 +45,7 @@ class Sample(NamedTuple):
     """What training takes."""
 
     key: str
-    tensors: dict[str, Tensor]  # those of `tar.TENSORS`
+    tensors: dict[str, Tensor]  # by the names of `tar.TENSORS`
     caption: str
 
 
@@ -104,8 +104,8 @@ class Dataset:
                 tensors = view_tensors(data)
             except ValueError as error:
                 problem = str(error)
-        if not problem and not tensors.keys() >= set(TENSORS):
-            problem = "a tensor is missing"
+        if not problem and (missing := [name for name in TENSORS if name not in tensors]):
+            problem = f"it has no {missing[0]}"
         if not problem and not _is_as_planned(row, tensors):
             problem = f"the index says other sizes: delete {INDEX}"
         if problem:
@@ -157,11 +157,10 @@ def index_rows(pairs: Iterable[StoredSample], shard: str, split: str) -> list[Ro
     """Index rows of the samples of one shard. Raises UserError when a sample is not latents and text."""
     rows = []
     for pair in pairs:
-        latents, text = pair.shapes.get("latents", ()), pair.shapes.get("text", ())
-        if len(latents) != 4 or len(text) != 2:
-            raise UserError(
-                f"The sample '{pair.key}' in {shard} is not latents (C, F, H, W) and text (L, D): {pair.shapes}."
-            )
+        if any(len(pair.shapes.get(name, ())) != len(dims) for name, dims in TENSORS.items()):
+            wanted = " and ".join(f"{name} ({', '.join(dims)})" for name, dims in TENSORS.items())
+            raise UserError(f"The sample '{pair.key}' in {shard} is not {wanted}: {pair.shapes}.")
+        latents, text = pair.shapes["latents"], pair.shapes["text"]
         try:
             frames, height, width = grid_of(latents)
         except ValueError as error:

@@ -23,7 +23,7 @@ from wanloom.tensors import TensorHeader, header_length, parse_header
 from wanloom.terminal import is_text
 
 END = bytes(2 * tarfile.BLOCKSIZE)
-TENSORS = ("latents", "text")  # of a sample
+TENSORS = {"latents": ("C", "F", "H", "W"), "text": ("L", "D")}  # of a sample; others in its member are not read
 MOST_JSON = 1 << 24  # bytes of a sample's record; captions are far shorter
 PICKLED = {"pth", "pt", "pickle", "pkl", "pyd", "ckpt"}
 
