@@ -108,7 +108,7 @@ def _write(folder: Path, number: int, latents: tuple[int, ...], text: tuple[int,
             padded = torch.cat([states, states.new_zeros(SLOTS - len(states), text[1])])
             tar.write({"__key__": f"{i:06d}", "pth": values, "pickle": padded, "json": record})
             torch.save({"latents": values, "text": states}, folder / "files" / f"{i:06d}.pt")
-            pairs.append(tar_pair(f"{i:06d}", values, states, record))
+            pairs.append(tar_pair(f"{i:06d}", {"latents": values, "text": states}, record))
     write_atomic(folder / "wanloom" / SHARD, [*pairs, END])
     with (folder / "wanloom" / SHARD).open("rb") as file:
         rows = index_rows(scan_tar(file, SHARD), SHARD, "train")

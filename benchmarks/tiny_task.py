@@ -59,7 +59,7 @@ def write_data(folder: Path, train: Mapping[Size, int], val: Mapping[Size, int])
                 for j, latents in enumerate(vae.encode_batch(frames), start=i):
                     key = f"{split}-{number + j:05d}"
                     record = {"caption": captions[j], "source": f"{key}.mp4"}
-                    pairs.append(tar_pair(key, latents.bfloat16(), states[j], record))
+                    pairs.append(tar_pair(key, {"latents": latents.bfloat16(), "text": states[j]}, record))
             number += count
         write_atomic(folder / split / "shard-000000.tar", [*pairs, END])
     return Dataset.open(folder)

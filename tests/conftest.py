@@ -126,6 +126,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
             key = f"{split}-{i:03d}"
             latents[key] = torch.randn(shape, generator=generator).bfloat16()
             text = torch.randn(2 + i % 4, 8, generator=generator)
-            pairs.append(tar_pair(key, latents[key], text, {"caption": f"clip {i}", "source": f"{i}.mp4"}))
+            tensors = {"latents": latents[key], "text": text}
+            pairs.append(tar_pair(key, tensors, {"caption": f"clip {i}", "source": f"{i}.mp4"}))
         write_atomic(folder / split / "shard-000000.tar", [*pairs, END])
     return folder, latents

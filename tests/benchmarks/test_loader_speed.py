@@ -21,7 +21,6 @@ def test_the_rows_say_what_was_compared() -> None:
 
 def test_a_cached_sample_is_at_most_1_8_megabytes() -> None:
     latents, text = c12_loader.draw(0, (16, 21, 30, 52), (80, 4096))
-    pair = tar_pair(
-        "0" * 60, latents, text, {"caption": "word " * 300, "source": "folder/" * 20, "notes": ["x" * 80] * 9}
-    )
+    tensors = {"latents": latents, "text": text}
+    pair = tar_pair("0" * 60, tensors, {"caption": "word " * 300, "source": "folder/" * 20, "notes": ["x" * 80] * 9})
     assert latents.nbytes + text.nbytes < len(pair) <= 1.80e6

@@ -107,7 +107,7 @@ def test_a_sample_that_is_larger_than_a_pack_raises_it(prepared, tmp_path, monke
     latents = torch.zeros(16, 21, 60, 104)
     for name, values in (("small", latents[:, :1, :32, :32]), ("large", latents)):
         Path(name).mkdir()
-        Path(name, "x.tar").write_bytes(tar_pair("a", values, torch.zeros(2, 64), {"caption": "x"}) + END)
+        Path(name, "x.tar").write_bytes(tar_pair("a", {"latents": values, "text": torch.zeros(2, 64)}, {}) + END)
     small = train_command(Path("small"), "tiny")
     assert small is not None and "tokens_per_pack" not in small
     words = shlex.split(train_command(Path("large"), "tiny"))

@@ -288,7 +288,8 @@ def write_data(folder: Path, split: str = "train") -> None:
     (folder / split).mkdir(parents=True)
     g = torch.Generator().manual_seed(0)
     latents, text = torch.randn(4, 16, 1, 4, 4, generator=g).bfloat16(), torch.randn(3, 64, generator=g)
-    pairs = [tar_pair(f"{split}-{number}", latents[number], text, {"caption": "x"}) for number in range(4)]
+    samples = [{"latents": latents[number], "text": text} for number in range(4)]
+    pairs = [tar_pair(f"{split}-{number}", sample, {"caption": "x"}) for number, sample in enumerate(samples)]
     (folder / split / "shard-000000.tar").write_bytes(b"".join(pairs) + END)
 
 
@@ -559,7 +560,8 @@ def test_prepared_data_is_compared_to_the_model_at_every_start(tmp_path, tiny_pi
     """Another VAE is an error, another text encoder a note; a held-out loss without held-out samples is an error."""
     (tmp_path / "data" / "train").mkdir(parents=True)
     for number in range(4):
-        pair = tar_pair(f"{number}", torch.randn(16, 1, 4, 4).bfloat16(), torch.randn(3, 64), {"caption": "x"})
+        tensors = {"latents": torch.randn(16, 1, 4, 4).bfloat16(), "text": torch.randn(3, 64)}
+        pair = tar_pair(f"{number}", tensors, {"caption": "x"})
         (tmp_path / "data" / "train" / f"shard-{number:06d}.tar").write_bytes(pair + END)
     settings = [f"model={tiny_pipeline}", f"data.path={tmp_path}/data", f"run_dir={tmp_path}/run"]
     command = ["train", *SMALL[:1], *SMALL[2:], *settings, "caption_dropout=0"]

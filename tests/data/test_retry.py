@@ -78,7 +78,8 @@ def test_a_sample_is_read_again(clock, tmp_path, monkeypatch, address):
 
     (tmp_path / "train").mkdir()
     shard = tmp_path / "train" / "shard-000000.tar"
-    shard.write_bytes(tar_pair("a", torch.zeros(16, 1, 4, 4).bfloat16(), torch.zeros(3, 64), {"caption": "x"}) + END)
+    tensors = {"latents": torch.zeros(16, 1, 4, 4).bfloat16(), "text": torch.zeros(3, 64)}
+    shard.write_bytes(tar_pair("a", tensors, {"caption": "x"}) + END)
     data = Dataset.open(tmp_path)
     row = data.rows("train")[0]
     data.is_local = address == "{}"

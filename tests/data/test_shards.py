@@ -32,11 +32,15 @@ def draw(i: int) -> tuple[torch.Tensor, torch.Tensor]:
     return latents, torch.randn(3 + 2 * i, 8, generator=generator).bfloat16()
 
 
+def named(i: int) -> dict[str, torch.Tensor]:
+    return dict(zip(("latents", "text"), draw(i), strict=True))
+
+
 def write_folder(folder: Path, with_index: bool = True) -> Path:
     rows = []
     for split, shard, numbers in (("train", 0, (0, 1, 2)), ("train", 1, (3, 4)), ("val", 0, (5,))):
         name = f"{split}/shard-{shard:06d}.tar"
-        pairs = [tar_pair(f"clip{i}", *draw(i), {"caption": f"caption {i}", "source": f"{i}.mp4"}) for i in numbers]
+        pairs = [tar_pair(f"clip{i}", named(i), {"caption": f"caption {i}", "source": f"{i}.mp4"}) for i in numbers]
         write_atomic(folder / name, [*pairs, END])
         with (folder / name).open("rb") as file:
             rows += index_rows(scan_tar(file, name), name, split)
@@ -98,7 +102,7 @@ def test_a_folder_without_index_is_scanned_once(tmp_path: Path) -> None:
 def test_a_remote_folder() -> None:
     memory = fsspec.filesystem("memory")
     for i in range(2):
-        memory.pipe(f"/set/train/{i}.tar", tar_pair(f"k{i}", *draw(i), {"caption": "c"}) + END)
+        memory.pipe(f"/set/train/{i}.tar", tar_pair(f"k{i}", named(i), {"caption": "c"}) + END)
     dataset = Dataset.open("memory://set")
     rows = dataset.rows("train")
     assert [*rows.keys] == ["k0", "k1"]
@@ -226,7 +230,7 @@ def scan(data: bytes) -> list[str]:
 
 
 def test_scanning_refuses_what_it_cannot_trust() -> None:
-    pair = tar_pair("a", *draw(0), {"caption": "c"})
+    pair = tar_pair("a", named(0), {"caption": "c"})
     tensors = tar_member("b.safetensors", save({"latents": torch.zeros(16, 1, 2, 2)}))
     assert scan(pair + END) == ["a"]
     with pytest.raises(UserError, match="never opened"):
@@ -322,7 +326,7 @@ def test_headers_that_no_writer_makes(data: bytes, words: str | None) -> None:
 
 def test_odd_sizes_and_equal_keys_are_errors(tmp_path: Path) -> None:
     def rows(*shape: int) -> list:
-        data = tar_pair("a", torch.zeros(shape), torch.zeros(2, 8), {}) + END
+        data = tar_pair("a", {"latents": torch.zeros(shape), "text": torch.zeros(2, 8)}, {}) + END
         return index_rows(scan_tar(io.BytesIO(data), "x.tar"), "x.tar", "train")
 
     with pytest.raises(UserError, match=r"'a' .* cannot be trained on"):
@@ -330,7 +334,8 @@ def test_odd_sizes_and_equal_keys_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not latents"):
         rows(16, 3, 4)
     for name in ("x.tar", "y.tar"):
-        (tmp_path / name).write_bytes(tar_pair("a", torch.zeros(16, 1, 2, 2), torch.zeros(2, 8), {}) + END)
+        tensors = {"latents": torch.zeros(16, 1, 2, 2), "text": torch.zeros(2, 8)}
+        (tmp_path / name).write_bytes(tar_pair("a", tensors, {}) + END)
     with pytest.raises(UserError, match=r"'a' is in .* 2 times"):
         Dataset.open(tmp_path)
     assert build_table([]).schema.equals(SCHEMA)

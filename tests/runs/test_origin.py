@@ -77,7 +77,7 @@ def test_a_damaged_record_is_said(tiny_pipeline, tmp_path, damage):
 def test_samples_whose_content_cannot_be_compared_are_a_note(tmp_path):
     """As folders of others have them: safetensors and json, without a sha256."""
     tensors = {"latents": torch.zeros(16, 1, 4, 4).bfloat16(), "text": torch.zeros(3, 64)}
-    ours = tar_pair("ours", tensors["latents"], tensors["text"], {"caption": "x"}) + END
+    ours = tar_pair("ours", tensors, {"caption": "x"}) + END
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a.tar").write_bytes(ours)
     said: list[str] = []

@@ -1,6 +1,6 @@
 """WebDataset tar archives with the same bytes every time, and what a scan of their headers tells.
 
-In: samples as latents `(C, F, H, W)`, text states `(L, D)` and a record of where they come from. Out: the members
+In: samples as tensors by the names of `TENSORS` and a record of where they come from. Out: the members
 `<key>.json` and `<key>.safetensors`, one after the other; a shard is nothing but such pairs joined and an end mark. The
 one decision: member headers carry no time, user or mode of this machine, so equal samples are equal bytes. Nothing here
 can run code: latents are safetensors, and a pickled member is refused; nor can a small file take much memory: sparse
@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from safetensors.torch import save
@@ -62,12 +62,12 @@ def tar_member(name: str, data: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
-def tar_pair(key: str, latents: Tensor, text: Tensor, record: dict[str, Any]) -> bytes:
+def tar_pair(key: str, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> bytes:
     """The two members of a sample; the sha256 of the safetensors member is added to the record."""
-    tensors = save({"latents": latents.contiguous(), "text": text.contiguous()})
-    record = {**record, "sha256": hashlib.sha256(tensors).hexdigest()}
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    record = {**record, "sha256": hashlib.sha256(data).hexdigest()}
     text_data = json.dumps(record, indent=1, sort_keys=True).encode()
-    return tar_member(f"{key}.json", text_data) + tar_member(f"{key}.safetensors", tensors)
+    return tar_member(f"{key}.json", text_data) + tar_member(f"{key}.safetensors", data)
 
 
 def scan_tar(file: BinaryIO, name: str) -> Iterator[StoredSample]:

@@ -217,7 +217,7 @@ class BatchEncoder:
                     raise UserError(f"The {what} of {entry.source} are not finite: the model or its dtype is at fault.")
             record = build_record(entry, clip, self.config, num_tokens, len(text)) | self.identity
             dtype = DTYPES[self.config.dtype]
-            pairs.append(tar_pair(key, latents.to(dtype), text.to(dtype), record))
+            pairs.append(tar_pair(key, {"latents": latents.to(dtype), "text": text.to(dtype)}, record))
         return pairs
 
     def _encode_text(self, caption: str) -> tuple[Tensor, int]:
