@@ -1,3 +1,48 @@
-"""wanloom trains, fine-tunes and samples the Wan video diffusion models."""
+"""wanloom trains, fine-tunes and samples the Wan video diffusion models.
+
+`wanloom.train` and the others below are what the commands run, for a notebook; docs/python.md shows them.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch is imported by the first call
+    from wanloom.runs.train import Ended
+    from wanloom.runs.trained import LoadedRun
 
 __version__ = "0.1.0"
+
+for _room in ("prepare", "train"):  # before the functions: the first import of a room would take the function's name
+    import_module(f"wanloom.{_room}")
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    training_mode: str | None = None,
+    mock: str | bool | None = None,
+) -> "Ended":
+    """Train as `wanloom train` does: from the newest checkpoint of `run_dir`, to the last step or to a Ctrl-C.
+
+    `recipe` is the name of a shipped one, a YAML file or a mapping; `settings` replace its own, as `{"train.steps": 9}`
+    or `{"train": {"steps": 9}}`. `mock` trains on made-up data: True, or shapes such as `"17x64x64,1x64x64*4"`. Returns
+    where the run ended. Raises UserError for a mistake. Started by torchrun, each process is a rank of the run.
+    """
+    from wanloom.dist import process_group
+    from wanloom.runs.train import train_recipe
+
+    with process_group():
+        return train_recipe(recipe, settings or {}, training_mode, "mix" if mock is True else mock or None)
+
+
+def load_run(run: str | Path, *, ema: bool = False, device: str | None = None) -> "LoadedRun":
+    """The model of a run, ready to use: the weights of its newest checkpoint, or of the checkpoint that `run` names.
+
+    `ema` takes the averaged weights. Linears are fp32, gradients are off. Raises UserError where there is none.
+    """
+    from wanloom.runs.trained import load_run
+
+    return load_run(Path(run), ema, device)

@@ -5,6 +5,7 @@ import re
 
 from rich.console import Console
 
+from wanloom.train import progress as module
 from wanloom.train.progress import ProgressLine, format_seconds
 
 
@@ -39,7 +40,7 @@ def test_the_speed_is_shown_where_it_can_be_compared():
 
 def test_the_time_left_is_at_the_speed_of_now_and_not_of_a_slow_start(monkeypatch):
     clock = iter([0.0, 1000.0, 1010.0])  # the start, step 10 after a stall, step 20
-    monkeypatch.setattr("wanloom.train.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     out = io.StringIO()
     with ProgressLine(0, 120, Console(file=out, width=200)) as progress:
         progress.show(record(10, 0.5))

@@ -15,6 +15,7 @@ from wanloom.model.sequence import patchify
 from wanloom.objective.inputs import Objective
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import ONE_PROCESS, Layout, Mesh
+from wanloom.train import step
 from wanloom.train.step import (
     NonFiniteError,
     build_batch,
@@ -149,8 +150,8 @@ def test_the_loss_of_a_step_weighs_ranks_by_their_tokens(tiny_pipeline, monkeypa
     expected = train_step(load_dit(tiny_pipeline), ALONE, whole, FLOW, False, None)
     mesh = Mesh(ONE_PROCESS, torch.device("cpu"))
     mesh.layout = Layout(dp_replicate=2)
-    monkeypatch.setattr("wanloom.train.step.sum_copies", lambda params, mesh: None)
-    monkeypatch.setattr("wanloom.train.step.clip_gradients", lambda params, mesh, max_norm: torch.zeros(()))
+    monkeypatch.setattr(step, "sum_copies", lambda params, mesh: None)
+    monkeypatch.setattr(step, "clip_gradients", lambda params, mesh, max_norm: torch.zeros(()))
     sent: list[torch.Tensor] = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: sent.append(values.clone()))
     for batch in batches:

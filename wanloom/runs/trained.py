@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wanloom.checkpoint.saved import read_recipe
 from wanloom.checkpoint.writer import load_tensors, load_weights
 from wanloom.codecs.identity import files_identity, folder_identity
-from wanloom.config import build_config
-from wanloom.dist import together
+from wanloom.config import build_config, expand_home
+from wanloom.dist import pick_device, together
 from wanloom.folders import check_finite, read_json
 from wanloom.formats.pipeline import NOTE
 from wanloom.formats.published import find_files
@@ -25,6 +26,7 @@ from wanloom.model.dit import WanDiT, cast_weights
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.params import fill, local
 from wanloom.runs.found import check_weights, find_trained, is_published
+from wanloom.runs.recipe import Run
 
 
 @dataclass(frozen=True)
@@ -134,3 +136,21 @@ def open_checkpoint(run_or_step: Path, ema: bool) -> Trained:
     digest = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
     identity = digest[:16] + ("-ema" if ema else "")
     return Trained(path, state["step"], model, build_config(DiTConfig, state["model"]), identity)
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What a run has learned, and what it is."""
+
+    model: WanDiT
+    recipe: Run
+    step: int
+    path: Path  # of the checkpoint
+
+
+def load_run(run_or_step: Path, ema: bool = False, device: str | None = None) -> LoadedRun:
+    """The model of the newest checkpoint of a run, or of that checkpoint, in fp32 and without gradients."""
+    weights = open_checkpoint(Path(expand_home(str(run_or_step))), ema)
+    recipe = build_config(Run, read_recipe(weights.path))
+    model = weights.load_model(ema, torch.float32, pick_device(device)).requires_grad_(False)
+    return LoadedRun(model, recipe, weights.step, weights.path)
