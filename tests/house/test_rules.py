@@ -58,7 +58,8 @@ SIDEWAYS = {
     ("cli", "report"),
     ("__main__", "cli"),
 }
-UPWARD = {("", "runs")}  # the door for Python, whose functions import the composition when they are called
+# the door for Python, whose functions import the composition when they are called
+UPWARD = {("", "runs"), ("", "dist")}
 SHARED_MODEL_FILES = {"wanloom.model.sequence"}
 FIELD_LIBRARIES = {"diffusers", "transformers"}
 MAY_USE_FIELD_LIBRARIES = ("codecs/", "sample/solvers.py")
