@@ -17,7 +17,10 @@ from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.formats.pipeline import find_pipeline
 from wanloom.formats.transformer import load_dit
+from wanloom.parallel.mesh import ONE_PROCESS, Mesh
+from wanloom.runs.generate import LoadedParts, make_frames
 from wanloom.sample.generate import Request, draw_request_noise, generate
+from wanloom.sample.prompts import Prompt
 from wanloom.sample.settings import GenerateConfig, latents_shape
 from wanloom.sample.solvers import build_scheduler
 
@@ -30,16 +33,23 @@ Size = tuple[int, int, int]  # frames, height, width
 
 
 def build_ours(steps: int, count: int, size: Size) -> Callable[[bool], list[Tensor]]:
-    """Makes latents, or frames `(F, H, W, 3)`, as `wanloom generate` does."""
+    """Makes latents, or frames `(F, H, W, 3)`, as `wanloom generate` does with a model in memory."""
     folder = find_pipeline("tiny", ("transformer", "vae", "text_encoder", "tokenizer"))
-    text, vae, model = TextCodec.load(folder, "cpu"), VaeCodec.load(folder, "cpu"), load_dit(folder)
+    codec, model = TextCodec.load(folder, "cpu"), load_dit(folder)
+    mesh, vae = Mesh(ONE_PROCESS, torch.device("cpu")), VaeCodec.load(folder, "cpu")
     config = GenerateConfig(steps=steps, guidance=GUIDANCE, shift=SHIFT)
+    frames, height, width = size
+    of_each = {"prompt": PROMPT, "negative": NEGATIVE, "frames": frames, "height": height, "width": width}
+    prompts = [Prompt(**of_each, seed=seed) for seed in range(count)]
+    shapes = [latents_shape(16, *size)] * count
 
     def run(decode: bool) -> list[Tensor]:
-        positive, negative = text.encode([PROMPT, NEGATIVE])
-        shape = latents_shape(16, *size)
-        made = dict(generate(model, [Request(shape, seed, positive, negative) for seed in range(count)], config))
-        return [vae.decode(made[i]) if decode else made[i] for i in range(count)]
+        text = dict(zip((PROMPT, NEGATIVE), codec.encode([PROMPT, NEGATIVE]), strict=True))
+        if decode:
+            parts = LoadedParts(model, mesh, vae, text)
+            return [made for _, made in make_frames(parts, prompts, shapes, config) if made is not None]
+        requests = [Request(shape, seed, text[PROMPT], text[NEGATIVE]) for seed, shape in enumerate(shapes)]
+        return [latents for _, latents in generate(model, requests, config)]
 
     return run
 

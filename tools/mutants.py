@@ -240,9 +240,9 @@ MUTANTS = (
     ),
     Mutant(
         "wanloom/sample/prompts.py",
-        "seed=pick(line.seed, seed + i)",
-        "seed=pick(line.seed, seed + i % 2)",
-        ("tests/sample/test_generate.py::test_each_job_has_the_next_seed_unless_its_line_has_one",),
+        '{"seed": seed + i, **values}',
+        '{"seed": seed + i % 2, **values}',
+        ("tests/sample/test_generate.py::test_each_prompt_has_the_next_seed_unless_its_line_has_one",),
     ),
     Mutant("wanloom/sample/solvers.py", "np.floor(levels * NUM_TIMESTEPS) / NUM_TIMESTEPS", "levels", (PIPELINE,)),
     Mutant(

@@ -7,6 +7,7 @@ line a text names a setting in backticks, as `frames` or `frames=17`; only where
 import argparse
 import re
 from collections.abc import Collection, Iterator, Mapping
+from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -36,7 +37,8 @@ def find_options(cls: type[Config], title: str = "") -> Iterator[Option]:
 def add_options(parser: argparse.ArgumentParser, cls: type[Config]) -> None:
     """An option for each setting; what is not given is None."""
     options = list(find_options(cls))
-    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(option.title for option in options)}
+    titles = dict.fromkeys(option.title for option in options)
+    groups = {title: parser.add_argument_group(title) if title else parser for title in titles}
     for name, title, field in options:
         text = name_options(field.description or "", [option.name for option in options])
         if field.default is not False and field.default is not None and field.default_factory is None:
@@ -50,11 +52,13 @@ def _flag(name: str) -> str:
 
 def _keywords(field: FieldInfo) -> dict[str, Any]:
     """How argparse reads a value; without `None`, which is left out instead."""
-    (kind,) = {field.annotation, *get_args(field.annotation)} & {bool, int, float, str} or {field.annotation}
+    kind: Any = field.annotation
+    if NoneType in get_args(kind):
+        (kind,) = {*get_args(kind)} - {NoneType}
     if kind is bool:
         return {"action": "store_true", "default": None}
     if get_origin(kind) is Literal:
-        return {"choices": get_args(kind)}
+        return {"choices": get_args(kind), "type": type(get_args(kind)[0])}
     return {"type": kind, "metavar": METAVARS[kind]}
 
 

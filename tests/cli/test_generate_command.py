@@ -19,8 +19,7 @@ from PIL import Image
 from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.checkpoint.writer import Checkpointer
 from wanloom.cli import main
-from wanloom.cli.generate_files import write_result
-from wanloom.cli.generate_plan import check_jobs, note_unknown, note_unused
+from wanloom.cli.generate import note_unknown, note_unused
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.errors import UserError
@@ -28,10 +27,12 @@ from wanloom.files import folder_for_one
 from wanloom.formats.transformer import load_dit, save_weights
 from wanloom.media.write import read_mp4
 from wanloom.model.dit import WanDiT
+from wanloom.runs.generate import shape_of
+from wanloom.runs.results import write_result
 from wanloom.runs.trained import open_trained
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import Request, generate
-from wanloom.sample.prompts import Job, PromptLine, build_jobs
+from wanloom.sample.prompts import Prompt, fill_in
 from wanloom.sample.settings import DEFAULTS, GenerateConfig, latents_shape
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -276,15 +277,15 @@ def test_a_stopped_call_goes_on_where_it_was(tiny_pipeline, tmp_path, capsys, mo
     assert main([*words, str(tmp_path / "whole")]) == 0
     real, made = write_result, []
 
-    def write(plan, job, *rest):
-        made.append(job.name)
+    def write(out, frames, facts):
+        made.append(facts["name"])
         if len(made) == 2:
             os.kill(os.getpid(), signal.SIGTERM)  # the files of this one are finished first
         if len(made) == 3:
             raise KeyboardInterrupt
-        return real(plan, job, *rest)
+        return real(out, frames, facts)
 
-    monkeypatch.setattr("wanloom.cli.generate.write_result", write)
+    monkeypatch.setattr("wanloom.runs.results.write_result", write)
     out, third = str(tmp_path / "out"), ["--prompt", "z"]
     assert main([*words, out, *third]) == 143
     said = capsys.readouterr()
@@ -315,7 +316,7 @@ def test_no_video_stays_without_its_json(tiny_pipeline, tmp_path, capsys, monkey
     if fails == "json":
         monkeypatch.setattr(Path, "write_text", full)
     else:
-        monkeypatch.setattr(f"wanloom.media.write.{fails}", full)
+        monkeypatch.setattr(f"wanloom.runs.results.{fails}", full)
     words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, *out_at(tmp_path)]
     expect_mistake(capsys, words, "000-x' cannot be written: No space left on device.")
     assert list((tmp_path / "out").iterdir()) == []
@@ -354,7 +355,7 @@ def test_a_full_disk_is_one_sentence(tiny_pipeline, tmp_path, capsys, monkeypatc
     def full(path, frames):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wanloom.media.write.write_sheet", full)
+    monkeypatch.setattr("wanloom.runs.results.write_sheet", full)
     words = ["--model", str(tiny_pipeline), "--prompt", "x", *SMALL, *out_at(tmp_path)]
     expect_mistake(capsys, words, "000-x' cannot be written: No space left on device.")
 
@@ -399,22 +400,22 @@ def test_without_guidance_the_negative_prompt_is_not_encoded(tiny_pipeline, tmp_
 
 
 def test_options_that_no_prompt_is_left_for_are_noted(capsys):
-    lines = [PromptLine(prompt="x", seed=seed, frames=1) for seed in (1, 2)]
-    jobs = build_jobs(lines, "", 0, 32, 32, 5)
+    prompts = [Prompt(prompt="x", seed=seed, frames=1) for seed in (1, 2)]
     given = Namespace(seed=3, height=32, width=32, frames=5, negative=None, fps=24, prompts="a.jsonl")
-    note_unused(given, lines, jobs)
+    note_unused(given, prompts, prompts)
     assert capsys.readouterr().err.splitlines() == [
         "note: --seed has no effect: every prompt in a.jsonl has its own.",
         "note: --frames has no effect: every prompt in a.jsonl has its own.",
         "note: --fps 24 has no effect on images.",
     ]
-    note_unused(given, [*lines, PromptLine(prompt="y")], build_jobs([PromptLine(prompt="y")], "", 0, 32, 32, 5))
+    other = Prompt(prompt="y")
+    note_unused(given, [*prompts, other], [*prompts, *fill_in([other], 0, {"frames": 5})])
     assert capsys.readouterr().err == ""
 
 
 def test_an_empty_prompt_is_noted(capsys):
-    lines = [PromptLine(prompt=text) for text in (" ", "x")]
-    check_jobs(lines, build_jobs(lines, "", 0, 32, 32, 5))
+    prompts = [Prompt(prompt=text, height=32, width=32, frames=5) for text in (" ", "x")]
+    assert [shape_of(prompt, 16) for prompt in fill_in(prompts, 0, {})] == [(16, 2, 4, 4)] * 2
     assert capsys.readouterr().err == "note: the prompt of '000' is empty, so it shows anything.\n"
 
 
@@ -513,7 +514,9 @@ def test_mistakes_in_the_words_are_told_before_torch_is_imported(tmp_path):
 def test_a_negative_prompt_that_nothing_reads_is_an_error_in_a_file_too(tiny_pipeline, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y", "negative": "z"}')
     words = ["--model", str(tiny_pipeline), "--prompts", str(tmp_path / "a.jsonl"), *SMALL, *out_at(tmp_path)]
-    expect_mistake(capsys, [*words, "--guidance", "1"], "The `negative` of the prompt 'y' has no effect with")
+    expect_mistake(
+        capsys, [*words, "--guidance", "1"], "The 'negative' of the prompt 'y' has no effect with --guidance 1"
+    )
 
 
 def test_the_defaults_in_the_help_are_those_of_the_config(capsys):
@@ -521,8 +524,8 @@ def test_the_defaults_in_the_help_are_those_of_the_config(capsys):
         main(["generate", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     config = GenerateConfig()
-    assert f"--steps STEPS default: those of the model, or {config.steps}" in printed
-    assert f"--guidance GUIDANCE default: that of the model, or {config.guidance:g};" in printed
+    assert f"--steps N default: those of the model, or {config.steps}" in printed
+    assert f"--guidance X default: that of the model, or {config.guidance:g};" in printed
     assert f"default: that of the model, or {config.shift:g}" in printed and f"default {config.solver}" in printed
     wan = DEFAULTS["wan2.1-t2v-1.3b"]
     for value in (wan.height, wan.width, wan.frames):
@@ -535,7 +538,7 @@ def test_a_model_of_no_known_size_asks_for_one(tiny_pipeline, tmp_path, capsys):
 
 
 def test_a_run_without_an_average_says_so_before_anything_is_encoded(tiny_pipeline, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("wanloom.cli.generate.encode_texts", lambda plan: pytest.fail("encoded first"))
+    monkeypatch.setattr("wanloom.runs.generate.encode_texts", lambda *_: pytest.fail("encoded first"))
     save_checkpoint(tmp_path / "run", tiny_pipeline, ema=False)
     words = ["--checkpoint", str(tmp_path / "run"), "--ema", "--prompt", "x", *SMALL, *out_at(tmp_path)]
     expect_mistake(capsys, words, "has no averaged weights")
@@ -558,7 +561,7 @@ def test_what_the_shipped_model_does_not_know_is_said(capsys):
     """Its clips of other sentences look as if something were broken."""
 
     def say_of(*prompts: str) -> str:
-        note_unknown([Job(f"{i}", prompt, "", 0, 32, 32, 5) for i, prompt in enumerate(prompts)])
+        note_unknown([Prompt(prompt=prompt) for prompt in prompts])
         return capsys.readouterr().err
 
     known = "A red circle moves to the left across a dark background."

@@ -16,24 +16,20 @@ import torch
 from PIL import Image
 from test_generate_command import save_checkpoint
 
-from wanloom import dist
+import wanloom.runs.generate
 from wanloom.cli import generate, main
-from wanloom.cli.generate_plan import build_layout, build_plan, check_alike, check_arguments, check_names
+from wanloom.cli.words import Parser
 from wanloom.errors import UserError
 from wanloom.media.write import read_mp4
 from wanloom.model.settings import CONFIGS
-from wanloom.sample.prompts import PromptLine
+from wanloom.runs.asked import Asked, check_asked
+from wanloom.runs.generate import check_alike, place_model, plan_generation, share_work
+from wanloom.sample.prompts import Prompt
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 SMALL = ["--height", "32", "--width", "48", "--frames", "5", "--device", "cpu"]
 LOADING = "wanloom generate: loading PyTorch takes some seconds.\n"  # of the launcher
-
-
-def parse(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    generate.add_arguments(parser)
-    return parser.parse_args(["--prompt", "x", *words])
 
 
 def picture(path: Path) -> np.ndarray:
@@ -100,23 +96,22 @@ def test_ctrl_c_is_a_sentence(tiny_pipeline, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("world", "words", "axes"),
+    ("world", "asked", "axes"),
     [
-        (1, [], ""),
-        (2, [], "dp_shard 2"),
-        (2, ["--guidance", "1"], "cp_ulysses 2"),
-        (2, ["--cfg-parallel", "1"], "cp_ulysses 2"),
-        (2, ["--tp", "2"], "tp 2"),
-        (3, [], "cp_ring 3"),
-        (8, [], "dp_shard 2 x cp_ulysses 4"),
-        (16, ["--tp", "2"], "dp_shard 2 x cp_ring 2 x cp_ulysses 2 x tp 2"),
-        (6, ["--tp", "2"], "cp_ring 3 x tp 2"),
+        (1, Asked(), ""),
+        (2, Asked(), "dp_shard 2"),
+        (2, Asked(guidance=1), "cp_ulysses 2"),
+        (2, Asked(cfg_parallel=1), "cp_ulysses 2"),
+        (2, Asked(tp=2), "tp 2"),
+        (3, Asked(), "cp_ring 3"),
+        (8, Asked(), "dp_shard 2 x cp_ulysses 4"),
+        (16, Asked(tp=2), "dp_shard 2 x cp_ring 2 x cp_ulysses 2 x tp 2"),
+        (6, Asked(tp=2), "cp_ring 3 x tp 2"),
     ],
 )
-def test_the_layout_is_what_the_processes_allow(monkeypatch, world, words, axes):
+def test_the_layout_is_what_the_processes_allow(monkeypatch, world, asked, axes):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    arguments = parse(*words)
-    layout = build_layout(arguments, arguments.guidance or 5.0, CONFIGS["tiny"])
+    layout = share_work(asked.tp, asked.cfg_parallel, asked.guidance or 5.0, CONFIGS["tiny"])
     assert layout.describe() == (axes or "one process") and layout.world == world
 
 
@@ -133,20 +128,21 @@ def test_the_layout_is_what_the_processes_allow(monkeypatch, world, words, axes)
     ],
 )
 def test_a_layout_that_cannot_be_is_one_sentence(monkeypatch, world, words, message):
+    parser = Parser("generate", None)
+    generate.add_arguments(parser)
+    asked = generate.read(parser.parse_args(["--prompt", "x", *words]))[1]
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    arguments = parse(*words)
-    with pytest.raises(UserError) as raised:
-        check_names(arguments)
-        check_arguments(arguments)
-        build_layout(arguments, arguments.guidance or 5.0, CONFIGS["tiny"])
+    with pytest.raises(UserError) as raised, parser.naming_options():
+        check_asked([Prompt(prompt="x")], asked)
+        place_model(asked, asked.guidance or 5.0, CONFIGS["tiny"])
     assert message in str(raised.value)
 
 
 def test_processes_that_would_make_something_else_are_noticed(tiny_pipeline, monkeypatch):
-    plan = build_plan(parse("--model", str(tiny_pipeline), *SMALL), [PromptLine(prompt="x")])
-    check_alike(plan)
+    asked = Asked(model=str(tiny_pipeline), height=32, width=48, frames=5, device="cpu")
+    generation = plan_generation([Prompt(prompt="x")], asked)
     other = {"weights of the transformer": "of another step"}
-    monkeypatch.setattr(dist, "gather", lambda own: [own, own, own | other])
+    monkeypatch.setattr(wanloom.runs.generate, "gather", lambda own: [own, own, own | other])
     with pytest.raises(UserError, match="Rank 2 would make something else than rank 0, its weights of the transformer"):
-        check_alike(plan)
-    assert plan.device == torch.device("cpu")
+        check_alike(generation)
+    assert generation.place.device == torch.device("cpu")

@@ -16,11 +16,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from wanloom.formats.transformer import load_dit
-from wanloom.model.dit import WanDiT
-from wanloom.parallel import params
-from wanloom.parallel.apply import apply_layout
-from wanloom.parallel.mesh import Layout, Mesh
+from wanloom.parallel.mesh import ONE_PROCESS, Layout, Mesh
+from wanloom.runs.model_files import ModelFiles, Placing, load_model
+from wanloom.runs.trained import open_published
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import Request, generate
 from wanloom.sample.settings import GenerateConfig, latents_shape
@@ -34,19 +32,19 @@ sampling.TOKENS_PER_PACK = 230  # guidance then has two packs, of 99 and 50 toke
 class Case(NamedTuple):
     layout: Layout
     guidance: float
-    dtype: torch.dtype = torch.float32
+    precision: str = "fp32"
 
 
 CASES = {
     "cfg 2": Case(Layout(dp_shard=2), 5.0),
-    "cfg 2 in bf16": Case(Layout(dp_shard=2), 5.0, torch.bfloat16),
+    "cfg 2 in bf16": Case(Layout(dp_shard=2), 5.0, "bf16"),
     "cp 2": Case(Layout(cp_ulysses=2), 1.0),
     "cp 2, both branches in one pack": Case(Layout(cp_ulysses=2), 5.0),
     "tp 2": Case(Layout(tp=2), 5.0),
     "ring 3": Case(Layout(cp_ring=3), 1.0),
     "ring 2 x ulysses 2": Case(Layout(cp_ring=2, cp_ulysses=2), 5.0),
     "cfg 2 x cp 2": Case(Layout(dp_shard=2, cp_ulysses=2), 5.0),
-    "cfg 2 x cp 2 in bf16": Case(Layout(dp_shard=2, cp_ulysses=2), 5.0, torch.bfloat16),
+    "cfg 2 x cp 2 in bf16": Case(Layout(dp_shard=2, cp_ulysses=2), 5.0, "bf16"),
     "cfg 2 x tp 2": Case(Layout(dp_shard=2, tp=2), 5.0),
     "cp 2 x tp 2": Case(Layout(cp_ulysses=2, tp=2), 1.0),
 }
@@ -64,14 +62,11 @@ def requests() -> list[Request]:
     ]
 
 
-def make(folder: Path, case: Case, mesh: Mesh | None = None) -> Iterator[dict[str, torch.Tensor]]:
+def make(folder: Path, case: Case, layout: Layout = ONE_PROCESS) -> Iterator[dict[str, torch.Tensor]]:
     """The latents of every request, by its number: first as sampling makes them, then with the text read every step."""
-
-    def apply(model: WanDiT) -> None:
-        if mesh:
-            apply_layout(model, mesh, bf16=False)
-
-    model = load_dit(folder, case.dtype, CPU, apply=apply, fill=params.fill).requires_grad_(False)
+    files = ModelFiles(str(folder), folder, open_published(folder), ema=False)
+    mesh = Mesh(layout, CPU)
+    model = load_model(files, Placing(layout, CPU, case.precision, "auto"), mesh)
     config = GenerateConfig(solver="euler", steps=4, guidance=case.guidance)
     for build in (sampling.build_text_kv, lambda *_: None):
         with patch.object(sampling, "build_text_kv", build):
@@ -88,7 +83,7 @@ def main(pipeline: Path, out: Path) -> None:
             continue
         store = f"file://{out}/store {name}"
         dist.init_process_group("gloo", store, timeout=timedelta(seconds=60), rank=rank, world_size=world)
-        kept, anew = make(pipeline, case, Mesh(case.layout, CPU))
+        kept, anew = make(pipeline, case, case.layout)
         for number, latents in kept.items():
             assert torch.equal(latents, anew[number]), f"{name}: text kept over the steps gives other bits"
             found[f"{name}.{number}"] = latents

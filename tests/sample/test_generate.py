@@ -16,7 +16,7 @@ from wanloom.formats.transformer import load_dit
 from wanloom.model.dit import WanDiT
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import Request, draw_request_noise, generate, plan_packs
-from wanloom.sample.prompts import PromptLine, build_jobs
+from wanloom.sample.prompts import Prompt, fill_in
 from wanloom.sample.settings import GenerateConfig, latents_shape
 from wanloom.sample.solvers import build_scheduler
 
@@ -173,12 +173,21 @@ def test_noise_depends_on_the_seed_alone():
             assert one == other or abs((drawn[one] * drawn[other]).mean()) < 0.1, (one, other)  # 4 sigma are 0.1
 
 
-def test_each_job_has_the_next_seed_unless_its_line_has_one():
+def test_each_prompt_has_the_next_seed_unless_its_line_has_one():
     """Neighbours and those two places apart alike: no two videos of a file have one noise."""
-    lines = [PromptLine(prompt=f"p{i}", seed=99 if i == 3 else None) for i in range(6)]
-    jobs = build_jobs(lines, "", 40, 64, 64, 17)
-    assert [job.seed for job in jobs] == [40, 41, 42, 99, 44, 45]
-    assert [job.seed for job in build_jobs(lines[:2], "", 2**40, 64, 64, 17)] == [2**40, 2**40 + 1]
+    prompts = [Prompt(prompt=f"p{i}") if i != 3 else Prompt(prompt="p3", seed=99) for i in range(6)]
+    assert [prompt.seed for prompt in fill_in(prompts, 40, {})] == [40, 41, 42, 99, 44, 45]
+    assert [prompt.seed for prompt in fill_in(prompts[:2], 2**40, {})] == [2**40, 2**40 + 1]
+
+
+def test_what_a_prompt_has_is_not_replaced():
+    """Also where it has what would be the default."""
+    sizes = {"negative": "dark", "height": 32, "width": 48, "frames": 5}
+    own = Prompt(prompt="x", negative="", seed=0, frames=1)
+    first, second = fill_in([Prompt(prompt="y"), own], 7, sizes)
+    assert first.model_dump() == {"prompt": "y", "seed": 7, **sizes}
+    assert second.model_dump() == {"prompt": "x", "seed": 0, **sizes, "negative": "", "frames": 1}
+    assert (first.name, second.name) == ("000-y-seed7", "001-x-seed0") and own.height == 0
 
 
 def test_the_same_call_gives_the_same_bits(parts):

@@ -1,30 +1,26 @@
 """`wanloom generate`: prompts to videos, with everything that repeats them beside each."""
 
 import argparse
-import gc
 import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from wanloom.cli import launch
-from wanloom.cli.generate_files import describe, find_done, write_result
-from wanloom.cli.generate_plan import FPS, Plan, build_plan, check_alike, check_words, helps_of
-from wanloom.errors import UserError, cut
+from wanloom.config import build_config, expand_home
+from wanloom.errors import UserError
 from wanloom.files import folder_for_one
-from wanloom.memory import enough_memory
+from wanloom.options import add_options, read_options
+from wanloom.runs.asked import Asked, check_asked
+from wanloom.sample.prompts import Prompt, read_prompts
 from wanloom.signals import StopSignal
-from wanloom.terminal import Terminal, note, plural, say
+from wanloom.terminal import Terminal, note, say
 
 if TYPE_CHECKING:  # torch is imported only when the command runs
-    from torch import Tensor
-
-    from wanloom.codecs.vae import VaeCodec
-    from wanloom.model.dit import WanDiT
-    from wanloom.parallel.mesh import Mesh
+    from wanloom.runs.generate import Generation
 
 HELP = """Make videos, or images with --frames 1, from prompts.
 
@@ -40,15 +36,6 @@ makes the rest.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", help="`tiny`, a diffusers folder or a hub name; default: that of the weights' run, else tiny")
-    add(
-        "--checkpoint",
-        type=Path,
-        metavar="WEIGHTS",
-        help="trained weights: a run (its newest), one checkpoint, or a transformer as safetensors in either layout",
-    )
-    add("--ema", action="store_true", help="the averaged weights of the checkpoint")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     prompts.add_argument(
@@ -58,255 +45,143 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=".txt with one prompt a line, or .jsonl with `prompt` and, where wanted, `negative`, `seed`, "
         "`height`, `width`, `frames`",
     )
-    add("--height", type=int, help="pixels, a multiple of 16; default: that of the model, 480 for Wan's 1.3B")
-    add("--width", type=int, help="pixels, a multiple of 16; 832 for Wan's 1.3B")
-    add("--frames", type=int, help="4n+1; 1 makes an image; 81 for Wan's 1.3B")
-    add("--fps", type=int, default=FPS, help=f"frames a second of the file, default {FPS}")
-    # without a default here: what is not given is left to GenerateConfig, or to the model
-    add("--steps", type=int, help="default: those of the model, or 50")
-    add("--solver", choices=("unipc", "dpm++", "euler"), help="default unipc")
-    add("--shift", type=float, help="more of the steps at high noise; default: that of the model, or 5")
-    add(
-        "--guidance",
-        type=float,
-        help="default: that of the model, or 5; 1 leaves the negative prompt out and halves the work",
-    )
-    add("--negative", help="what not to show; default: the empty prompt (Wan's own code has a long Chinese one)")
-    add("--seed", type=int, default=0, help="of the first prompt, each next one has one more; default 0")
-    add(
-        "--precision",
-        choices=("fp32", "bf16"),
-        help="of transformer and text encoder; default bf16 on a GPU, else fp32",
-    )
-    add("--kernel", default="auto", help="of attention: cudnn, flash, efficient or auto, the default")
-    add("--device", help="such as cpu or cuda:1; default: the first GPU where there is one")
-    add("--out", default="generated", help="folder, default: generated")
-    add("--overwrite", action="store_true", help="replace files of the same name, and make all anew")
-    add("--tp", type=int, default=1, metavar="N", help="split every layer over N of the processes; default 1")
-    add(
-        "--cfg-parallel",
-        type=int,
-        choices=(1, 2),
-        help="2 computes the two branches of guidance on two groups of processes; default 2 where both can be had",
-    )
+    parser.add_argument("--out", default="generated", metavar="FOLDER", help="default: generated")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of the same name, and make all anew")
+    add_options(parser, Asked)
     launch.add_arguments(parser, restarts=False)
 
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises UserError for what is wrong by the words alone."""
-    check_words(arguments)
+    check_asked(*read(arguments))
+
+
+def read(arguments: argparse.Namespace) -> tuple[list[Prompt], Asked]:
+    """What is asked for."""
+    if not arguments.out.strip():
+        raise UserError("--out is empty: give the folder for the videos, or leave it out for `generated`.")
+    texts = arguments.prompt
+    prompts = [Prompt(prompt=text) for text in texts] if texts else read_prompts(arguments.prompts)
+    return prompts, build_config(Asked, read_options(arguments, Asked))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Make everything; rank 0 encodes, decodes, writes and prints, all share the denoising."""
-    lines = check_words(arguments)
+    prompts, asked = read(arguments)
     from wanloom.dist import rank, together
+    from wanloom.runs.generate import plan_generation
 
-    with together():
-        plan = build_plan(arguments, lines)
-        try:
-            plan.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"The folder '{plan.out}' cannot be made: {error.strerror}.") from error
-    check_alike(plan)
-    taken = f"Another `wanloom generate` writes into {plan.out}: wait for it, or give another --out."
+    generation = plan_generation(prompts, asked)
+    note_unused(arguments, prompts, generation.prompts)
+    if generation.files.name == "tiny" and not generation.files.checkpoint:
+        note_unknown(generation.prompts)
+    out = Path(expand_home(arguments.out))
+    taken = f"Another `wanloom generate` writes into {out}: wait for it, or give another --out."
     with StopSignal("the files of a video") as stop, ExitStack() as held:
         stop.is_patient = False  # what is done is on the disk, and a video may take an hour
         with together():
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"The folder '{out}' cannot be made: {error.strerror}.") from error
+        with together():
             if rank() == 0:
-                held.enter_context(folder_for_one(plan.out, taken))
-        return make(plan, arguments.overwrite, stop)
+                held.enter_context(folder_for_one(out, taken))
+        return make(generation, out, arguments.overwrite, stop)
 
 
-def make(plan: Plan, overwrite: bool, stop: StopSignal) -> int:
+def make(generation: "Generation", out: Path, overwrite: bool, stop: StopSignal) -> int:
     """What `run` does once it is clear what; returns the exit code."""
-    began = time.monotonic()
     from wanloom.dist import gather, rank, together
-    from wanloom.parallel.mesh import Mesh
+    from wanloom.runs.results import find_done
 
+    began, total = time.monotonic(), len(generation.prompts)
     is_first = rank() == 0
-    tell = say if is_first else lambda _: None
-    facts, done = dict[str, Any](), list[int]()
+    tell: Callable[[str], None] = say if is_first else lambda _: None
     with together():
-        if is_first:
-            facts = describe(plan)
-            done = find_done(plan, overwrite, facts)
+        done = find_done(out, generation.facts, overwrite) if is_first else []
     done = gather(done)[0]
-    ways = f"{plan.config.steps} steps of {plan.config.solver}, guidance {plan.config.guidance:g}"
-    there = f", {len(done)} of them there already" if done else ""
+    config, place = generation.config, generation.place
     tell(
-        f"{plan.model_name} on {plan.where} in {plan.precision}, attention by {plan.kernel}: "
-        f"{len(plan.jobs)} to make with {ways}{there}"
+        f"{generation.files.name} on {place.words} in {place.precision}, attention by {place.kernel}: {total} to make "
+        f"with {config.steps} steps of {config.solver}, guidance {config.guidance:g}"
+        + (f", {len(done)} of them there already" if done else "")
     )
-    if len(done) == len(plan.jobs):
-        tell(f"{plan.out} is complete: this command has made all of it before. --overwrite makes it anew.")
+    if len(done) == total:
+        tell(f"{out} is complete: this command has made all of it before. --overwrite makes it anew.")
         return 0
-    written = list(done)
+    written = [*done]
     try:
-        with enough_memory("load the model", ["--precision bf16"] if plan.precision == "fp32" else helps_of(plan)):
-            with together():
-                text = encode_texts(plan) if is_first else []
-            text = hand_out(plan, text)
-            took = time.monotonic() - began
-            both = "" if plan.config.guidance == 1 else ", negative ones included"
-            tell(f"text: {plural(len(text), 'prompt')} encoded{both}, {took:.1f} s with loading")
-            mesh = Mesh(plan.layout, plan.device)
-            model = load_model(plan, mesh)
-            with together():
-                vae = load_vae(plan) if is_first else None
-        tell(f"model: loaded, {time.monotonic() - began - took:.1f} s")
-        denoise, decode = make_all(plan, mesh, model, Writer(plan, vae, facts, stop, tell), text, written)
+        denoising, rest = write_all(generation, out, written, stop, tell)
     except (KeyboardInterrupt, UserError) as error:
         if isinstance(error, UserError) and not stop.has_cut:
             raise
         if is_first:
-            more = "; the same command makes the rest." if len(written) < len(plan.jobs) else "."
-            say(f"\n{len(written)} of {len(plan.jobs)} are written to {plan.out}{more}", sys.stderr)
+            more = "; the same command makes the rest." if len(written) < total else "."
+            say(f"\n{len(written)} of {total} are written to {out}{more}", sys.stderr)
         if stop.received in (None, signal.SIGINT):
             raise KeyboardInterrupt from error
         return 128 + stop.received
-    tell(
-        f"{len(plan.jobs)} in {plan.out}: denoising {denoise:.1f} s, decoding and writing {decode:.1f} s, "
-        f"all {time.monotonic() - began:.1f} s"
-    )
+    took = time.monotonic() - began
+    tell(f"{total} in {out}: denoising {denoising:.1f} s, decoding and writing {rest:.1f} s, all {took:.1f} s")
     return 0
 
 
-def encode_texts(plan: Plan) -> "list[Tensor]":
-    """States of every one of the prompts; the encoder is freed on return."""
-    import torch
-
-    from wanloom.codecs.text import TextCodec
-
-    codec = TextCodec.load(plan.pipeline, plan.device, plan.dtype)
-    if codec.dim != plan.model_config.text_dim:
-        raise UserError(
-            f"The text encoder of '{plan.model_name}' gives states of {codec.dim} numbers, the transformer takes "
-            f"{plan.model_config.text_dim}: they do not belong together."
-        )
-    slots = plan.model_config.text_slots
-    for prompt in plan.prompts:
-        count = codec.count_tokens(prompt)
-        if count > slots:
-            note(f"of {count} tokens only the first {slots} are used: {cut(prompt)}")
-    states = codec.encode(plan.prompts, slots)
-    del codec
-    gc.collect()  # the encoder holds itself in cycles
-    if plan.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return states
-
-
-def hand_out(plan: Plan, states: "list[Tensor]") -> "dict[str, Tensor]":
-    """The states of rank 0 by prompt, on every rank: the encoder may be several times as large as the transformer."""
-    import torch
-
-    from wanloom.dist import gather, rank
-
-    if plan.layout.world > 1:
-        lens = gather([len(x) for x in states])[0]
-        empty = torch.empty(sum(lens), plan.model_config.text_dim, dtype=plan.dtype)
-        flat = torch.cat(states).to(plan.dtype) if rank() == 0 else empty
-        torch.distributed.broadcast(flat.view(torch.uint8), 0)  # bytes: not every gloo knows bf16
-        states = list(flat.split(lens))
-    return dict(zip(plan.prompts, states, strict=True))
-
-
-def load_model(plan: Plan, mesh: "Mesh") -> "WanDiT":
-    """The part of the transformer that is this process's: `--tp` splits it, and FSDP what that leaves."""
-    from wanloom.dist import rank
-    from wanloom.parallel import params
-    from wanloom.parallel.apply import apply_layout
-
-    def apply(model: "WanDiT") -> None:
-        apply_layout(model, mesh, bf16=False)  # the weights themselves are bf16 where that is the precision
-
-    model = plan.weights.load_model(plan.ema, plan.dtype, plan.device, plan.kernel, apply)
-    if rank() == 0 and not params.local(model.head.head.weight).any():
-        note(f"the transformer of '{plan.model_name}' is untrained, it will give noise")
-    return model.eval().requires_grad_(False)
-
-
-def load_vae(plan: Plan) -> "VaeCodec":
-    from wanloom.codecs.vae import VaeCodec
-
-    vae = VaeCodec.load(plan.pipeline, plan.device)
-    if vae.channels != plan.model_config.in_channels:
-        raise UserError(
-            f"The VAE of '{plan.model_name}' has {vae.channels} channels, the transformer takes "
-            f"{plan.model_config.in_channels}: they do not belong together."
-        )
-    return vae
-
-
-class Writer(NamedTuple):
-    """What turns latents into files, where the VAE is: on the first process."""
-
-    plan: Plan
-    vae: "VaeCodec | None"
-    facts: dict[str, Any]
-    stop: StopSignal
-    tell: Callable[[str], None]
-
-    def write(self, index: int, latents: "Tensor") -> None:
-        """Decode and write one job. Raises UserError for what would be a black video, and for a full disk."""
-        if self.vae is None:
-            return
-        job = self.plan.jobs[index]
-        try:
-            with enough_memory(f"decode {job.frames} frames of {job.width}x{job.height}", helps_of(self.plan)):
-                frames = self.vae.decode(latents)
-        except UserError as error:
-            raise UserError(f"'{job.name}' cannot be decoded: {error}") from error
-        self.stop.is_patient = True  # all files of a video or none
-        path = write_result(self.plan, job, frames, self.facts)
-        self.tell(f"  {path}")
-        self.stop.is_patient = False
-
-
-def make_all(
-    plan: Plan, mesh: "Mesh", model: "WanDiT", writer: Writer, text: "dict[str, Tensor]", written: list[int]
+def write_all(
+    generation: "Generation", out: Path, written: list[int], stop: StopSignal, tell: Callable[[str], None]
 ) -> tuple[float, float]:
-    """Generate every job that is not `written` yet, and write each as soon as its pack is done.
-
-    Returns seconds of denoising and of the rest.
-    """
-    writing, began = 0.0, time.monotonic()
+    """Write every result that is not `written` yet as soon as it is made. Returns seconds of denoising and the rest."""
     from rich.progress import Progress
 
-    from wanloom.dist import together
-    from wanloom.sample.generate import Request, generate
-    from wanloom.sample.settings import latents_shape
+    from wanloom.dist import rank, together
+    from wanloom.runs.results import write_result
 
-    channels = plan.model_config.in_channels
-    requests = [
-        Request(
-            latents_shape(channels, job.frames, job.height, job.width),
-            job.seed,
-            text[job.prompt],
-            text.get(job.negative, text[job.prompt]),  # not read without guidance
-        )
-        for job in plan.jobs
-    ]
+    parts = generation.load(tell)
+    began = mark = time.monotonic()  # mark: when the last step was done, or the last result
+    writing, done = 0.0, tuple(written)
     console = Terminal(stderr=True)
-    quiet = writer.vae is None or not console.is_terminal
-    doing = f"make {len(plan.jobs)} of {plan.jobs[0].width}x{plan.jobs[0].height}"
-    with Progress(console=console, transient=True, disable=quiet) as progress:
-        task = progress.add_task("denoising", total=(len(requests) - len(written)) * plan.config.steps)
+    with Progress(console=console, transient=True, disable=rank() != 0 or not console.is_terminal) as progress:
+        task = progress.add_task("denoising", total=(len(generation.prompts) - len(done)) * generation.config.steps)
 
         def moved(number: int) -> None:
+            nonlocal mark
+            mark = time.monotonic()
             progress.advance(task, number)
-            if writer.stop.has_cut:  # and a library has swallowed what was raised
+            if stop.has_cut:  # and a library has swallowed what was raised
                 raise KeyboardInterrupt
 
-        made = generate(model, requests, plan.config, moved, mesh, tuple(written))
-        with enough_memory(doing, helps_of(plan)):
-            for index, latents in made:
-                start = time.monotonic()
-                with together():
-                    writer.write(index, latents)
-                written.append(index)
-                if writer.stop.received:
-                    raise KeyboardInterrupt
-                writing += time.monotonic() - start
+        for frames, facts in generation.make(parts, done, moved):
+            with together():
+                if frames is not None:
+                    stop.is_patient = True  # all files of a video or none
+                    tell(f"  {write_result(out, frames, facts)}")
+                    stop.is_patient = False
+            written.append(len(written))
+            if stop.received:
+                raise KeyboardInterrupt
+            writing += time.monotonic() - mark
+            mark = time.monotonic()
     return time.monotonic() - began - writing, writing
+
+
+def note_unused(arguments: argparse.Namespace, prompts: list[Prompt], complete: list[Prompt]) -> None:
+    """Say which options no prompt is left for; a file of prompts may be meant to be complete."""
+    for name in ("seed", "height", "width", "frames", "negative"):
+        if getattr(arguments, name) and all(name in prompt.model_fields_set for prompt in prompts):
+            note(f"--{name} has no effect: every prompt in {arguments.prompts} has its own.")
+    if arguments.fps not in (None, Asked().fps) and all(prompt.frames == 1 for prompt in complete):
+        note(f"--fps {arguments.fps} has no effect on images.")
+
+
+def note_unknown(prompts: list[Prompt]) -> None:
+    """A line on prompts that the shipped transformer was not trained on: their clips look broken, and are not."""
+    from wanloom.demo.shapes import SCENES, TEMPLATES
+
+    known = [scene.caption(template) for scene in SCENES for template in range(len(TEMPLATES))]
+    strange = [prompt for prompt in prompts if prompt.prompt not in known]
+    if strange:
+        which = "this prompt" if len(strange) == len(prompts) == 1 else f"{len(strange)} of these prompts"
+        note(
+            f"tiny was trained on small shapes in the six sentences of the demo alone, such as '{known[0]}': with "
+            f"{which} it may miss motion, colour and shape."
+        )

@@ -1,14 +1,15 @@
-"""Prompts from the command line and from files to jobs: what to make, with which seed, under which name.
+"""Prompts from the command line, from files and from Python: what to make, with which seed, under which name.
 
-In: prompts in a list, a text file (one a line) or JSON lines. Out: `Job`s with every value filled in. The one decision:
-job number i has seed + i unless its line says otherwise, so adding a prompt at the end changes no other video.
+In: prompts in a list, a text file (one a line) or JSON lines. Out: `Prompt`s, later with every value filled in. The one
+decision: prompt number i has seed + i unless it says otherwise, so adding one at the end changes no other video.
 Another seed than i is part of the name.
 """
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, PrivateAttr
 
@@ -22,43 +23,36 @@ MAX_SEED = 1 << 63
 MOST_BYTES = 64 << 20  # of a file of prompts
 
 
-class PromptLine(Config):
-    """One line of a JSON lines file; what is left out comes from the command line."""
+class Prompt(Config):
+    """One video or image to make. What is not given, as `model_fields_set` tells, `fill_in` takes from elsewhere."""
 
     prompt: str
-    negative: str | None = None
-    seed: int | None = Field(default=None, ge=0, lt=MAX_SEED)
-    height: int | None = None
-    width: int | None = None
-    frames: int | None = None
+    negative: str = ""
+    seed: int = Field(default=0, ge=0, lt=MAX_SEED)
+    height: int = 0
+    width: int = 0
+    frames: int = 0
     _where: str = PrivateAttr(default="")
+    _name: str = PrivateAttr(default="")
 
     @property
     def where(self) -> str:
-        """The file and line that it stands in, in words; empty for one of the command line."""
+        """The file and line that it stands in, in words; empty for one that is in no file."""
         return self._where
 
-    def at(self, where: str) -> "PromptLine":
+    @property
+    def name(self) -> str:
+        """Of its files, without suffix; empty until it is filled in."""
+        return self._name
+
+    def at(self, where: str) -> "Prompt":
         """The same, of this place."""
         self._where = where
         return self
 
 
-@dataclass(frozen=True)
-class Job:
-    """One video or image to make."""
-
-    name: str  # of its files, without suffix
-    prompt: str
-    negative: str
-    seed: int
-    height: int
-    width: int
-    frames: int
-
-
-def read_prompts(path: Path) -> list[PromptLine]:
-    """Lines of a `.jsonl` file, or of a `.txt` file with one prompt a line; empty lines do not count.
+def read_prompts(path: Path) -> list[Prompt]:
+    """Those of a `.jsonl` file, or of a `.txt` file with one prompt a line; empty lines do not count.
 
     Raises UserError for a file that is neither, cannot be read or holds no prompt, and names the line that is wrong.
     """
@@ -81,46 +75,38 @@ def read_prompts(path: Path) -> list[PromptLine]:
     if not numbered:
         raise UserError(f"'{path}' holds no prompt.")
     if kind != ".jsonl":
-        return [PromptLine(prompt=line).at(f"'{path}', line {number}") for number, line in numbered]
+        return [Prompt(prompt=line).at(f"'{path}', line {number}") for number, line in numbered]
     return [_parse_line(f"'{path}', line {number}", line) for number, line in numbered]
 
 
-def _parse_line(where: str, line: str) -> PromptLine:
+def _parse_line(where: str, line: str) -> Prompt:
     try:
         values = parse_json(line)
     except ValueError as error:
         raise UserError(f"{where} is not JSON: {json_fault(error)}.") from error
     if not isinstance(values, dict):
         raise UserError(f'{where} is not an object such as {{"prompt": "a cat", "seed": 7}}.')
+    left_out = {name for name in Prompt.model_fields if name != "prompt" and values.get(name, "") is None}
     try:
-        return build_config(PromptLine, values).at(where)
+        return build_config(Prompt, {name: value for name, value in values.items() if name not in left_out}).at(where)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def build_jobs(lines: list[PromptLine], negative: str, seed: int, height: int, width: int, frames: int) -> list[Job]:
-    """One job a line, in order; the arguments fill what a line leaves out."""
-    digits = max(3, len(str(len(lines) - 1)))
-
-    def pick(own: int | None, default: int) -> int:
-        return default if own is None else own
-
-    return [
-        Job(
-            name=name_of(i, digits, line.prompt, pick(line.seed, seed + i)),
-            prompt=line.prompt,
-            negative=negative if line.negative is None else line.negative,
-            seed=pick(line.seed, seed + i),
-            height=pick(line.height, height),
-            width=pick(line.width, width),
-            frames=pick(line.frames, frames),
-        )
-        for i, line in enumerate(lines)
-    ]
+def fill_in(prompts: Sequence[Prompt], seed: int, values: Mapping[str, Any]) -> list[Prompt]:
+    """The prompts, in order, with their names and what they leave out: seed + i, and what `values` has by field."""
+    digits = max(3, len(str(len(prompts) - 1)))
+    out = []
+    for i, prompt in enumerate(prompts):
+        missing = {"seed": seed + i, **values}
+        own = {name: value for name, value in missing.items() if name not in prompt.model_fields_set}
+        out.append(filled := prompt.model_copy(update=own))
+        filled._name = name_of(i, digits, filled.prompt, filled.seed)
+    return out
 
 
 def name_of(index: int, digits: int, prompt: str, seed: int) -> str:
-    """The name of a job's files. One seed more is one more name, so that seeds can be tried in one folder."""
+    """The name of a prompt's files. One seed more is one more name, so that seeds can be tried in one folder."""
     parts = (f"{index:0{digits}d}", slug(prompt), "" if seed == index else f"seed{seed}")
     return "-".join(filter(None, parts))
 
