@@ -129,3 +129,47 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_new(out: Path) -> None:
+    """Raises UserError when something is at `out`."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"'{out}' is there already: give a new folder.")
+
+
+@contextmanager
+def whole_folder(out: Path, taken: str) -> Iterator[Path]:
+    """A folder that becomes `out` when the block ends well, and is gone when it does not; one process has it.
+
+    Raises UserError when `out` is there, another process is writing it (`taken`), or the disk fails.
+    """
+    check_new(out)
+    temporary = out.with_name(f".{out.name}.partial")
+    if temporary.is_symlink():  # what it leads to is somebody's
+        temporary.unlink()
+    lock = lock_folder(temporary, taken)
+    try:
+        for left in temporary.iterdir():  # of a start that was killed
+            if left.name != LOCK:
+                remove(left)
+        yield temporary
+        check_new(out)
+        (temporary / LOCK).unlink()
+        temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be written: {error.strerror or error}.") from error
+    finally:
+        remove(temporary)
+        lock.close()
+
+
+def clear_left(folder: Path) -> None:
+    """Remove what a `whole_folder` of a process that was killed has left here, whatever it was writing."""
+    for partial in folder.glob(".*.partial"):
+        if partial.is_dir() and not partial.is_symlink() and (partial / LOCK).is_file():
+            try:
+                lock = lock_folder(partial, "")
+            except UserError:
+                continue  # of one that is at work
+            remove(partial)
+            lock.close()

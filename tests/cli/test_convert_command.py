@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.checkpoint.writer import Checkpointer
 from wanloom.cli import main
-from wanloom.cli.convert import whole_folder
 from wanloom.codecs.text import TextCodec
 from wanloom.errors import UserError
+from wanloom.files import whole_folder
 from wanloom.formats.transformer import load_dit
 from wanloom.sample.generate import Request, draw_request_noise, generate
 from wanloom.sample.settings import GenerateConfig, latents_shape
@@ -233,7 +233,7 @@ def test_settings_go_with_the_model(trained, tiny_pipeline, tmp_path):
 
 
 def test_two_do_not_write_one_folder(trained, tmp_path, capsys):
-    with whole_folder(tmp_path / "out") as folder:
+    with whole_folder(tmp_path / "out", "") as folder:
         (folder / "mine").touch()
         assert main(["convert", str(trained), str(tmp_path / "out")]) == 2
         assert "Another `wanloom convert` is writing" in capsys.readouterr().err
@@ -281,7 +281,7 @@ def test_what_was_killed_while_it_wrote_another_folder_is_cleared_too(trained, t
         (tmp_path / name).mkdir()
         (tmp_path / name / "half.safetensors").write_bytes(b"cut")
     (tmp_path / ".other.partial" / ".lock").touch()
-    with whole_folder(tmp_path / "third"):
+    with whole_folder(tmp_path / "third", ""):
         assert main(["convert", str(trained), str(tmp_path / "out")]) == 0
         assert sorted(path.name for path in tmp_path.iterdir()) == [".foreign.partial", ".third.partial", "out"]
 

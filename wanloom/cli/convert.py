@@ -1,24 +1,15 @@
 """`wanloom convert`: a checkpoint of a run as a folder that other programs load."""
 
 import argparse
-import json
-import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import wanloom
 from wanloom.errors import UserError
-from wanloom.files import LOCK, lock_folder, remove
-from wanloom.formats.pipeline import NOTE, check_name, find_pipeline, full_name
+from wanloom.files import check_new
+from wanloom.formats.pipeline import TAKEN, check_name
 from wanloom.runs.found import check_weights
 from wanloom.signals import StopSignal
 from wanloom.terminal import say
-
-if TYPE_CHECKING:  # torch is imported only when the command runs
-    from wanloom.runs.trained import Weights
 
 HELP = """Write a model as a folder that others load. OUT must not be there yet; it appears whole, or not at all.
 
@@ -41,8 +32,6 @@ Both have a wanloom.json that tells where the weights come from, so that `wanloo
 either. WanPipeline's noise levels differ a little from Wan's own, which `wanloom generate` uses; pipe.scheduler =
 wanloom.sample.solvers.build_scheduler("unipc", shift=5.0) makes them equal.
 """
-COPIED = ("model_index.json", "vae", "text_encoder", "tokenizer", "scheduler")
-ORIGINAL_TOKENIZER = Path("google") / "umt5-xxl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,148 +49,25 @@ def check(arguments: argparse.Namespace) -> None:
     check_new(arguments.out)
     check_weights(arguments.source, arguments.ema)
     if arguments.model:
-        check_name(arguments.model, needed_parts(arguments.layout))
-
-
-def check_new(out: Path) -> None:
-    """Raises UserError when something is at `out`."""
-    if out.exists() or out.is_symlink():
-        raise UserError(f"'{out}' is there already: give a new folder.")
-
-
-def needed_parts(layout: str) -> tuple[str, ...]:
-    """What is taken from the pipeline beside the weights."""
-    return COPIED[1:] if layout == "diffusers" else ("tokenizer",)
+        check_name(arguments.model, TAKEN[arguments.layout])
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the folder; 0, or 128 and the signal that stopped it."""
-    from wanloom.runs.trained import open_trained
+    from wanloom.runs.convert import convert
 
-    out, source = arguments.out, arguments.source
+    out, source, layout, ema = arguments.out, arguments.source, arguments.layout, arguments.ema
     with StopSignal("nothing") as stop:
         stop.is_patient = False
         try:
-            clear_left(out.parent)
-            with whole_folder(out) as folder:
-                weights = open_trained(source, arguments.ema)
-                model = name_parts(source, arguments.model or weights.model)
-                pipeline = find_pipeline(model, needed_parts(arguments.layout))
-                if arguments.layout == "diffusers":
-                    write_diffusers(weights, arguments.ema, pipeline, folder)
-                else:
-                    write_original(weights, arguments.ema, pipeline, folder)
-                write_note(weights, arguments.ema, model, pipeline, folder)
+            weights = convert(source, out, layout=layout, ema=ema, model=arguments.model)
         except (KeyboardInterrupt, UserError) as error:
             if isinstance(error, UserError) and not stop.has_cut:
                 raise
             if stop.received in (None, signal.SIGINT):
                 raise KeyboardInterrupt from error
             return 128 + stop.received
-    average = "averaged " if arguments.ema else ""
+    average = "averaged " if ema else ""
     whose = f"of {source}" if weights.step is None else f"of step {weights.step}"
-    say(f"{average}weights {whose} in {arguments.layout} layout: {out}")
+    say(f"{average}weights {whose} in {layout} layout: {out}")
     return 0
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` when the block ends well, and is gone when it does not; one process has it.
-
-    Raises UserError when `out` is there, another process is writing it, or the disk fails.
-    """
-    check_new(out)
-    temporary = out.with_name(f".{out.name}.partial")
-    if temporary.is_symlink():  # what it leads to is somebody's
-        temporary.unlink()
-    lock = lock_folder(temporary, f"Another `wanloom convert` is writing '{out}': wait for it, or give another folder.")
-    try:
-        for left in temporary.iterdir():  # of a start that was killed: tens of GB for a large model
-            if left.name != LOCK:
-                remove(left)
-        yield temporary
-        check_new(out)
-        (temporary / LOCK).unlink()
-        temporary.rename(out)
-    except OSError as error:
-        raise UserError(f"'{out}' cannot be written: {error.strerror or error}.") from error
-    finally:
-        remove(temporary)
-        lock.close()
-
-
-def clear_left(folder: Path) -> None:
-    """Remove what a `wanloom convert` that was killed has left here, whatever it was writing; it may be tens of GB."""
-    for partial in folder.glob(".*.partial"):
-        if partial.is_dir() and not partial.is_symlink() and (partial / LOCK).is_file():
-            try:
-                lock = lock_folder(partial, "")
-            except UserError:
-                continue  # of one that is at work
-            remove(partial)
-            lock.close()
-
-
-def name_parts(source: Path, model: str | None) -> str:
-    """The pipeline whose other parts are copied, as it is found from everywhere. Raises UserError for none."""
-    if model is None:
-        raise UserError(
-            f"'{source}' is a transformer alone: give the pipeline of its other parts too, such as "
-            "--model Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
-        )
-    return full_name(model)
-
-
-def write_diffusers(weights: "Weights", ema: bool, pipeline: Path, folder: Path) -> None:
-    """A folder for WanPipeline.from_pretrained. Raises UserError when a part is missing."""
-    from wanloom.formats.transformer import save_weights
-
-    copy_parts(pipeline, {name: folder / name for name in COPIED})
-    save_weights(weights.load_weights(ema), weights.config, folder / "transformer", "diffusers")
-
-
-def write_original(weights: "Weights", ema: bool, pipeline: Path, folder: Path) -> None:
-    """The parts of an original folder that are no pickles."""
-    from wanloom.formats.transformer import save_weights
-
-    copy_parts(pipeline, {"tokenizer": folder / ORIGINAL_TOKENIZER})
-    place = folder / "transformer"
-    save_weights(weights.load_weights(ema), weights.config, place, "original")
-    for file in place.iterdir():  # in the original they lie in the folder itself
-        file.rename(folder / file.name)
-    place.rmdir()
-
-
-def copy_parts(pipeline: Path, places: dict[str, Path]) -> None:
-    """Copy files and folders of files; links become what they lead to. Raises UserError naming what is missing."""
-    missing = [name for name in places if not (pipeline / name).exists()]
-    if missing:
-        raise UserError(
-            f"'{pipeline}' has no {', '.join(missing)}, so the folder would not be complete: "
-            "give a whole pipeline with --model."
-        )
-    for name, place in places.items():
-        part = pipeline / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if part.is_dir():
-            place.mkdir()
-        for file in sorted(part.iterdir()) if part.is_dir() else [part]:
-            if file.is_file():  # no part has folders of its own
-                shutil.copyfile(file, place / file.name if part.is_dir() else place)
-
-
-def write_note(weights: "Weights", ema: bool, model: str, pipeline: Path, folder: Path) -> None:
-    """wanloom.json: where the weights come from, and how `wanloom generate` samples them if nothing else is asked."""
-    from wanloom.sample.settings import read_defaults
-
-    settings = read_defaults(pipeline, weights.config).model_dump(exclude_none=True)
-    note = {
-        "checkpoint": str(weights.path.resolve()),
-        "step": weights.step,
-        "ema": ema,
-        "model": model,
-        "identity": weights.identity,
-        "wanloom": wanloom.__version__,
-        "generate": settings,
-    }
-    (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,8 @@ from wanloom.config import expand_home
 from wanloom.errors import UserError
 
 NOTE = "wanloom.json"  # beside a model: where its weights come from, and how it is sampled
+# what a converted folder takes from the pipeline that its weights belong to, by its layout
+TAKEN = {"diffusers": ("vae", "text_encoder", "tokenizer", "scheduler"), "original": ("tokenizer",)}
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
 
 
