@@ -437,28 +437,27 @@ def test_an_index_has_at_least_our_columns(tmp_path, monkeypatch, rows_of_a_smal
 
 
 def test_of_a_sample_only_what_the_schema_names_is_read(tmp_path):
-    """What it lacks is named."""
+    """What it lacks is named, whether its header is scanned or an index leads to it."""
     latents, text = draw(0)
-    for tensors, problem in (
-        ({"latents": latents, "text": text, "depth": torch.arange(3)}, None),
-        ({"latents": latents}, "it has no text"),
-        ({"text": text}, "it has no latents"),
-    ):
+
+    def write(**tensors: torch.Tensor) -> bytes:
         data = save(tensors)
         (tmp_path / "x.tar").write_bytes(tar_member("a.json", b"{}") + tar_member("a.safetensors", data) + END)
         (tmp_path / INDEX).unlink(missing_ok=True)
-        if problem is None:
-            dataset = Dataset.open(tmp_path)
-            row = dataset.rows("train")[0]
-            assert dataset.read(row).tensors.keys() == {"latents", "text"}
-            continue
+        return data
+
+    write(latents=latents, text=text, depth=torch.arange(3))
+    dataset = Dataset.open(tmp_path)
+    (whole,) = dataset.rows("train")
+    assert dataset.read(whole).tensors.keys() == {"latents", "text"}
+    for tensors, missing in (({"latents": latents}, "text"), ({"text": text}, "latents")):
+        data = write(**tensors)
         with pytest.raises(UserError, match=r"'a' in x.tar is not latents \(C, F, H, W\) and text \(L, D\): "):
             Dataset.open(tmp_path)
-        offset = (tmp_path / "x.tar").read_bytes().index(data)
-        changed = build_table([row._replace(offset=offset, size=len(data), sha256="")])
-        write_atomic(tmp_path / INDEX, encode_index(changed))
-        with pytest.raises(UserError, match=rf"is damaged \({problem}\)"):
-            Dataset.open(tmp_path).read(row._replace(offset=offset, size=len(data), sha256=""))
+        row = whole._replace(offset=(tmp_path / "x.tar").read_bytes().index(data), size=len(data), sha256="")
+        write_atomic(tmp_path / INDEX, encode_index(build_table([row])))
+        with pytest.raises(UserError, match=rf"is damaged \(it has no {missing}\)"):
+            Dataset.open(tmp_path).read(row)
 
 
 @pytest.mark.parametrize("column", ["tokens", "frames", "text_len"])
