@@ -18,9 +18,8 @@ from wanloom.terminal import Terminal, note, plural, say, show_log
 
 if TYPE_CHECKING:
     from wanloom.data.loader import Source
-    from wanloom.model.dit import WanDiT
-    from wanloom.model.settings import DiTConfig
     from wanloom.parallel.mesh import Layout
+    from wanloom.runs.planner import AxisRanks, RankMemory, StepOutlook
 
 HELP = """Print what a recipe, a run or a prepared folder holds.
 
@@ -32,7 +31,6 @@ HELP = """Print what a recipe, a run or a prepared folder holds.
   wanloom show wan2.1-t2v-14b --world 64   the layout of 64 processes, and what each of them holds
 """
 NUM_CAPTIONS = 3
-STEPS_PLANNED = 20  # enough for a mean of packs per step
 PER_NODE = 8
 AXIS_WORDS = {
     "pp": "stages of blocks, packs pass through them",
@@ -169,95 +167,59 @@ def run(arguments: argparse.Namespace) -> int:
 
 def show_recipe(run: Run, world: int | None, per_node: int) -> None:
     """The resolved settings as YAML, and what follows from them as YAML comments."""
-    import torch
-
-    from wanloom.model.dit import WanDiT
     from wanloom.parallel.mesh import resolve_layout
+    from wanloom.runs import planner
     from wanloom.runs.recipe import dump_run, model_config
 
     config = model_config(run.model)
     layout = resolve_layout(run.parallel, world, config, run.batch.samples) if world else None
-    with torch.device("meta"):
-        model = WanDiT(config)
-    params = sum(p.numel() for p in model.parameters())
-    copies = 5 if run.ema.decay else 4  # weights, gradients, two moments, average
+    size = planner.plan_size(run, config)
     say(dump_run(run), end="")
-    say(f"# parameters: {params:,}; with gradients, moments and average {params * 4 * copies / GIB:.2f} GiB")
+    say(f"# parameters: {size.parameters:,}; with gradients, moments and average {size.bytes / GIB:.2f} GiB")
     if layout:
-        show_layout(layout, per_node)
-        show_memory(run, model, layout)
+        show_layout(layout, planner.plan_axes(layout, per_node), per_node)
+        show_memory(run, planner.plan_memory(run, config, layout))
     if run.data.path or run.data.sources or run.data.mock:
-        show_plan(run, config, layout)
+        show_steps(run, planner.plan_steps(run, config, layout), bool(layout))
     else:
         say("# data: none given; add data.path=FOLDER to see samples, packs and FLOPs of a step")
 
 
-def show_layout(layout: "Layout", per_node: int) -> None:
+def show_layout(layout: "Layout", axes: "list[AxisRanks]", per_node: int) -> None:
     """The axes that are used, and which ranks work together with rank 0 on each."""
-    from wanloom.parallel.mesh import AXES
-
     say(f"# layout of {layout.world}: {layout.describe()}; data ranks: {layout.data_ranks}")
-    for axis, size in zip(AXES, layout.sizes, strict=True):
-        if size == 1:
-            continue
-        others = {name: 0 for name in AXES if name != axis}
-        group = [r for r in range(layout.world) if others.items() <= layout.coordinates(r).items()]
+    for axis, group, is_inside in axes:
+        size = len(group)
         ranks = ", ".join(map(str, group)) if size <= 4 else f"{group[0]}, {group[1]}, ... {group[-1]}"
-        where = "inside a machine" if per_node % (group[-1] + group[1]) == 0 else "across machines"
+        where = "inside a machine" if is_inside else "across machines"
         say(f"#   {axis} {size}: {AXIS_WORDS[axis]}; rank 0 with {ranks}, {where} of {per_node}")
 
 
-def show_memory(run: Run, model: "WanDiT", layout: "Layout") -> None:
+def show_memory(run: Run, memory: "RankMemory") -> None:
     """What the rank that has most holds, in GiB."""
-    from wanloom.parallel.memory import KEPT, activation_bytes, held_params, state_bytes
-
-    bf16 = run.train.precision == "bf16"
-    firsts = range(0, layout.world, layout.world // layout.pp)  # of each stage: the other ranks hold as much, or less
-    held = [held_params(model, layout, rank) for rank in firsts]
-    states = [state_bytes(part, layout, bool(run.ema.decay), bf16) for part in held]
-    most = max(states, key=lambda state: state.total)
-    numbers = sum(part.numel for part in held[states.index(most)].values())
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in most._asdict().items() if size)
-    say(f"# a rank holds at most {numbers:,} parameters, {most.total / GIB:.2f} GiB: {parts}")
-    pack = run.batch.tokens_per_pack
-    sizes = (f"{name} {activation_bytes(model.config, layout, pack, name, bf16) / GIB:.2f}" for name in KEPT)
+    states = memory.states
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in states._asdict().items() if size)
+    say(f"# a rank holds at most {memory.parameters:,} parameters, {states.total / GIB:.2f} GiB: {parts}")
+    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.activations.items())
     say(
-        f"# activations on a rank, {-(-pack // (layout.cp * layout.tp)):,} tokens of a pack of {pack:,}, in GiB "
-        f"(estimate), by what is recomputed: {', '.join(sizes)}"
+        f"# activations on a rank, {memory.tokens:,} tokens of a pack of {run.batch.tokens_per_pack:,}, in GiB "
+        f"(estimate), by what is recomputed: {sizes}"
     )
 
 
-def show_plan(run: Run, config: "DiTConfig", layout: "Layout | None" = None) -> None:
-    """Samples, packs and FLOPs of a step, planned from the index alone; and how even they are over a layout."""
-    from wanloom.data.loader import Plan, open_sources
-    from wanloom.model.flops import train_flops
-    from wanloom.runs.recipe import settle_steps
-
-    ranks = layout.data_ranks if layout else 1
-    sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
-    plan = Plan(sources, run.data.resolved(), run.batch, run.seed, lambda tokens: train_flops(config, tokens), ranks)
-    for source, weight in zip(sources, plan.shares(), strict=True):
+def show_steps(run: Run, step: "StepOutlook", has_layout: bool) -> None:
+    """Samples, packs and FLOPs of a step; and how even they are over a layout."""
+    for source, weight in zip(step.sources, step.shares, strict=True):
         say(f"# data: {describe(source)}, {weight:.0%} of the samples")
-    run = settle_steps(run, sum(len(index) for index in plan.indices))
-    steps = [plan.packs(step) for step in range(min(STEPS_PLANNED, run.train.steps))]
-    totals = [plan.totals(packs) for packs in steps]
-    num_packs = sum(len(packs) for packs in steps)
-    tokens = sum(step.num_tokens for step in totals)
-    flops = sum(step.flops for step in totals)
-    efficiency = tokens / (num_packs * run.batch.tokens_per_pack)
-    say(f"# step: {run.batch.samples} samples, {tokens / len(steps):,.0f} tokens, {num_packs / len(steps):.1f} packs")
-    say(f"# packs: {efficiency:.1%} full; step: {flops / len(steps) / 1e12:,.3f} model TFLOP")
-    if layout:
-        balance = sum(step.balance for step in totals) / len(steps)
-        parts = layout.cp * layout.tp
-        lens = [sum(plan.tokens(position) for position in pack) for packs in steps for pack in packs]
-        filler = sum(-length % parts or (0 if length else parts) for length in lens)
+    say(f"# step: {run.batch.samples} samples, {step.tokens:,.0f} tokens, {step.packs:.1f} packs")
+    say(f"# packs: {step.fill:.1%} full; step: {step.flops / 1e12:,.3f} model TFLOP")
+    if has_layout:
         say(
-            f"# data rank: {num_packs / len(steps) / ranks:.1f} packs and {tokens / len(steps) / ranks:,.0f} tokens a "
-            f"step; balance {balance:.3f} (how much longer a step takes than with equal packs), padding "
-            f"{filler / (tokens + filler):.3%}"
+            f"# data rank: {step.packs / step.data_ranks:.1f} packs and {step.tokens / step.data_ranks:,.0f} tokens a "
+            f"step; balance {step.balance:.3f} (how much longer a step takes than with equal packs), padding "
+            f"{step.padding:.3%}"
         )
-    say(f"# run: {run.train.steps:,} steps, {run.train.steps * run.batch.samples:,} samples")
+    say(f"# run: {step.steps:,} steps, {step.steps * run.batch.samples:,} samples")
 
 
 def describe(source: "Source") -> str:
