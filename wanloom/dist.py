@@ -23,6 +23,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[re
 from wanloom.devices import check_device_name
 from wanloom.errors import UserError, sentence_of
 from wanloom.signals import LAUNCHER, ended_by_ctrl_c
+from wanloom.torch_private import default_store
 
 TIMEOUT = timedelta(minutes=30)  # the first step of a large model compiles, a checkpoint is read
 SAID = "wanloom/said"
@@ -222,7 +223,7 @@ class SharedCounter:
     def add(self, number: int = 1) -> int:
         """Count `number` more, 0 to ask; returns the sum of all ranks by now. Waits for no one."""
         if world_size() > 1:
-            return dist.distributed_c10d._get_default_store().add(self._key, number)
+            return default_store().add(self._key, number)
         self._alone += number
         return self._alone
 
@@ -231,7 +232,7 @@ def says_first(message: str) -> bool:
     """Whether this rank is the one to print `message`: rank 0, or another one when rank 0 does not say the same."""
     if world_size() == 1 or not dist.is_initialized():
         return rank() == 0
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     deadline = time.monotonic() + WAIT_FOR_RANK_0
     if rank() == 0:
         store.set(SAID, message)

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "wanloom"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 FLOORS = (
-    {"errors"},
+    {"errors", "torch_private"},
     {
         "",
         "config",

@@ -1,10 +1,10 @@
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from wanloom import torch_private
 from wanloom.errors import UserError
 from wanloom.model import attention, kernels
 from wanloom.model.attention import PackedAttention
@@ -217,7 +217,7 @@ def test_the_efficient_kernel_gets_its_log_sum_exp_in_whole_blocks_of_infinity(q
         given.update(lse=lse, mask=mask)
         return q, k, v, None
 
-    monkeypatch.setattr(kernels, "aten", SimpleNamespace(_scaled_dot_product_efficient_attention_backward=backward))
+    monkeypatch.setattr(torch_private, "efficient_backward", backward)
     q, k, bias = torch.randn(2, 3, queries, 8), torch.randn(2, 3, 21, 8), torch.randn(2, 21)
     lse = torch.randn(2, 3, queries)
     kernels.efficient_backward(q, q, k, k, bias, q, lse)
@@ -235,6 +235,6 @@ def test_the_efficient_kernel_gives_back_no_more_rows_than_queries(monkeypatch):
         assert with_lse and mask is None
         return q, torch.arange(64.0).expand(2, 3, 64), None, None
 
-    monkeypatch.setattr(kernels, "aten", SimpleNamespace(_scaled_dot_product_efficient_attention=forward))
+    monkeypatch.setattr(torch_private, "efficient", forward)
     q = torch.randn(2, 3, 33, 8)
     assert torch.equal(kernels.efficient_forward(q, q, q, None)[1], torch.arange(33.0).expand(2, 3, 33))

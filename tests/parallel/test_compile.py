@@ -7,6 +7,7 @@ import torch
 from small_model import build_model, draw_pack
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import cpp_builder
 
 from wanloom.errors import UserError
 from wanloom.model import attention
@@ -124,6 +125,6 @@ def test_gradients_of_rows_are_summed_by_sample():
 
 def test_no_compiler_is_said(monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
-    module.get_cpp_compiler.__globals__["cpp_compiler_search"].cache_clear()
+    cpp_builder.cpp_compiler_search.cache_clear()
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
         apply_layout(build_model(), ALONE, False, compile="block")

@@ -86,8 +86,9 @@ def job(out: Path, seed: int) -> list[list[str]]:
     """The commands of the demo, as a user would type them: bf16 where the machine computes in it, else it is slow."""
     import torch
 
-    # the public torch.cpu.get_capabilities is not documented for torch 2.11
-    quick = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    from wanloom.torch_private import has_bf16_instructions
+
+    quick = torch.cuda.is_available() or has_bf16_instructions()
     speed = "train.precision=bf16" if quick else "train.precision=fp32 train.steps=2600"
     size = f"--height {SIZE} --width {SIZE} --frames {FRAMES}"
     lines = (

@@ -16,8 +16,7 @@ half precision is computed in fp32, and the values come out in fp32, which the b
 bf16 that of the keys' bias is 3 times as far off. A bf16 backward would be 1.45x faster on processors with bf16
 instructions, but 1.3x slower with AVX-512 alone and 8x slower with AVX2.
 
-PyTorch's own operators, called below scaled_dot_product_attention, which hides the log-sum-exp. Without a GPU the CUDA
-ones are tested on meta tensors only: arguments and shapes.
+They are PyTorch's own operators. Without a GPU the CUDA ones are tested on meta tensors only: arguments and shapes.
 """
 
 import functools
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanloom import torch_private
 from wanloom.errors import UserError
 from wanloom.model.settings import check_kernel_name
 
@@ -35,7 +35,6 @@ HALF = (torch.bfloat16, torch.float16)
 LSE_BLOCK = 32  # `efficient` reads the log-sum-exp in blocks of so many queries
 BIAS_BLOCK = 16  # and wants the rows of the bias at multiples of so many values
 
-aten = torch.ops.aten
 Grads = tuple[Tensor, Tensor, Tensor]
 
 
@@ -94,7 +93,7 @@ def cpu_mask(bias: Tensor | None, q: Tensor) -> Tensor | None:
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     q, k, v = widen(q, k, v)
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=cpu_mask(bias, q))
+    return torch_private.flash_cpu(q, k, v, attn_mask=cpu_mask(bias, q))
 
 
 def cpu_backward(
@@ -102,14 +101,12 @@ def cpu_backward(
 ) -> Grads:
     dtype = q.dtype
     q, k, v = widen(q, k, v)
-    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, q, k, v, out, lse, 0.0, False, attn_mask=cpu_mask(bias, q)
-    )
+    grads = torch_private.flash_cpu_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=cpu_mask(bias, q))
     return tuple(grad.to(dtype) for grad in grads)
 
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True)
+    out, lse, *_ = torch_private.cudnn(q, k, v, bias, True)
     return out, lse.view(q.shape[:3])
 
 
@@ -119,7 +116,7 @@ def cudnn_backward(
     # cuDNN's plan is found by the strides of q, k and v alone: those of the rest must be the same every time
     lse = lse.contiguous().view(lse.shape + (1,) * (cudnn_lse_dims(q.device.type) - 3))
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout, of which there is none
-    return aten._scaled_dot_product_cudnn_attention_backward(
+    return torch_private.cudnn_backward(
         grad_out, q, k, v, out, lse, seed, seed, bias, None, None, q.shape[2], k.shape[2], 0.0, False
     )
 
@@ -128,11 +125,11 @@ def cudnn_backward(
 def cudnn_lse_dims(device: str) -> int:
     """3 for `(B, H, S)` or 4 for `(B, H, S, 1)`: versions of PyTorch differ, so the one that runs is asked."""
     x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
-    return aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1].dim()
+    return torch_private.cudnn(x, x, x, None, True)[1].dim()
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v)
+    out, lse, *_ = torch_private.flash(q, k, v)
     return out, lse
 
 
@@ -140,7 +137,7 @@ def flash_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor
 ) -> Grads:
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, of which there is none
-    return aten._scaled_dot_product_flash_attention_backward(
+    return torch_private.flash_backward(
         grad_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, seed, seed[0]
     )
 
@@ -154,7 +151,7 @@ def efficient_mask(bias: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, efficient_mask(bias, q), True)
+    out, lse, *_ = torch_private.efficient(q, k, v, efficient_mask(bias, q), True)
     return out, lse[:, :, : q.shape[2]]
 
 
@@ -163,7 +160,7 @@ def efficient_backward(
 ) -> Grads:
     lse = F.pad(lse, (0, -q.shape[2] % LSE_BLOCK), value=float("inf")).contiguous()
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout, of which there is none
-    *grads, _ = aten._scaled_dot_product_efficient_attention_backward(
+    *grads, _ = torch_private.efficient_backward(
         grad_out, q, k, v, efficient_mask(bias, q), out, lse, seed, seed, 0.0, [True, True, True, False]
     )
     return tuple(grads)

@@ -8,13 +8,11 @@ limit is an error, as for every whole graph, and no fallback.
 """
 
 import torch
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch.fx.experimental import _config as symbols
-from torch.utils._triton import has_triton
 
 from wanloom.errors import UserError
 from wanloom.model.dit import Block, WanDiT
 from wanloom.parallel.settings import Compile
+from wanloom.torch_private import find_cpp_compiler, has_triton, symbols
 
 
 def apply_compile(model: WanDiT, compile: Compile, device: torch.device) -> None:
@@ -35,6 +33,6 @@ def check_compiler(device: torch.device) -> None:
             raise UserError("compile=block needs Triton: install it (pip install triton), or give compile=none.")
         return
     try:
-        get_cpp_compiler()
+        find_cpp_compiler()
     except RuntimeError as error:
         raise UserError("compile=block needs a C++ compiler: install g++, or give compile=none.") from error

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from wanloom.model.attention import packed_backward, packed_forward, shapes
 from wanloom.model.dit import Attention, WanDiT
-from wanloom.parallel.mesh import Mesh, resolve_group
+from wanloom.parallel.mesh import Mesh
+from wanloom.torch_private import resolve_group
 
 
 class ContextAttention(nn.Module):

@@ -200,9 +200,4 @@ class Mesh:
         return self.place["pp"] == self.layout.pp - 1
 
 
-def resolve_group(name: str) -> dist.ProcessGroup:
-    """Operators take names: a compiled graph can hold them."""
-    return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore
-
-
 ONE_PROCESS = Layout()

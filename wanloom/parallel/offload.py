@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from wanloom.model.dit import Block, Conditions, WanDiT
+from wanloom.torch_private import TorchDispatchMode, tree_map_only
 
 SMALL = 1 << 16  # bytes; to copy fewer costs more than they do
 AHEAD = 16  # tensors that a backward pass asks for in advance; about those of a block

@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from wanloom.model.dit import WanDiT
 from wanloom.model.layers import Linear, RMSNorm
-from wanloom.parallel.mesh import Mesh, resolve_group
+from wanloom.parallel.mesh import Mesh
 from wanloom.parallel.plan import GATHERING, TABLE, row_of
+from wanloom.torch_private import resolve_group
 
 # torch before 2.13 has them under the names that it has deprecated since
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
