@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from wanloom.config import Config
+from wanloom.media.decoding import MediaError
 
 GRID = 16  # pixels: 8 of the VAE times 2 of the patch
 DEFAULT_AREA = 480 * 832
@@ -75,13 +76,14 @@ class Crop(NamedTuple):
 def choose_crop(width: float, height: float, config: FramingConfig, seed: int, key: str) -> Crop:
     """The crop of a picture displayed at `width` x `height`; `seed` and `key` place a random crop.
 
-    Raises ValueError when a picture is too narrow to be fitted without squashing, or beyond `max_aspect`.
+    Raises MediaError when a picture is too narrow to be fitted without squashing, or beyond `max_aspect`.
     """
     aspect = max(width, height) / min(width, height)
     if aspect > config.max_aspect:
-        raise ValueError(
-            f"too narrow: {width:.0f}x{height:.0f}, one side {aspect:.2f} times the other, is beyond "
-            f"`max_aspect={config.max_aspect:g}`"
+        raise MediaError(
+            "too narrow",
+            f"{width:.0f}x{height:.0f}, one side {aspect:.2f} times the other, is beyond "
+            f"`max_aspect={config.max_aspect:g}`",
         )
     if config.area is not None:
         size = fit_area(width, height, config.area)
@@ -124,8 +126,8 @@ def fit_area(width: float, height: float, area: int) -> tuple[int, int]:
     if scale == 1.0:  # a small picture: only down to the grid, never up
         options = [o for o in options if o[0] <= max(GRID, width) and o[1] <= max(GRID, height)]
     if not options:  # the short side is one token already
-        raise ValueError(
-            f"too narrow: {width:.0f}x{height:.0f} has no size in steps of {GRID} within `max_area={area}`"
+        raise MediaError(
+            "too narrow", f"{width:.0f}x{height:.0f} has no size in steps of {GRID} within `max_area={area}`"
         )
     return min(options, key=lambda o: (abs(math.log(o[0] / o[1] * height / width)), -o[0] * o[1]))
 
@@ -145,6 +147,7 @@ def _nearest(side: float) -> int:
 
 def _check_narrow(width: float, height: float, sides: tuple[float, float]) -> None:
     if min(sides) < GRID <= min(width, height):
-        raise ValueError(
-            f"too narrow: {width:.0f}x{height:.0f} would become {sides[0]:.0f}x{sides[1]:.0f}, less than {GRID} pixels"
+        raise MediaError(
+            "too narrow",
+            f"{width:.0f}x{height:.0f} would become {sides[0]:.0f}x{sides[1]:.0f}, less than {GRID} pixels",
         )

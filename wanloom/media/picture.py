@@ -69,7 +69,7 @@ def read_image(file: MediaFile, choose: ChooseCrop) -> Clip:
         turned = ImageOps.exif_transpose(image) if is_turned else image
         pixels, colour = image_to_rgb(turned, image.format, head)
     height, width = pixels.shape[:2]
-    crop = _choose(choose, width, height, 0)
+    crop = choose(width, height, 0)
     cut = _cut(_resize_rgb(pixels, crop.resized), crop)
     return Clip(0, cut[None], 0.0, 0.0, None, stored, (width, height), crop, [*notes, *colour.notes], colour=colour)
 
@@ -115,7 +115,7 @@ class PictureConverter:
         elif self.stored != (picture.width, picture.height):
             raise MediaError("broken", f"changes its size to {picture.width}x{picture.height} in the middle")
         if number not in self.crops:
-            self.crops = {number: _choose(self.choose, *self.display, number)}
+            self.crops = {number: self.choose(*self.display, number)}
         crop = self.crops[number]
         width, height = crop.resized
         stored = (height, width) if self.turn[0, 1] else (width, height)
@@ -216,10 +216,3 @@ def _resize_rgb(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _cut(pixels: np.ndarray, crop: Crop) -> np.ndarray:
     (left, top), (width, height) = crop.corner, crop.size
     return pixels[top : top + height, left : left + width]
-
-
-def _choose(choose: ChooseCrop, width: float, height: float, number: int) -> Crop:
-    try:
-        return choose(width, height, number)
-    except ValueError as error:
-        raise MediaError("too narrow", str(error).removeprefix("too narrow: ")) from error
