@@ -3,12 +3,13 @@
 `wanloom.train` and the others below are what the commands run, for a notebook; docs/python.md shows them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch is imported by the first call
+    from wanloom.runs.prepare import Prepared, Progress
     from wanloom.runs.train import Ended
     from wanloom.runs.trained import LoadedRun
 
@@ -16,6 +17,28 @@ __version__ = "0.1.0"
 
 for _room in ("prepare", "train"):  # before the functions: the first import of a room would take the function's name
     import_module(f"wanloom.{_room}")
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    model: str = "tiny",
+    device: str | None = None,
+    on_progress: "Callable[[Progress], None]" = lambda progress: None,
+    **settings: Any,
+) -> "Prepared":
+    """Prepare as `wanloom prepare` does: videos and images with captions in `source` to a training set in `out`.
+
+    `settings` are the options of the command, such as `frames=17`. The same call goes on where it was stopped, and
+    `on_progress` is called after every sample. Returns the report on every file, on rank 0 of several. Raises UserError
+    for a mistake.
+    """
+    from wanloom.dist import process_group
+    from wanloom.runs.prepare import prepare
+
+    with process_group():
+        return prepare(source, out, model, device, on_progress, **settings)
 
 
 def train(

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from wanloom.errors import UserError
+from wanloom.prepare import tables
 from wanloom.prepare.captions import Caption, Captions, Problem, read_captions
 from wanloom.prepare.tables import TABLES
 
@@ -350,10 +351,10 @@ def test_a_parquet_that_unpacks_to_more_than_is_sane_is_refused_unread(
     path = tmp_path / "metadata.parquet"
     table = pa.table({"file": ["a.mp4", "b.mp4"], "caption": ["x" * 2_000_000, "y"]})
     pq.write_table(table, path, compression="zstd", use_dictionary=False)
-    monkeypatch.setattr("wanloom.prepare.tables.MOST_GROUP_BYTES", 1 << 20)
+    monkeypatch.setattr(tables, "MOST_GROUP_BYTES", 1 << 20)
     with pytest.raises(UserError, match="row group 0 unpacks to 1 MiB: write it with smaller row groups"):
         read(tmp_path, ["a.mp4"])
-    monkeypatch.setattr("wanloom.prepare.tables.MOST_ROWS", 1)
+    monkeypatch.setattr(tables, "MOST_ROWS", 1)
     with pytest.raises(UserError, match="has 2 rows, at most 1 are read"):
         read(tmp_path, ["a.mp4"])
     path.unlink()
