@@ -1,13 +1,14 @@
-# make demo: the whole job on small made-up clips, with a report. make test: everything that must hold. make wheel: the
-# package as it is shipped, and one command of it outside of the checkout. make bench: what is measured against peers, into
-# benchmarks/README.md. make dev: hooks that check each commit. Each sets up what it needs first.
+# make demo: the whole job on small made-up clips, with a report. make test: everything that must hold. make quick:
+# what of it can be tried after every change. make wheel: the package as it is shipped, and one command of it outside of the
+# checkout. make bench: what is measured against peers, into benchmarks/README.md. make dev: hooks that check each commit. Each
+# sets up what it needs first.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL := $(PIP) install -c constraints.txt
 PYTHON_HERE := $(abspath $(BIN))/python
 
-.PHONY: demo dev test wheel bench clean
+.PHONY: demo dev test quick wheel bench clean
 
 demo: .venv/base
 	$(BIN)/wanloom demo --out demo
@@ -17,6 +18,11 @@ test: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
+
+quick: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m quick
 
 # an editable install hides a file that the package forgets, and a wheel is what people get
 wheel: .venv/base

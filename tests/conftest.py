@@ -24,6 +24,15 @@ painted slowly cat dog runs through snow
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is not said to be slow: `-m quick` is all that may run after every change."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent / "layouts"):
+            item.add_marker("layouts")
+        elif item.get_closest_marker("slow") is None:
+            item.add_marker("quick")
+
+
 @pytest.fixture(autouse=True)
 def one_thread_afterwards():
     """Two threads add in another order, and tests of equal bits that come later would fail in the place of this one."""

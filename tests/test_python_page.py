@@ -14,6 +14,8 @@ from wanloom.demo.shapes import build_clip
 from wanloom.errors import UserError
 from wanloom.media.write import write_mp4
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 
 

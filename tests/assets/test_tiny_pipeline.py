@@ -15,6 +15,8 @@ from wanloom.formats.transformer import load_dit, read_config
 from wanloom.model.settings import CONFIGS
 from wanloom.sample.settings import read_defaults
 
+pytestmark = pytest.mark.slow
+
 SEED = 4711  # neither of the seeds of tools/build_tiny.py
 
 

@@ -9,6 +9,8 @@ from benchmarks.pair import WIDTHS
 from wanloom.model.settings import CONFIGS, DiTConfig
 from wanloom.parallel.memory import kept_bytes
 
+pytestmark = pytest.mark.slow
+
 FOURTEEN = CONFIGS["wan2.1-t2v-14b"]
 KEPT = {"none": 352_612, "cheap": 130_208, "attention": 30_880, "full": 20_480}  # the lengths of rows are kept too
 

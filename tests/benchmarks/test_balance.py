@@ -5,6 +5,8 @@ import pytest
 from benchmarks.c09_balance import bucket_balance, measure, packed_balance
 from benchmarks.mixes import CLIP_480P, MIXES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("ranks", [8, 64])
 @pytest.mark.parametrize("mix", MIXES)

@@ -1,10 +1,13 @@
 """Whole: both kinds of checkpoint are written, come back equal, and their numbers are of the right things."""
 
+import pytest
 import torch
 
 from benchmarks import c14_checkpoint
 from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.checkpoint.writer import Checkpointer
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_row_is_measured(tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ import pytest
 from benchmarks import c10_decode
 from benchmarks.dfm_way import count_frames, load_frames, load_video, spread
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_rows_say_what_was_compared() -> None:
     rows = c10_decode.measure(toy=True)

@@ -1,6 +1,10 @@
 """C19: the FLOPs that wanloom counts are within 1% of every other count, at real sizes."""
 
+import pytest
+
 from benchmarks.c19_flops import measure
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_count_is_that_of_others():

@@ -5,6 +5,8 @@ import pytest
 from benchmarks import e02_generation
 from wanloom.codecs.vae import VaeCodec
 
+pytestmark = pytest.mark.slow
+
 
 def test_it_runs_and_compares_equal_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = e02_generation.measure(toy=True)

@@ -19,6 +19,8 @@ from benchmarks.gpu.instruments import (
 )
 from wanloom.model.settings import CONFIGS
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -1,6 +1,10 @@
 """C20 at a size for tests: the columns are mapped and shared, and every line is measured."""
 
+import pytest
+
 from benchmarks import c20_index
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_rows_say_what_was_measured() -> None:

@@ -5,6 +5,8 @@ import pytest
 from benchmarks import c12_loader
 from wanloom.data.tar import tar_pair
 
+pytestmark = pytest.mark.slow
+
 
 # WebDataset leaves its file to the garbage collector
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

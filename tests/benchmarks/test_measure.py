@@ -11,6 +11,8 @@ from benchmarks import measure, table
 from benchmarks.__main__ import NAMES
 from benchmarks.measure import Row, describe, main, take_turns
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_target_is_judged_by_the_least():
     row = Row("C0", "x", "s", ours=[2.0, 1.0], peer="p", theirs=[9.0, 3.0], target=3.0)

@@ -11,6 +11,8 @@ from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
 from wanloom.model.settings import CONFIGS
 
+pytestmark = pytest.mark.slow
+
 FOURTEEN = CONFIGS["wan2.1-t2v-14b"]
 RATIOS = {"A": 1.80, "B": 2.64, "D": 1.74, "F": 2.46}
 

@@ -5,6 +5,8 @@ import torch
 
 from benchmarks import e03_prepare
 
+pytestmark = pytest.mark.slow
+
 
 def test_both_encode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(

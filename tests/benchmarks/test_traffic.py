@@ -6,6 +6,8 @@ from benchmarks.c05_activations import norm_in_one
 from benchmarks.c06_traffic import compile_block, count_peer
 from benchmarks.pair import WIDTHS
 
+pytestmark = pytest.mark.slow
+
 NARROW = {"dim": 640, "ffn_dim": 1728, "num_heads": 5}  # an eighth of the 14B, of which the bounds are
 
 

@@ -9,6 +9,8 @@ from benchmarks.pair import relative
 from wanloom.formats.transformer import state_dict_as
 from wanloom.objective.flow import sample_sigma
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

@@ -1,10 +1,13 @@
 """Stratified noise levels: what they save where the best answer is known, and the benchmark whole."""
 
+import pytest
 import torch
 
 from benchmarks import c18_variance
 from wanloom.data.shards import Sample
 from wanloom.model.sequence import Pack
+
+pytestmark = pytest.mark.slow
 
 VARIANCE = 0.5
 

@@ -22,6 +22,8 @@ from wanloom.sample.generate import Request, draw_request_noise, generate
 from wanloom.sample.settings import GenerateConfig, latents_shape
 from wanloom.sample.solvers import build_scheduler
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 PROMPT, NEGATIVE = "A red circle moves to the left.", "a cat in snow"
 

@@ -12,6 +12,8 @@ from wanloom.demo.measure import measure
 from wanloom.demo.page import Score
 from wanloom.media.write import read_mp4, write_mp4
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def short(monkeypatch):

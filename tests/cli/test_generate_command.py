@@ -35,6 +35,8 @@ from wanloom.sample.generate import Request, generate
 from wanloom.sample.prompts import Prompt, fill_in
 from wanloom.sample.settings import DEFAULTS, GenerateConfig, latents_shape
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 SMALL = ["--height", "32", "--width", "48", "--frames", "5", "--steps", "2", "--device", "cpu"]
 

@@ -26,6 +26,8 @@ from wanloom.runs.asked import Asked, check_asked
 from wanloom.runs.generate import check_alike, place_model, plan_generation, share_work
 from wanloom.sample.prompts import Prompt
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 SMALL = ["--height", "32", "--width", "48", "--frames", "5", "--device", "cpu"]

@@ -21,6 +21,8 @@ from wanloom.data.tar import END, tar_pair
 from wanloom.runs.layers import recipe_names
 from wanloom.runs.recipe import build_run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SIZE = ["--height", "32", "--width", "32", "--frames", "5"]
 NAME = "my data: it's #1 $(x) ü"

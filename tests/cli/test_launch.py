@@ -13,6 +13,8 @@ import torch
 
 from wanloom.cli import launch, main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LOOPBACK = "0100007F"
 START = """

@@ -13,6 +13,8 @@ from wanloom.checkpoint.saved import list_checkpoints
 from wanloom.cli import main
 from wanloom.train.records import read_metrics
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 WORDS = ["train", "tiny", "--mock=1x64x64,9x32x32,5x48x32", "batch.samples=4", "batch.tokens_per_pack=40"]
 WORDS += ["ema.decay=0.9", "log.every=1", "checkpoint.every=3"]

@@ -10,6 +10,8 @@ import pytest
 from wanloom.cli import main
 from wanloom.cli.words import Parser
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -22,6 +22,8 @@ from wanloom.media.write import write_mp4
 from wanloom.prepare.encode import Encoders
 from wanloom.runs import prepare as prepare_run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

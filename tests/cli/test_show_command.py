@@ -20,6 +20,8 @@ from wanloom.media.write import write_png
 from wanloom.report.data import size_of
 from wanloom.runs.recipe import build_run
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_recipe_is_printed_as_a_recipe(tmp_path, capsys):
     assert main(["show", "tiny", "--mock", "17x64x64,1x64x64", "seed=3"]) == 0

@@ -37,6 +37,8 @@ from wanloom.train.loop import Trainer
 from wanloom.train.peaks import find_peak
 from wanloom.train.records import read_metrics
 
+pytestmark = pytest.mark.slow
+
 TIMES = {"seconds", "tokens_per_second", "model_tflops_per_gpu", "peak_memory_gib"}
 SMALL = [
     "tiny",

@@ -18,6 +18,8 @@ from wanloom.codecs.vae import VaeCodec
 from wanloom.errors import UserError
 from wanloom.formats.transformer import load_dit
 
+pytestmark = pytest.mark.slow
+
 DEEP = "[" * 100_000 + "]" * 100_000
 LOADERS: dict[str, Callable[[Path], object]] = {
     "vae": lambda folder: VaeCodec.load(folder, "cpu"),

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from wanloom.parallel.context import ContextAttention, overlap
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RANKS = {name: max(i for lists in groups for ranks in lists for i in ranks) + 1 for name, groups in LAYOUTS.items()}
 PACKS = {  # 48 tokens, which divide by 2, 3 and 4 ranks

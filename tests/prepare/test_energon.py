@@ -16,6 +16,8 @@ from wanloom.data.shards import Dataset
 from wanloom.prepare import run as prepare_module
 from wanloom.prepare.run import encode_folder
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 

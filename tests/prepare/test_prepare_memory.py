@@ -16,6 +16,8 @@ from wanloom.prepare.encode import BatchEncoder, FileBlock
 from wanloom.prepare.memory import BYTES, check_batch, find_helps
 from wanloom.prepare.settings import PrepareConfig
 
+pytestmark = pytest.mark.slow
+
 
 def config(**framing: Any) -> PrepareConfig:
     return PrepareConfig(timing=TimingConfig(frames=81), framing=FramingConfig(**framing), workers=4)

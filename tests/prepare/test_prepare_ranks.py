@@ -25,6 +25,8 @@ from wanloom.prepare.listing import MediaEntry
 from wanloom.prepare.run import encode_folder
 from wanloom.prepare.settings import PrepareConfig
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["wanloom.prepare.run", "torch.distributed", "pytest"])
 Trouble = Callable[[pytest.MonkeyPatch], None]

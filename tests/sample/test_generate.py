@@ -20,6 +20,8 @@ from wanloom.sample.prompts import Prompt, fill_in
 from wanloom.sample.settings import GenerateConfig, latents_shape
 from wanloom.sample.solvers import build_scheduler
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "A red circle moves to the left across a dark background."
 NEGATIVE = "a cat in snow"
 

@@ -5,35 +5,27 @@ with numbers. The one decision: what is refused is refused by a lower bound: wei
 which are exact, and half of the estimate of what the largest sample keeps until its backward pass.
 """
 
-from typing import TYPE_CHECKING
+import torch
 
 from wanloom.memory import check_memory, in_gib
-from wanloom.parallel.memory import activation_bytes, held_params, state_bytes
+from wanloom.model.dit import WanDiT
+from wanloom.model.settings import DiTConfig
+from wanloom.parallel.memory import States, activation_bytes, held_params, state_bytes
+from wanloom.parallel.mesh import Layout
 from wanloom.runs.recipe import Run
-
-if TYPE_CHECKING:
-    import torch
-
-    from wanloom.model.dit import DiTConfig
-    from wanloom.parallel.memory import States
-    from wanloom.parallel.mesh import Layout
 
 MOST_HELPS = 3
 
 
-def rank_states(run: Run, config: "DiTConfig", layout: "Layout") -> "States":
+def rank_states(run: Run, config: DiTConfig, layout: Layout) -> States:
     """What a rank of the first stage holds from step to step."""
-    import torch
-
-    from wanloom.model.dit import WanDiT
-
     with torch.device("meta"):
         model = WanDiT(config)
     return state_bytes(held_params(model, layout, 0), layout, bool(run.ema.decay), run.train.precision == "bf16")
 
 
 def check_run(
-    run: Run, config: "DiTConfig", layout: "Layout", largest: int, device: "torch.device", local_ranks: int
+    run: Run, config: DiTConfig, layout: Layout, largest: int, device: torch.device, local_ranks: int
 ) -> list[str]:
     """What helps where memory runs out later. Raises UserError when the run cannot fit this machine."""
     states = rank_states(run, config, layout)
@@ -54,9 +46,7 @@ def is_bf16(run: Run) -> bool:
     return run.train.precision == "bf16"
 
 
-def find_helps(
-    run: Run, config: "DiTConfig", layout: "Layout", largest: int, device: str, states: "States"
-) -> list[str]:
+def find_helps(run: Run, config: DiTConfig, layout: Layout, largest: int, device: str, states: States) -> list[str]:
     """The settings that save most here, the best first, with what they save of a rank's memory."""
     pack, bf16 = max(run.batch.tokens_per_pack, largest), is_bf16(run)
 
