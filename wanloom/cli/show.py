@@ -28,6 +28,7 @@ HELP = """Print what a recipe, a run or a prepared folder holds.
   wanloom show prepared                    samples, sizes and captions of a training set
   wanloom show prepared --page             pictures of its samples as training will see them: page.html
   wanloom show --explain                   every setting with what it means
+  wanloom show --explain optimizer.lr      what one of them means, or those of a section such as optimizer
   wanloom show wan2.1-t2v-14b --world 64   the layout of 64 processes, and what each of them holds
 """
 NUM_CAPTIONS = 3
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="what every setting means, or that or those of a TARGET such as data.path or data",
+        help="what every setting means, or with a TARGET such as data.path or data that one or those of that section",
     )
     parser.add_argument("--per-node", type=int, metavar="N", help="processes of a machine, for --world (8)")
     parser.add_argument(
