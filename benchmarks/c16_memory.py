@@ -62,7 +62,7 @@ def build_ours(model: WanDiT, samples: Samples, way: str) -> Step:
     mesh = Mesh(ONE_PROCESS, torch.device("cpu"))
     recompute, compile = WAYS[way]
     apply_layout(model, mesh, True, recompute=recompute, compile=compile)
-    optimizer = AdamW(model.named_parameters(), OPTIMIZER)
+    optimizer = AdamW(dict(model.named_parameters()), OPTIMIZER)
     tokens = len(samples.pack.tokens)
     inputs = [Input(samples.pack, samples.weight, samples.sigma)]
     batch = Batch(0, inputs, [["one"]], Totals(1, tokens, 0.0, 1.0, 1.0), samples.weight.numel())

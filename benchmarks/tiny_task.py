@@ -96,7 +96,7 @@ class OwnRun:
         self.model = WanDiT(CONFIG)
         init_weights(self.model, seed)
         self.steps = 0
-        self._optimizer = AdamW(self.model.named_parameters(), OPTIMIZER)
+        self._optimizer = AdamW(dict(self.model.named_parameters()), OPTIMIZER)
         assemble = partial(build_batch, objective=build_objective(seed))
         self._loader = Loader([data], build_plan(data, seed), 0, assemble)
         self._batches = iter(self._loader)

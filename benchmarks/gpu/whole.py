@@ -74,7 +74,7 @@ def frozen(bench: Bench) -> Sequence[Line]:
 def train(bench: Bench, name: str, model: WanDiT, data: Input, expect: str, at_most: float | None) -> list[Line]:
     """Seconds and memory of a step."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = AdamW(trained.items(), OptimizerConfig(lr=LR))
+    optimizer = AdamW(trained, OptimizerConfig(lr=LR))
     found, seconds, names = measure_step(bench, model, [data], partial(optimizer.step, LR))
     flops = needed_flops(model.config, sum(data.pack.video_lens), len(trained) < len(list(model.parameters())))
     found["model_tflops"] = flops / statistics.median(seconds) / 1e12

@@ -102,9 +102,10 @@ def build_parts(case: Case) -> Parts:
     layout = resolve_layout(ParallelConfig(**case.parallel), case.world, case.model, case.samples)
     mesh = Mesh(layout, CPU)
     model = build(mesh, case)
-    optimizer = AdamW(model.named_parameters(), OptimizerConfig(lr=LR, weight_decay=1.0))
+    trained = dict(model.named_parameters())
+    optimizer = AdamW(trained, OptimizerConfig(lr=LR, weight_decay=1.0))
     facts = {"model": case.model.model_dump()}
-    return Parts(model, mesh, optimizer, Ema(optimizer.named, 0.9), facts, "seed: 7\n")
+    return Parts(model, trained, mesh, optimizer, Ema(optimizer.named, 0.9), facts, "seed: 7\n")
 
 
 def with_known_frames(batch: Batch) -> Batch:

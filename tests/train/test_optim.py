@@ -20,7 +20,7 @@ def build_params() -> dict[str, nn.Parameter]:
 def test_updates_are_those_of_the_formula_and_only_matrices_decay():
     params = build_params()
     config = OptimizerConfig(lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
-    optimizer = AdamW(params.items(), config)
+    optimizer = AdamW(params, config)
     expected = {name: p.detach().double() for name, p in params.items()}
     first = {name: torch.zeros_like(x) for name, x in expected.items()}
     second = {name: torch.zeros_like(x) for name, x in expected.items()}
@@ -51,14 +51,14 @@ def test_a_restored_optimizer_goes_on_bit_for_bit():
             optimizer.step(0.1)
 
     straight, config = build_params(), OptimizerConfig(lr=0.1)
-    optimizer = AdamW(straight.items(), config)
+    optimizer = AdamW(straight, config)
     steps(optimizer, straight, range(3))
     saved = {name: t.clone() for name, t in optimizer.state().items()}
     weights = {name: p.detach().clone() for name, p in straight.items()}
     steps(optimizer, straight, range(3, 6))
 
     resumed = build_params()
-    other = AdamW(resumed.items(), config)
+    other = AdamW(resumed, config)
     for name, tensor in other.state().items():
         tensor.copy_(saved[name])
     other.set_step_count(3)

@@ -7,6 +7,7 @@ pass of a block keeps, without the allocator's slack and the kernels' workspace.
 """
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 from wanloom.model.dit import WanDiT, keeps_fp32
@@ -101,10 +102,14 @@ def is_on_stage(name: str, blocks: range, stage: int, stages: int) -> bool:
     return (first in FIRST_STAGE and stage == 0) or (first in LAST_STAGE and stage == stages - 1)
 
 
-def state_bytes(held: dict[str, Held], layout: Layout, has_average: bool, bf16: bool) -> States:
-    """Bytes of a rank that holds these parameters."""
+def state_bytes(
+    held: dict[str, Held], layout: Layout, has_average: bool, bf16: bool, names: Collection[str] | None = None
+) -> States:
+    """Bytes of a rank that holds these parameters; those of `names` are trained, by default all."""
     own = FP32 * sum(part.numel for part in held.values())
-    return States(own, own, 2 * own, own if has_average else 0, working_bytes(held, layout, bf16))
+    trained = FP32 * sum(part.numel for name, part in held.items() if names is None or name in names)
+    average = trained if has_average else 0
+    return States(own, trained, 2 * trained, average, working_bytes(held, layout, bf16))
 
 
 def working_bytes(held: dict[str, Held], layout: Layout, bf16: bool) -> int:

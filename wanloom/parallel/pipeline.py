@@ -107,8 +107,9 @@ class _Stage:
     def backward(self, flight: Flight, grads: Stream | None) -> None:
         if isinstance(flight.output, Tensor):
             flight.output.backward()
-        elif grads is not None:
-            torch.autograd.backward(list(flight.output), list(grads))
+        elif grads is not None:  # what comes of parameters that are not trained has no gradient
+            pairs = [(t, grad) for t, grad in zip(flight.output, grads, strict=True) if t.requires_grad]
+            torch.autograd.backward([t for t, _ in pairs], [grad for _, grad in pairs])
 
     def exchange(
         self,

@@ -4,11 +4,12 @@ In: a run, the model's config, the mesh. Out: each part, built once, in one plac
 tests and benchmarks run.
 """
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import wanloom
 from wanloom.data.loader import Loader, Plan, Source
@@ -88,18 +89,30 @@ def build_parts(
     plan: Plan,
     empty: Tensor | None,
     fill: bool = True,
+    names: Collection[str] | None = None,
 ) -> Parts:
-    """Model, optimizer and average as they are at the first step; without `fill` they wait for a checkpoint."""
+    """Model, optimizer and average as they are at the first step; without `fill` they wait for a checkpoint.
+
+    `names` are the parameters that are trained, by default all.
+    """
     model = build_model(run, config, mesh, fill)
-    optimizer = AdamW(model.named_parameters(), run.optimizer)
+    trained = choose_trained(model, names)
     return Parts(
         model=model,
+        trained=trained,
         mesh=mesh,
-        optimizer=optimizer,
-        ema=Ema(optimizer.named, run.ema.decay) if run.ema.decay else None,
+        optimizer=AdamW(trained, run.optimizer),
+        ema=Ema(trained, run.ema.decay) if run.ema.decay else None,
         facts=describe_parts(config, plan, empty),
         recipe=dump_run(run),
     )
+
+
+def choose_trained(model: WanDiT, names: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """The parameters of this rank that are trained, by name; the others get no gradient. Before the first forward."""
+    for name, param in model.named_parameters():
+        param.requires_grad_(names is None or name in names)
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
 
 
 def build_routines(run: Run, parts: Parts, sources: list[Source]) -> list[Routine]:

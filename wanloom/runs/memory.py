@@ -5,8 +5,11 @@ with numbers. The one decision: what is refused is refused by a lower bound: wei
 which are exact, and half of the estimate of what the largest sample keeps until its backward pass.
 """
 
+from collections.abc import Collection
+
 import torch
 
+from wanloom.errors import UserError, nearest
 from wanloom.memory import check_memory, in_gib
 from wanloom.model.dit import WanDiT
 from wanloom.model.settings import DiTConfig
@@ -17,22 +20,34 @@ from wanloom.runs.recipe import Run
 MOST_HELPS = 3
 
 
-def rank_states(run: Run, config: DiTConfig, layout: Layout) -> States:
-    """What a rank of the first stage holds from step to step."""
+def rank_states(run: Run, config: DiTConfig, layout: Layout, names: Collection[str] | None = None) -> States:
+    """What a rank of the first stage holds from step to step when `names`, by default all, are trained.
+
+    Raises UserError for a name that the model does not have.
+    """
     with torch.device("meta"):
         model = WanDiT(config)
-    return state_bytes(held_params(model, layout, 0), layout, bool(run.ema.decay), run.train.precision == "bf16")
+    known = [name for name, _ in model.named_parameters()]
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise UserError(f"The model has no parameter '{unknown[0]}'.{nearest(unknown[0], known)}")
+    return state_bytes(held_params(model, layout, 0), layout, bool(run.ema.decay), is_bf16(run), names)
 
 
 def check_run(
-    run: Run, config: DiTConfig, layout: Layout, largest: int, device: torch.device, local_ranks: int
+    run: Run,
+    config: DiTConfig,
+    layout: Layout,
+    largest: int,
+    device: torch.device,
+    local_ranks: int,
+    names: Collection[str] | None = None,
 ) -> list[str]:
     """What helps where memory runs out later. Raises UserError when the run cannot fit this machine."""
-    states = rank_states(run, config, layout)
+    states = rank_states(run, config, layout, names)
     helps = find_helps(run, config, layout, largest, device.type, states)
     doing = f"train {run.model} on a sample of {largest:,} tokens"
-    copies = states.parameters + states.moments + states.average  # for the checkpoint, on the host
-    own = copies + states.gradients
+    copies = states.gradients + states.moments + states.average  # for the checkpoint, on the host: of what is trained
+    own = copies + states.parameters
     own += 0 if run.offload else activation_bytes(config, layout, largest, run.recompute, is_bf16(run)) // 2
     small = run.model_copy(update={"batch": run.batch.model_copy(update={"tokens_per_pack": largest})})
     least = find_helps(small, config, layout, largest, device.type, states)  # a refusal counts no larger pack

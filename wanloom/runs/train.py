@@ -6,7 +6,7 @@ alone or as one of several ranks.
 """
 
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +69,11 @@ def train_recipe(
     return train(run)
 
 
-def train(run: Run) -> Ended:
+def train(run: Run, names: Collection[str] | None = None) -> Ended:
     """Train to the end, or to a signal; from the newest checkpoint of `run_dir` where there is one.
 
-    Every rank calls it. Raises UserError, the same on every rank, for what cannot be.
+    `names` are the parameters that are trained, by default all: the others stay as `init` has them and are in no
+    checkpoint. Every rank calls it. Raises UserError, the same on every rank, for what cannot be.
     """
     with together():
         check_places(run)
@@ -82,10 +83,10 @@ def train(run: Run) -> Ended:
         with together():
             if rank() == 0:
                 held.enter_context(lock_folder(run_dir, taken))
-        return _train(run, run_dir)
+        return _train(run, run_dir, names)
 
 
-def _train(run: Run, run_dir: Path) -> Ended:
+def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
     show_log(Terminal(quiet=rank() > 0))  # opening the data may have something to say
     with together():
         config, device = model_config(run.model), pick_device()
@@ -95,7 +96,7 @@ def _train(run: Run, run_dir: Path) -> Ended:
         run = settle_steps(run, sum(len(index) for index in plan.indices))
         check_effects(run, sources, device)
         largest = max(int(index.tokens.max()) for index in plan.indices)
-        helps = check_run(run, config, layout, largest, device, local_world_size())
+        helps = check_run(run, config, layout, largest, device, local_world_size(), names)
     mesh = Mesh(layout, device)
     peak = find_peak(device, run.train.precision == "bf16")
     checkpointer = Checkpointer(run_dir, run.checkpoint)
@@ -113,7 +114,7 @@ def _train(run: Run, run_dir: Path) -> Ended:
             write_atomic(run_dir / "run.yaml", dump_run(run).encode())
     empty = share_empty_text(run, run_dir, config.text_dim, device, newest)
     with enough_memory(f"hold {run.model}", helps):
-        parts = build_parts(run, config, mesh, plan, empty, fill=newest is None)
+        parts = build_parts(run, config, mesh, plan, empty, newest is None or names is not None, names)
         if newest is not None:
             restore(parts, newest, first, progress.say)
     settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log, peak.tflops, helps)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from wanloom.checkpoint.writer import Checkpointer
 from wanloom.dist import gather, highest, is_lost, rank, together, world_size
@@ -52,6 +52,7 @@ class Parts:
     """What a run is made of."""
 
     model: WanDiT
+    trained: Mapping[str, nn.Parameter]  # those that are learned, by name; the others have no gradient
     mesh: Mesh
     optimizer: AdamW
     ema: Ema | None
@@ -59,8 +60,8 @@ class Parts:
     recipe: str  # run.yaml
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the run by its name in a checkpoint; not copies, so they can be filled too."""
-        named = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        """Every tensor that the run has made, by its name in a checkpoint; not copies, so they can be filled too."""
+        named = {f"model.{name}": p.detach() for name, p in self.trained.items()}
         named |= {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
         return named | ({f"ema.{name}": t for name, t in self.ema.tensors().items()} if self.ema else {})
 

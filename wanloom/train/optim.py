@@ -6,7 +6,7 @@ offsets with no reason to be small. AdamW: Loshchilov and Hutter 2019.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +34,14 @@ class AdamW:
     Of a parameter that is split over ranks it sees the local values alone: an elementwise update needs no others.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
-        self.named = dict(named)
+    def __init__(self, named: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
+        self.named = named
         self._local = {name: nn.Parameter(local(p)) for name, p in self.named.items()}
         decay = [p for p in self._local.values() if p.dim() == 2]
         keep = [p for p in self._local.values() if p.dim() != 2]
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            groups,
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,

@@ -1,0 +1,121 @@
+"""One parameter is trained and the others are frozen: what that costs, and that it goes on as it was."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from wanloom.checkpoint.pieces import StoredPieces
+from wanloom.checkpoint.saved import find_checkpoint
+from wanloom.checkpoint.writer import load_tensors
+from wanloom.data.loader import open_sources
+from wanloom.dist import process_group
+from wanloom.errors import UserError
+from wanloom.model.settings import CONFIGS
+from wanloom.objective.settings import FlowConfig
+from wanloom.parallel.mesh import ONE_PROCESS, Mesh
+from wanloom.runs.build import build_loader, build_parts, build_plan
+from wanloom.runs.recipe import Run, build_run
+from wanloom.runs.train import train
+from wanloom.train.step import train_step
+
+NAME = "blocks.1.ffn.0.weight"
+CONFIG = CONFIGS["tiny"]
+SETTINGS = {"batch.samples": 4, "batch.tokens_per_pack": 40, "ema.decay": 0.9, "train.precision": "fp32"}
+SETTINGS |= {"model": "tiny", "init": "pretrained", "optimizer.lr": 1e-3, "caption_dropout": 0.0}
+ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
+
+
+def run_of(run_dir: Path, steps: int) -> Run:
+    return build_run("tiny", {**SETTINGS, "run_dir": run_dir, "train.steps": steps}, mock="1x64x64,9x32x32,5x48x32")
+
+
+def first_step(names: list[str] | None):
+    """A run's parts after the gradients of its first step, and that step."""
+    run = run_of(Path("nowhere"), 1)
+    sources = open_sources(run.data, CONFIG.in_channels, CONFIG.text_dim, CONFIG.text_slots)
+    plan = build_plan(run, CONFIG, sources, 1)
+    parts = build_parts(run, CONFIG, ALONE, plan, None, names=names)
+    with build_loader(run, CONFIG, sources, plan, 0, None, 0) as batches:
+        return parts, train_step(parts.model, ALONE, next(iter(batches)), FlowConfig(), False, None)
+
+
+def stored(run_dir: Path) -> dict[str, Tensor]:
+    """All tensors of the newest checkpoint."""
+    checkpoint = find_checkpoint(run_dir)
+    found = {name: torch.full(entry.size, torch.nan) for name, entry in StoredPieces(checkpoint).tensors.items()}
+    load_tensors(checkpoint, found)
+    return found
+
+
+def test_frozen_parameters_cost_nothing_and_do_not_move():
+    """Against the run that trains all: the same loss, and of its gradients the one that is asked for."""
+    whole, wanted = first_step(None)
+    parts, found = first_step([NAME])
+    gradient = whole.trained[NAME].grad
+    assert len(whole.trained) == len(dict(whole.model.named_parameters())) > 1 and gradient is not None
+    assert found.loss == wanted.loss and found.grad_norm == pytest.approx(gradient.norm().item(), rel=1e-6)
+    assert 0 < found.grad_norm < 0.9 * wanted.grad_norm
+    named = dict(parts.model.named_parameters())
+    assert [name for name, param in named.items() if param.grad is not None] == [NAME]
+    assert torch.equal(named[NAME].grad, gradient)
+    assert list(parts.optimizer.state()) == [f"exp_avg.{NAME}", f"exp_avg_sq.{NAME}"]
+    assert parts.ema is not None and list(parts.ema.tensors()) == [NAME]
+    before = {name: param.detach().clone() for name, param in named.items()}
+    parts.optimizer.step(1e-3)
+    assert [name for name, param in named.items() if not torch.equal(param, before[name])] == [NAME]
+
+
+def test_a_run_of_one_parameter_is_exact_on_resume_and_keeps_it_alone(tmp_path):
+    """The rest comes again from `init`: two steps and two more are the bits of four."""
+    train(run_of(tmp_path / "a", 4), [NAME])
+    train(run_of(tmp_path / "b", 2), [NAME])
+    ended = train(run_of(tmp_path / "b", 4), [NAME])
+    assert (ended.step, ended.taken) == (4, 2)
+    straight, resumed = stored(tmp_path / "a"), stored(tmp_path / "b")
+    kinds = ("model", "ema", "optimizer.exp_avg", "optimizer.exp_avg_sq")
+    assert straight.keys() == resumed.keys() == {f"{kind}.{NAME}" for kind in kinds}
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_a_name_that_is_none_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"no parameter 'blocks\.1\.ffn\.0\.wight'\. Did you mean 'blocks\.1\.ffn"):
+        train(run_of(tmp_path, 1), ["blocks.1.ffn.0.wight"])
+
+
+@pytest.mark.parametrize("layout", ["dp_shard", "pp"])
+def test_two_ranks_train_the_same_parameter(tmp_path, layout):
+    """FSDP, and stages of which the first trains nothing; saved in the middle, against one process."""
+    train(run_of(tmp_path / "one", 4), [NAME])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        words = [sys.executable, __file__, str(tmp_path / "two"), layout]
+        ranks.append(subprocess.Popen(words, env=os.environ | place))
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+    one, two = stored(tmp_path / "one"), stored(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-6)
+    assert find_checkpoint(tmp_path / "two").name == "step_0000004"
+
+
+def be_rank(run_dir: Path, layout: str) -> None:
+    """Two steps, and from the checkpoint the two after them."""
+    with process_group():
+        for steps in (2, 4):
+            run = run_of(run_dir, steps)
+            axes = run.parallel.model_copy(update={"pp": 2 if layout == "pp" else 1})
+            train(run.model_copy(update={"parallel": axes}), [NAME])
+
+
+if __name__ == "__main__":
+    be_rank(Path(sys.argv[1]), sys.argv[2])
