@@ -20,7 +20,8 @@ from benchmarks.pair import relative
 from wanloom.model.dit import Block, WanDiT
 from wanloom.model.flops import train_flops
 from wanloom.model.sequence import Pack, build_pack
-from wanloom.model.settings import CONFIGS, DiTConfig
+from wanloom.model.settings import DiTConfig
+from wanloom.variants import VARIANTS
 
 BATCH, CAPTION = 4, 80
 FLOPS_TARGETS = {"A": 1.7, "B": 2.5}  # the other mixes were promised no number
@@ -57,7 +58,7 @@ def packed_flops(config: DiTConfig, tokens: Sequence[int], text: int) -> int:
 
 def flops_of_mix(mix: str) -> tuple[float, float]:
     """Expected FLOPs of a batch of the 14B, padded and packed: of samples drawn at random, each as likely."""
-    costs = sorted(train_flops(CONFIGS["wan2.1-t2v-14b"], tokens) for tokens in MIXES[mix][1])
+    costs = sorted(train_flops(VARIANTS["wan2.1-t2v-14b"].shape, tokens) for tokens in MIXES[mix][1])
     count = len(costs)
     # the costliest of a batch is at most the i-th with the chance that all samples are
     chances = [(i**BATCH - (i - 1) ** BATCH) / count**BATCH for i in range(1, count + 1)]

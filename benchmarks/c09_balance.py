@@ -15,10 +15,10 @@ from benchmarks.measure import Row, main
 from benchmarks.mixes import CLIP_480P, MIXES, draw
 from wanloom.data.packing import max_over_mean, pack_samples
 from wanloom.model.flops import train_flops
-from wanloom.model.settings import CONFIGS
+from wanloom.variants import VARIANTS
 
 PER_RANK, STEPS, TOY_STEPS = 16, 8, 1
-cost_of = partial(train_flops, CONFIGS["wan2.1-t2v-14b"])
+cost_of = partial(train_flops, VARIANTS["wan2.1-t2v-14b"].shape)
 
 
 def packed_balance(mix: str, ranks: int, budget: int, steps: int) -> float:

@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.clips import write_clip
 from benchmarks.dfm_way import count_frames, load_frames, load_video, spread
 from benchmarks.measure import THREADS, Row, main, take_turns
+from wanloom.geometry import WAN_21
 from wanloom.media.framing import Crop, FramingConfig, choose_crop
 from wanloom.media.picture import Clip
 from wanloom.media.video import TimingConfig, read_clips
@@ -114,7 +115,7 @@ def _read(path: Path, size: tuple[int, int], timing: TimingConfig) -> list[Clip]
     config = FramingConfig(width=size[0], height=size[1])
 
     def choose(width: float, height: float, number: int) -> Crop:
-        return choose_crop(width, height, config, 0, f"{number}")
+        return choose_crop(width, height, config, WAN_21.grid, 0, f"{number}")
 
     return list(read_clips(path, "video", timing, choose))
 

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import Row, main
 from benchmarks.peer import build_diffusers
 from wanloom.model.flops import forward_flops, train_flops
-from wanloom.model.settings import CONFIGS, DiTConfig
+from wanloom.model.settings import DiTConfig
+from wanloom.variants import VARIANTS
 
 DFM_PER_TOKEN = 165.907e9  # at 37,440 tokens
 MAXDIFFUSION_720P = 19_573e12
@@ -29,7 +30,7 @@ def counted_forward(config: DiTConfig, latents: tuple[int, int, int]) -> int:
 
 def measure(toy: bool) -> list[Row]:
     """The relative distance of each count."""
-    small, large = CONFIGS["wan2.1-t2v-1.3b"], CONFIGS["wan2.1-t2v-14b"]
+    small, large = VARIANTS["wan2.1-t2v-1.3b"].shape, VARIANTS["wan2.1-t2v-14b"].shape
     shapes = {"480x832, 81 frames": (21, 60, 104), "240x416, an image": (1, 30, 52)}
     if toy:
         del shapes["480x832, 81 frames"]

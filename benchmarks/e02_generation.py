@@ -17,11 +17,12 @@ from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.formats.pipeline import find_pipeline
 from wanloom.formats.transformer import load_dit
+from wanloom.geometry import WAN_21
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.runs.generate import LoadedParts, make_frames
 from wanloom.sample.generate import Request, draw_request_noise, generate
 from wanloom.sample.prompts import Prompt
-from wanloom.sample.settings import GenerateConfig, latents_shape
+from wanloom.sample.settings import GenerateConfig
 from wanloom.sample.solvers import build_scheduler
 
 PROMPT = "A red circle moves to the left across a dark background."
@@ -41,7 +42,7 @@ def build_ours(steps: int, count: int, size: Size) -> Callable[[bool], list[Tens
     frames, height, width = size
     of_each = {"prompt": PROMPT, "negative": NEGATIVE, "frames": frames, "height": height, "width": width}
     prompts = [Prompt(**of_each, seed=seed) for seed in range(count)]
-    shapes = [latents_shape(16, *size)] * count
+    shapes = [WAN_21.latents_shape(*size)] * count
 
     def run(decode: bool) -> list[Tensor]:
         text = dict(zip((PROMPT, NEGATIVE), codec.encode([PROMPT, NEGATIVE]), strict=True))
@@ -81,7 +82,7 @@ def build_theirs(steps: int, noises: list[Tensor], size: Size) -> Callable[[bool
 
 def compare(what: str, size: Size, count: int, steps: int, rounds: int) -> Row:
     """Seconds of one video."""
-    noises = [draw_request_noise(latents_shape(16, *size), seed) for seed in range(count)]
+    noises = [draw_request_noise(WAN_21.latents_shape(*size), seed) for seed in range(count)]
     ours, theirs = build_ours(steps, count, size), build_theirs(steps, noises, size)
     off = 0.0
     for got, want in zip(ours(False), theirs(False), strict=True):

@@ -29,6 +29,7 @@ from wanloom.codecs.text import TextCodec, clean_prompt
 from wanloom.codecs.vae import VaeCodec
 from wanloom.data.shards import Dataset
 from wanloom.formats.pipeline import find_pipeline
+from wanloom.geometry import WAN_21
 from wanloom.media.framing import FramingConfig, choose_crop
 from wanloom.media.video import TimingConfig, read_clips
 from wanloom.prepare.encode import Encoders
@@ -79,14 +80,14 @@ def _row(
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as out:
-            encode_folder(clips, Path(out) / "out", config, identity, lambda: encoders)
+            encode_folder(clips, Path(out) / "out", config, WAN_21, identity, lambda: encoders)
 
     def theirs() -> None:
         with tempfile.TemporaryDirectory() as out:
             run_script(clips, Path(out) / "shard.tar", size, encode, text)
 
     with tempfile.TemporaryDirectory() as out:
-        encode_folder(clips, Path(out) / "out", config, identity, lambda: encoders)
+        encode_folder(clips, Path(out) / "out", config, WAN_21, identity, lambda: encoders)
         apart = _check(clips, Dataset.open(Path(out) / "out"), config, encode, text)
     taken = {name: [s / number for s in values] for name, values in take_turns({"peer": theirs, "ours": ours}).items()}
     return Row(
@@ -163,7 +164,10 @@ def _check(clips: Path, dataset: Dataset, config: PrepareConfig, encode: Encode,
     for i in range(len(index)):
         row, sample = index[i], dataset.read(index[i])
         (clip,) = read_clips(
-            clips / row.source, "video", config.timing, lambda w, h, n: choose_crop(w, h, config.framing, 0, "")
+            clips / row.source,
+            "video",
+            config.timing,
+            lambda w, h, n: choose_crop(w, h, config.framing, WAN_21.grid, 0, ""),
         )
         video = torch.from_numpy(clip.pixels).permute(3, 0, 1, 2)[None] / 255.0
         states = pad_text(row.caption, text)

@@ -30,11 +30,12 @@ from wanloom.data.settings import BatchConfig, SourceConfig
 from wanloom.dist import gather, pick_device, process_group, rank, world_size
 from wanloom.errors import UserError
 from wanloom.files import write_atomic
+from wanloom.geometry import WAN_21
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
 from wanloom.model.init import init_weights
 from wanloom.model.kernels import resolve_kernel
-from wanloom.model.settings import CONFIGS, DiTConfig
+from wanloom.model.settings import DiTConfig
 from wanloom.objective.inputs import Objective
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel import params
@@ -42,6 +43,7 @@ from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh, resolve_layout
 from wanloom.parallel.settings import ParallelConfig
 from wanloom.train.step import Batch, build_batch, forward_backward
+from wanloom.variants import VARIANTS
 
 BOUNDS = {False: 1e-5, True: 6e-2}  # by bf16
 ROUNDS = 3
@@ -87,7 +89,7 @@ def build(config: DiTConfig, mesh: Mesh, bf16: bool, options: dict[str, Any]) ->
 
 def read_batch(config: DiTConfig, mesh: Mesh, shapes: str, budget: int) -> Batch:
     """The packs of this data rank of one step; at least as many samples as ranks."""
-    source = MockDataset(shapes, config.text_dim, size=1)
+    source = MockDataset(shapes, config.text_dim, WAN_21, size=1)
     samples = max(len(source.rows("train")), 2 * world_size())
     batch = BatchConfig(samples=samples, tokens_per_pack=budget)
     plan = Plan([source], [SourceConfig(path="")], batch, 0, partial(train_flops, config), mesh.layout.data_ranks)
@@ -139,7 +141,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device = pick_device()
     on_gpu = device.type == "cuda"
-    config = CONFIGS["wan2.1-t2v-1.3b" if on_gpu else "tiny"].model_copy(update={"num_layers": arguments.layers})
+    config = VARIANTS["wan2.1-t2v-1.3b" if on_gpu else "tiny"].shape.model_copy(update={"num_layers": arguments.layers})
     data = ("81x480x832,1x480x832*4,17x240x416*2", 32760) if on_gpu else ("9x64x96,1x64x64*3,5x48x64*2", 80)
     rows = []
     for bf16 in (True, False) if on_gpu else (False,):

@@ -24,15 +24,15 @@ from wanloom.formats.pipeline import find_pipeline
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
 from wanloom.model.init import init_weights
-from wanloom.model.settings import CONFIGS
 from wanloom.objective.inputs import Objective
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.train.optim import AdamW
 from wanloom.train.settings import OptimizerConfig
 from wanloom.train.step import Batch, StepResult, build_batch, train_step
+from wanloom.variants import VARIANTS
 
-CONFIG = CONFIGS["tiny"]
+CONFIG = VARIANTS["tiny"].shape
 ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
 SAMPLES, BUDGET = 16, 1280  # of a step, and tokens of a pack: as recipes/tiny.yaml has them
 OPTIMIZER = OptimizerConfig(lr=4e-3, betas=(0.9, 0.99), weight_decay=0.01)

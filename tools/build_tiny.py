@@ -32,7 +32,7 @@ from wanloom.demo import shapes
 from wanloom.formats.transformer import load_dit, save_dit
 from wanloom.model.dit import WanDiT
 from wanloom.model.init import init_weights
-from wanloom.model.settings import CONFIGS
+from wanloom.variants import VARIANTS
 
 SEED = 20210
 HELD_OUT_SEED = 77
@@ -293,7 +293,7 @@ def write_pipeline(work: Path, out: Path, transformer: Path | None) -> None:
     vae.register_to_config(latents_mean=rounded(mean), latents_std=rounded(std))
     print(f"held-out {psnr(vae, held_out(36, 17)):.2f} dB at 17 frames, {psnr(vae, held_out(4, 81)):.2f} dB at 81")
     print(f"latents std {rounded(std)}")
-    dit = WanDiT(CONFIGS["tiny"])
+    dit = WanDiT(VARIANTS["tiny"].shape)
     if transformer is None:
         init_weights(dit, SEED)
     else:

@@ -20,6 +20,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from wanloom.geometry import WAN_21
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Crop, FramingConfig, choose_crop
 from wanloom.media.limits import LimitsConfig
@@ -107,7 +108,7 @@ def read_mutant(path: Path, timing: TimingConfig) -> str:
     framing = FramingConfig(height=32, width=48)
 
     def choose(width: float, height: float, number: int) -> Crop:
-        return choose_crop(width, height, framing, 0, str(number))
+        return choose_crop(width, height, framing, WAN_21.grid, 0, str(number))
 
     try:
         for clip in read_clips(path, kind_of(path.name) or "", timing, choose, limits=LIMITS):

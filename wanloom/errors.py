@@ -6,6 +6,8 @@ what to do about it raises `UserError` with the whole sentence; nobody above add
 
 from collections.abc import Sequence
 
+MOST_REASON = 300  # characters of what is wrong with a config, in which somebody may have made a long list
+
 
 class UserError(Exception):
     """A mistake or a limit that the user can do something about; the message says what."""

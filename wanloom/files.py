@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from wanloom.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAX_JSON = 64 << 20  # bytes; an index of 100,000 tensors has 10 MB, the vocabulary of UMT5 17
 LOCK = ".lock"  # the file of a folder that is locked
 
 BEGUN = re.compile(r"\..+\.\d+\.tmp")  # see `temporary_name`
@@ -64,6 +65,24 @@ def parse_json(data: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
     except UnicodeEncodeError as error:
         raise ValueError("it holds half of a surrogate pair, which is no character") from error
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError for anything else."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no file.")
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON:
+            raise ValueError(f"it has {size >> 20} MiB")
+        value = parse_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object.")
     return value
 
 

@@ -17,13 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wanloom.errors import UserError
-from wanloom.files import parse_json
+from wanloom.files import read_json
 from wanloom.terminal import note
 
-MAX_JSON = 64 << 20  # bytes; an index of 100,000 tensors has 10 MB, the vocabulary of UMT5 17
 SHOWN = 3  # names of tensors in a message
 BROKEN = ": the weights are broken, and every video would be black. Fetch or save them again"
-MOST_REASON = 300  # characters of what is wrong with a config, in which somebody may have made a long list
 # what programs put before or between the names of a model's parts
 PREFIX = re.compile(r"^(?:model\.diffusion_model|diffusion_model|pipe\.dit|model|module)\.")
 WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -45,24 +43,6 @@ class StoredTensor(NamedTuple):
     key: str
     shape: tuple[int, ...]
     dtype: str = "F32"  # as safetensors calls it
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError for anything else."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path} is no file.")
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON:
-            raise ValueError(f"it has {size >> 20} MiB")
-        value = parse_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object.")
-    return value
 
 
 def files_of_index(path: Path) -> list[Path]:

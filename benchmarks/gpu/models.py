@@ -18,9 +18,10 @@ from torch.nn.utils import get_total_norm
 from benchmarks.gpu.instruments import Bench, kernel_facts
 from wanloom.model.dit import WanDiT, cast_weights
 from wanloom.model.sequence import Grid, Pack, build_pack, patchify, unpatchify
-from wanloom.model.settings import CONFIGS, DiTConfig
+from wanloom.model.settings import DiTConfig
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
+from wanloom.variants import VARIANTS
 
 GRIDS: dict[int, Grid] = {
     390: (1, 15, 26),  # an image of 240 x 416
@@ -37,7 +38,7 @@ PROBES = 64  # values of each, in the first, middle and last block
 
 def config_of(bench: Bench, name: str, layers: int | None = None) -> DiTConfig:
     """`14b` or `1.3b`, with fewer blocks if asked; in the toy small ones."""
-    config = CONFIGS[f"wan2.1-t2v-{name}"]
+    config = VARIANTS[f"wan2.1-t2v-{name}"].shape
     if bench.toy:
         small = {"dim": 96, "ffn_dim": 160, "num_heads": 2, "num_layers": 2, "text_dim": 24}
         return DiTConfig(**small)

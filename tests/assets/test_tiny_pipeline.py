@@ -12,8 +12,8 @@ from wanloom.demo import shapes
 from wanloom.errors import UserError
 from wanloom.formats.pipeline import TINY, find_local, find_pipeline, full_name
 from wanloom.formats.transformer import load_dit, read_config
-from wanloom.model.settings import CONFIGS
 from wanloom.sample.settings import read_defaults
+from wanloom.variants import VARIANTS
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def vae() -> VaeCodec:
 
 def test_its_settings_are_how_the_demo_samples():
     """What `wanloom generate` makes without options is measured by the demo, not some default of large models."""
-    found = read_defaults(TINY, CONFIGS["tiny"])
+    found = read_defaults(TINY, VARIANTS["tiny"].shape)
     assert f"--steps {found.steps} --guidance {found.guidance:g}" == demo.SAMPLING
     assert (found.height, found.width, found.frames, found.shift) == (demo.SIZE, demo.SIZE, demo.FRAMES, 3.0)
 
@@ -65,11 +65,11 @@ def test_diffusers_loads_it_whole():
     pipeline = WanPipeline.from_pretrained(TINY)
     assert pipeline.vae.config.z_dim == 16
     assert pipeline.vae_scale_factor_temporal == 4 and pipeline.vae_scale_factor_spatial == 8
-    assert pipeline.transformer.config.num_layers == CONFIGS["tiny"].num_layers
+    assert pipeline.transformer.config.num_layers == VARIANTS["tiny"].shape.num_layers
 
 
 def test_our_config_is_its_config():
-    assert read_config(find_pipeline("tiny")) == CONFIGS["tiny"]
+    assert read_config(find_pipeline("tiny")) == VARIANTS["tiny"].shape
     model = load_dit(find_pipeline("tiny"))
     assert all(p.isfinite().all() for p in model.parameters())
 

@@ -6,12 +6,13 @@ import torch
 from benchmarks import c05_activations as module
 from benchmarks.c05_activations import LIMITS, TOY, attention_in_bf16, build_ours, kept_by_block, norm_in_one
 from benchmarks.pair import WIDTHS
-from wanloom.model.settings import CONFIGS, DiTConfig
+from wanloom.model.settings import DiTConfig
 from wanloom.parallel.memory import kept_bytes
+from wanloom.variants import VARIANTS
 
 pytestmark = pytest.mark.slow
 
-FOURTEEN = CONFIGS["wan2.1-t2v-14b"]
+FOURTEEN = VARIANTS["wan2.1-t2v-14b"].shape
 KEPT = {"none": 352_612, "cheap": 130_208, "attention": 30_880, "full": 20_480}  # the lengths of rows are kept too
 
 

@@ -17,7 +17,7 @@ from benchmarks.gpu.instruments import (
     distance,
     kernel_problem,
 )
-from wanloom.model.settings import CONFIGS
+from wanloom.variants import VARIANTS
 
 pytestmark = pytest.mark.slow
 
@@ -193,7 +193,7 @@ def test_the_kernel_for_packs_gets_the_lengths_of_the_samples(monkeypatch):
 def test_padding_and_the_flops_of_a_frozen_model_by_hand():
     assert packing.padded((1, 2, 3, 4, 9, 5)) == [4, 4, 4, 4, 9, 9]
     # published shares: linears 46.7% and their text part 0.1%, attention 53.2%; of a LoRA, 0.84 of a full step
-    config = CONFIGS["wan2.1-t2v-14b"]
+    config = VARIANTS["wan2.1-t2v-14b"].shape
     share = whole.needed_flops(config, 32760, True) / whole.needed_flops(config, 32760, False)
     assert share == pytest.approx(0.84, abs=0.01)
 

@@ -9,11 +9,11 @@ from benchmarks import c07_packing as module
 from benchmarks.mixes import MIXES
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
-from wanloom.model.settings import CONFIGS
+from wanloom.variants import VARIANTS
 
 pytestmark = pytest.mark.slow
 
-FOURTEEN = CONFIGS["wan2.1-t2v-14b"]
+FOURTEEN = VARIANTS["wan2.1-t2v-14b"].shape
 RATIOS = {"A": 1.80, "B": 2.64, "D": 1.74, "F": 2.46}
 
 

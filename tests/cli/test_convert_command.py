@@ -18,8 +18,9 @@ from wanloom.codecs.text import TextCodec
 from wanloom.errors import UserError
 from wanloom.files import whole_folder
 from wanloom.formats.transformer import load_dit
+from wanloom.geometry import WAN_21
 from wanloom.sample.generate import Request, draw_request_noise, generate
-from wanloom.sample.settings import GenerateConfig, latents_shape
+from wanloom.sample.settings import GenerateConfig
 from wanloom.sample.solvers import build_scheduler
 
 pytestmark = pytest.mark.slow
@@ -85,13 +86,13 @@ def test_wan_pipeline_gives_what_generate_gives(trained, tmp_path, ema, capsys):
     model = load_dit(json.loads((out / "wanloom.json").read_text())["model"])
     model.load_state_dict(checkpoint_tensors(trained, 20, "ema." if ema else "model."))
     text, negative = TextCodec.load(out, "cpu").encode([PROMPT, NEGATIVE])
-    shape = latents_shape(16, 9, 48, 64)
+    shape = WAN_21.latents_shape(9, 48, 64)
     config = GenerateConfig(steps=8, shift=5.0, guidance=4.0)
     ((_, got),) = generate(model.requires_grad_(False), [Request(shape, 7, text, negative)], config)
     want = from_pipeline(out, draw_request_noise(shape, 7), "latent")
     assert (got - want).abs().max() < 1e-3 * want.abs().max()
     # pixels, through the command
-    still = draw_request_noise(latents_shape(16, 1, 48, 64), 3)
+    still = draw_request_noise(WAN_21.latents_shape(1, 48, 64), 3)
     words = ["--checkpoint", str(trained), *flag, "--prompt", PROMPT, "--negative", NEGATIVE, "--seed", "3"]
     sizes = ["--height", "48", "--width", "64", "--frames", "1", "--steps", "8", "--guidance", "4", "--device", "cpu"]
     assert main(["generate", *words, *sizes, "--out", str(tmp_path / "made")]) == 0

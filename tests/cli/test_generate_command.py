@@ -25,6 +25,7 @@ from wanloom.codecs.vae import VaeCodec
 from wanloom.errors import UserError
 from wanloom.files import folder_for_one
 from wanloom.formats.transformer import load_dit, save_weights
+from wanloom.geometry import WAN_21
 from wanloom.media.write import read_mp4
 from wanloom.model.dit import WanDiT
 from wanloom.runs.generate import shape_of
@@ -33,7 +34,8 @@ from wanloom.runs.trained import open_trained
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import Request, generate
 from wanloom.sample.prompts import Prompt, fill_in
-from wanloom.sample.settings import DEFAULTS, GenerateConfig, latents_shape
+from wanloom.sample.settings import GenerateConfig
+from wanloom.variants import VARIANTS
 
 pytestmark = pytest.mark.slow
 
@@ -115,7 +117,7 @@ def test_the_video_is_that_of_the_library(tiny_pipeline, tmp_path):
     )
     assert code == 0 and names(tmp_path / "out") == [f"000-a-blue-square-seed9.{end}" for end in ("json", "png")]
     text, negative = TextCodec.load(tiny_pipeline, "cpu").encode(["a blue square", ""])
-    request = Request(latents_shape(16, 1, 48, 32), 9, text, negative)
+    request = Request(WAN_21.latents_shape(1, 48, 32), 9, text, negative)
     model = load_dit(tiny_pipeline).requires_grad_(False)
     ((_, latents),) = generate(model, [request], GenerateConfig(steps=3))
     want = VaeCodec.load(tiny_pipeline, "cpu").decode(latents)[0].numpy()
@@ -417,7 +419,7 @@ def test_options_that_no_prompt_is_left_for_are_noted(capsys):
 
 def test_an_empty_prompt_is_noted(capsys):
     prompts = [Prompt(prompt=text, height=32, width=32, frames=5) for text in (" ", "x")]
-    assert [shape_of(prompt, 16) for prompt in fill_in(prompts, 0, {})] == [(16, 2, 4, 4)] * 2
+    assert [shape_of(prompt, WAN_21) for prompt in fill_in(prompts, 0, {})] == [(16, 2, 4, 4)] * 2
     assert capsys.readouterr().err == "note: the prompt of '000' is empty, so it shows anything.\n"
 
 
@@ -529,7 +531,7 @@ def test_the_defaults_in_the_help_are_those_of_the_config(capsys):
     assert f"--steps N default: those of the model, or {config.steps}" in printed
     assert f"--guidance X default: that of the model, or {config.guidance:g};" in printed
     assert f"default: that of the model, or {config.shift:g}" in printed and f"default {config.solver}" in printed
-    wan = DEFAULTS["wan2.1-t2v-1.3b"]
+    wan = VARIANTS["wan2.1-t2v-1.3b"].defaults
     for value in (wan.height, wan.width, wan.frames):
         assert f"{value} for Wan's 1.3B" in printed
 

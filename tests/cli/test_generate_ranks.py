@@ -21,10 +21,10 @@ from wanloom.cli import generate, main
 from wanloom.cli.words import Parser
 from wanloom.errors import UserError
 from wanloom.media.write import read_mp4
-from wanloom.model.settings import CONFIGS
 from wanloom.runs.asked import Asked, check_asked
 from wanloom.runs.generate import check_alike, place_model, plan_generation, share_work
 from wanloom.sample.prompts import Prompt
+from wanloom.variants import VARIANTS
 
 pytestmark = pytest.mark.slow
 
@@ -113,7 +113,7 @@ def test_ctrl_c_is_a_sentence(tiny_pipeline, tmp_path):
 )
 def test_the_layout_is_what_the_processes_allow(monkeypatch, world, asked, axes):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    layout = share_work(asked.tp, asked.cfg_parallel, asked.guidance or 5.0, CONFIGS["tiny"])
+    layout = share_work(asked.tp, asked.cfg_parallel, asked.guidance or 5.0, VARIANTS["tiny"].shape)
     assert layout.describe() == (axes or "one process") and layout.world == world
 
 
@@ -136,7 +136,7 @@ def test_a_layout_that_cannot_be_is_one_sentence(monkeypatch, world, words, mess
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(UserError) as raised, parser.naming_options():
         check_asked([Prompt(prompt="x")], asked)
-        place_model(asked, asked.guidance or 5.0, CONFIGS["tiny"])
+        place_model(asked, asked.guidance or 5.0, VARIANTS["tiny"].shape)
     assert message in str(raised.value)
 
 

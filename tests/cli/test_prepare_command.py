@@ -96,8 +96,8 @@ def test_two_processes_make_the_bytes_of_one_and_print_once(clips: Path, tiny_pi
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--frames", "80"], "the nearest are 77 and 81"),
-        (["--height", "481", "--width", "832"], "the nearest are 480 and 496"),
+        (["--frames", "80"], "it must be 4n+1: try 77 or 81"),
+        (["--height", "481", "--width", "832"], "a multiple of 16: try 480 or 496"),
         (["--height", "480"], "belong together"),
         (["--val-fraction", "1.5"], "--val-fraction 1.5 is not between 0 and 1"),
         (["--workers", "0"], "--workers is at least 1"),

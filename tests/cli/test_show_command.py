@@ -16,6 +16,7 @@ from wanloom.cli import main
 from wanloom.codecs.vae import VaeCodec
 from wanloom.data.shards import Dataset
 from wanloom.formats.pipeline import TINY
+from wanloom.geometry import WAN_21
 from wanloom.media.write import write_png
 from wanloom.report.data import size_of
 from wanloom.runs.recipe import build_run
@@ -172,8 +173,8 @@ def test_the_page_of_a_folder_shows_its_latents_decoded(tmp_path, capsys, monkey
 
 
 def test_a_long_clip_is_shown_by_its_first_frames():
-    assert size_of(9, 60, 104) == "832x480, 33 frames, the first 17 shown"
-    assert size_of(5, 60, 104) == "832x480, 17 frames" and size_of(1, 60, 104) == "832x480"
+    assert size_of(WAN_21, 9, 60, 104) == "832x480, 33 frames, the first 17 shown"
+    assert size_of(WAN_21, 5, 60, 104) == "832x480, 17 frames" and size_of(WAN_21, 1, 60, 104) == "832x480"
 
 
 def test_a_page_is_decoded_by_the_vae_of_the_data_only(tmp_path, prepared, tiny_pipeline, capsys):

@@ -26,6 +26,7 @@ from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order
 from wanloom.data.tar import END, tar_pair
 from wanloom.formats.transformer import state_dict_as
+from wanloom.geometry import WAN_21
 from wanloom.keys import SCHEME, draw_noise, keyed_fractions, keyed_normal
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import forward_flops
@@ -135,7 +136,7 @@ def test_three_steps_equal_a_plain_loop_with_diffusers_and_torch(tiny_pipeline, 
         eps=1e-2,
     )
     expected = {name: p.detach().clone() for name, p in transformer.named_parameters()}
-    source = MockDataset("1x64x64,9x32x32,5x48x32", text_dim=64)
+    source = MockDataset("1x64x64,9x32x32,5x48x32", 64, WAN_21)
     index, order = source.rows("train"), Order([1024], [Fraction(1)], seed=3)
     empty, dropped = keyed_normal((1, 64), "mock", "empty text"), 0  # the empty caption of --mock
     for step, lr in enumerate((0.005, 0.01, 0.01)):

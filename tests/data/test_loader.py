@@ -14,12 +14,13 @@ from wanloom.data.mock import MockDataset
 from wanloom.data.packing import pack_samples
 from wanloom.data.settings import BatchConfig, DataConfig, SourceConfig
 from wanloom.errors import UserError
+from wanloom.geometry import WAN_21
 
 MIX = "17x64x64,1x64x64*2,9x32x64"
 
 
 def build_plan(sources=None, mix=None, samples=6, budget=200, seed=1, ranks=1) -> Plan:
-    sources = sources or [MockDataset(MIX, text_dim=8, size=20)]
+    sources = sources or [MockDataset(MIX, 8, WAN_21, size=20)]
     mix = mix or [SourceConfig(path=s.path) for s in sources]
     batch = BatchConfig(samples=samples, tokens_per_pack=budget)
     return Plan(sources, mix, batch, seed, lambda n: float(n * n), ranks)
@@ -27,7 +28,7 @@ def build_plan(sources=None, mix=None, samples=6, budget=200, seed=1, ranks=1) -
 
 def with_rows(rows: list[Row]) -> MockDataset:
     """Made-up data with these rows to train on."""
-    data = MockDataset(MIX, 8, size=20)
+    data = MockDataset(MIX, 8, WAN_21, size=20)
     data._indices = read_table(build_table(rows), data.path).splits
     return data
 
@@ -46,7 +47,7 @@ def take(plan: Plan, sources, start: int, count: int, rank: int = 0) -> list:
 
 
 def test_a_step_holds_the_same_samples_whatever_the_packing_and_the_start():
-    sources = [MockDataset(MIX, text_dim=8, size=20)]
+    sources = [MockDataset(MIX, 8, WAN_21, size=20)]
     steps = take(build_plan(sources), sources, 0, 9)
     assert [s.step for s in steps] == list(range(9))
     small = take(build_plan(sources, budget=90), sources, 0, 9)
@@ -61,7 +62,7 @@ def test_a_step_holds_the_same_samples_whatever_the_packing_and_the_start():
 
 
 def test_packs_keep_the_budget_and_put_equal_lengths_side_by_side():
-    sources = [MockDataset(MIX, text_dim=8, size=20)]
+    sources = [MockDataset(MIX, 8, WAN_21, size=20)]
     for step in take(build_plan(sources, samples=12), sources, 0, 4):
         total = 0
         for pack in step.packs:
@@ -76,7 +77,7 @@ def test_packs_keep_the_budget_and_put_equal_lengths_side_by_side():
 
 @pytest.mark.parametrize("samples", [5, 30])
 def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks(samples):
-    sources = [MockDataset(MIX, text_dim=8, size=20)]
+    sources = [MockDataset(MIX, 8, WAN_21, size=20)]
     union, sums = {}, {}
     for ranks in (1, 2, 4, 8):
         plan = build_plan(sources, samples=samples, budget=120, ranks=ranks)
@@ -128,10 +129,10 @@ def plain_packs(rows: list[Row], plan: Plan, seed: int, step: int) -> list[list[
 def test_mapped_columns_give_the_steps_that_rows_in_memory_gave(tmp_path, monkeypatch, ranks):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(index_cache, "LARGE", 1)
-    rows = [*MockDataset("17x64x64*2,1x64x64*5,9x32x64", text_dim=8, size=700).rows("train")]
+    rows = [*MockDataset("17x64x64*2,1x64x64*5,9x32x64", 8, WAN_21, size=700).rows("train")]
     rows = [row._replace(text_len=5 + i % 2) for i, row in enumerate(rows)]  # many are equal but for their keys
     (tmp_path / INDEX).write_bytes(encode_index(build_table(rows)))
-    source = MockDataset(MIX, 8)
+    source = MockDataset(MIX, 8, WAN_21)
     source._indices = index_cache.open_index(tmp_path / INDEX, "data").splits
     plan = build_plan([source], samples=24, budget=160, seed=9, ranks=ranks)
     for step in (58, 0, 29, 1000, 28, 30):  # 29 crosses from one pass to the next
@@ -142,14 +143,14 @@ def test_mapped_columns_give_the_steps_that_rows_in_memory_gave(tmp_path, monkey
 
 
 def test_a_step_may_take_a_small_source_several_times():
-    sources = [MockDataset(MIX, text_dim=8, size=20)]
+    sources = [MockDataset(MIX, 8, WAN_21, size=20)]
     (step,) = take(build_plan(sources, samples=50), sources, 1, 1)
     assert len(set(uses(step))) == 50  # positions 50 to 99: the passes 2 to 4, each with noise of its own
     assert {draw for _, draw in uses(step)} == {2, 3, 4}
 
 
 def test_two_sources_are_mixed_and_keep_their_names_apart():
-    sources = [MockDataset("17x64x64", 8, size=10), MockDataset("1x64x64", 8, size=10)]
+    sources = [MockDataset("17x64x64", 8, WAN_21, size=10), MockDataset("1x64x64", 8, WAN_21, size=10)]
     mix = [SourceConfig(path="a", weight=0.25), SourceConfig(path="b", weight=0.75)]
     steps = take(build_plan(sources, mix, samples=8), sources, 0, 5)
     for step in steps:
@@ -166,11 +167,11 @@ def test_a_sample_larger_than_a_pack_is_named_at_the_start():
     with pytest.raises(
         UserError, match=r"Sample 'mock-000000' of mock 17x64x64,1x64x64 has 80 tokens .*tokens_per_pack to 80"
     ):
-        build_plan([MockDataset("17x64x64,1x64x64", 8)], budget=79)
+        build_plan([MockDataset("17x64x64,1x64x64", 8, WAN_21)], budget=79)
 
 
 def test_an_error_of_the_thread_is_raised_at_its_step_and_the_thread_ends():
-    sources = [MockDataset(MIX, text_dim=8)]
+    sources = [MockDataset(MIX, 8, WAN_21)]
     before = threading.active_count()
 
     def assemble(step):
@@ -187,7 +188,7 @@ def test_an_error_of_the_thread_is_raised_at_its_step_and_the_thread_ends():
 
 
 def test_reading_stays_ahead_but_not_far():
-    sources, made = [MockDataset(MIX, text_dim=8)], []
+    sources, made = [MockDataset(MIX, 8, WAN_21)], []
     release = threading.Event()
 
     def assemble(step):
@@ -209,9 +210,9 @@ def test_the_fingerprint_knows_samples_lengths_contents_and_weights():
 
     base = fingerprint()
     assert fingerprint(budget=999, samples=3, seed=4) == base
-    assert fingerprint([MockDataset(MIX, 8, size=21)]) != base
-    assert fingerprint([MockDataset("9x64x64", 8, size=20)]) != base
-    rows = [*MockDataset(MIX, 8, size=20).rows("train")]
+    assert fingerprint([MockDataset(MIX, 8, WAN_21, size=21)]) != base
+    assert fingerprint([MockDataset("9x64x64", 8, WAN_21, size=20)]) != base
+    rows = [*MockDataset(MIX, 8, WAN_21, size=20).rows("train")]
     assert fingerprint([with_rows(rows)]) == base
     longer = [row.text_len + (i == 7) for i, row in enumerate(rows)]  # of one caption, by one token
     for name, values in (
@@ -231,7 +232,7 @@ def test_the_fingerprint_knows_samples_lengths_contents_and_weights():
     joined = [rows[0]._replace(key="ab"), rows[1]._replace(key="c"), *rows[2:]]
     other = [rows[0]._replace(key="a"), rows[1]._replace(key="bc"), *rows[2:]]
     assert fingerprint([with_rows(joined)]) != fingerprint([with_rows(other)])
-    two = [MockDataset(MIX, 8), MockDataset(MIX, 8)]
+    two = [MockDataset(MIX, 8, WAN_21), MockDataset(MIX, 8, WAN_21)]
     weights = [[SourceConfig(path="a", weight=1), SourceConfig(path="b", weight=w)] for w in (1, 2, 1.0)]
     found = [fingerprint(two, mix) for mix in weights]
     assert found[0] == found[2] != found[1]
@@ -239,24 +240,24 @@ def test_the_fingerprint_knows_samples_lengths_contents_and_weights():
 
 def test_wrong_sources_are_sentences():
     with pytest.raises(UserError, match="Say once where the training data is"):
-        open_sources(DataConfig(), 16, 8, 512)
+        open_sources(DataConfig(), None, 16, 8, 512)
     with pytest.raises(UserError, match="Say once"):
-        open_sources(DataConfig(path="x", mock="1x64x64"), 16, 8, 512)
+        open_sources(DataConfig(path="x", mock="1x64x64"), None, 16, 8, 512)
     with pytest.raises(UserError, match="There is no folder"):
-        open_sources(DataConfig(path="/nowhere"), 16, 8, 512)
+        open_sources(DataConfig(path="/nowhere"), None, 16, 8, 512)
 
 
 def test_samples_of_a_prepared_folder_arrive_bit_for_bit(prepared):
     folder, latents = prepared
-    sources = open_sources(DataConfig(path=str(folder)), 16, 8, 512)
+    sources = open_sources(DataConfig(path=str(folder)), None, 16, 8, 512)
     plan = build_plan(sources, samples=4, budget=100)
     for step in take(plan, sources, 0, 3):
         for pack in step.packs:
             for item in pack:
                 assert torch.equal(item.sample.tensors["latents"], latents[item.sample.key])
     with pytest.raises(UserError, match="another text encoder: its states have 8 values, the model takes 64"):
-        open_sources(DataConfig(path=str(folder)), 16, 64, 512)
+        open_sources(DataConfig(path=str(folder)), None, 16, 64, 512)
     with pytest.raises(UserError, match="latents of \\[16\\] channels, the model takes 48"):
-        open_sources(DataConfig(path=str(folder)), 48, 8, 512)
+        open_sources(DataConfig(path=str(folder)), None, 48, 8, 512)
     with pytest.raises(UserError, match="has 5 tokens, the model takes 4"):
-        open_sources(DataConfig(path=str(folder)), 16, 8, 4)
+        open_sources(DataConfig(path=str(folder)), None, 16, 8, 4)

@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from wanloom.geometry import WAN_21
 from wanloom.parallel.mesh import ONE_PROCESS, Layout, Mesh
 from wanloom.runs.model_files import ModelFiles, Placing, load_model
 from wanloom.runs.trained import open_published
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import Request, generate
-from wanloom.sample.settings import GenerateConfig, latents_shape
+from wanloom.sample.settings import GenerateConfig
 
 CPU = torch.device("cpu")
 SIZES = ((9, 48, 80), (1, 48, 48), (9, 48, 80), (5, 80, 80))  # 45, 9, 45 and 50 tokens
@@ -54,7 +55,7 @@ def requests() -> list[Request]:
     generator = torch.Generator().manual_seed(8)
     return [
         Request(
-            latents_shape(16, *size),
+            WAN_21.latents_shape(*size),
             i,
             *(torch.randn(length, 64, generator=generator) for length in lens),
         )

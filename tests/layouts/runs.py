@@ -23,6 +23,7 @@ from wanloom.data.mock import MockDataset
 from wanloom.data.settings import BatchConfig, SourceConfig
 from wanloom.dist import rank
 from wanloom.evaluate.validation import build_validation
+from wanloom.geometry import WAN_21
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
 from wanloom.model.settings import DiTConfig
@@ -89,7 +90,7 @@ def build(mesh: Mesh, case: Case) -> WanDiT:
 
 
 def batches(mesh: Mesh, samples: int, start: int = 0) -> Loader[Any]:
-    sources = [MockDataset(SHAPES, MODEL.text_dim, size=25, val_size=3)]
+    sources = [MockDataset(SHAPES, MODEL.text_dim, WAN_21, size=25, val_size=3)]
     config = BatchConfig(samples=samples, tokens_per_pack=BUDGET)
     plan = Plan(sources, [SourceConfig(path="")], config, 7, partial(train_flops, MODEL), mesh.layout.data_ranks)
     empty = torch.randn(2, MODEL.text_dim, generator=torch.Generator().manual_seed(3))
@@ -187,7 +188,7 @@ def run(case: Case, first: Callable[[WanDiT], None] = lambda model: None) -> Res
         facts["steps"].append([*result])
         facts["keys"].append([key for keys in batch.keys for key in keys])
         facts["packs"].append(len(batch.inputs))
-    held_out = MockDataset(SHAPES, MODEL.text_dim, size=1, val_size=3)
+    held_out = MockDataset(SHAPES, MODEL.text_dim, WAN_21, size=1, val_size=3)
     validate = build_validation(parts.model, parts.mesh, [held_out], BUDGET, case.bf16)
     assert validate is not None
     facts["val_loss"] = validate()

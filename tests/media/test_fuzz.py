@@ -7,6 +7,7 @@ import pytest
 from fake_encoders import IDENTITY, build_encoders
 
 from tools.fuzz import IMAGES, VIDEOS, mutants, read_mutant, write_originals
+from wanloom.geometry import WAN_21
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
 from wanloom.prepare.run import encode_folder
@@ -48,7 +49,7 @@ def test_a_folder_of_damaged_files_is_prepared_to_its_end(tmp_path: Path, origin
         (source / name).write_bytes(data)
         (source / name).with_suffix(".txt").write_text(f"a caption of {name}")
     config = PrepareConfig(timing=TimingConfig(frames=5), framing=FramingConfig(height=32, width=48))
-    report = encode_folder(source, tmp_path / "out", config, IDENTITY, build_encoders).report
+    report = encode_folder(source, tmp_path / "out", config, WAN_21, IDENTITY, build_encoders).report
     dropped = {drop["file"] for drop in report["dropped"]}
     assert len(dropped) > 10 and not any(name.startswith("whole") for name in dropped)
     assert report["samples"]["total"] == len(files) - len(dropped)

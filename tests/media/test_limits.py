@@ -14,6 +14,7 @@ from test_video import native
 
 from wanloom.config import build_config
 from wanloom.errors import UserError
+from wanloom.geometry import WAN_21
 from wanloom.media import limits as limits_module
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Crop, FramingConfig, choose_crop
@@ -96,7 +97,7 @@ def test_a_sliver_at_a_given_size(tmp_path: Path) -> None:
     config = FramingConfig(height=480, width=832)
 
     def choose(width: float, height: float, number: int) -> Crop:
-        return choose_crop(width, height, config, 0, "k")
+        return choose_crop(width, height, config, WAN_21.grid, 0, "k")
 
     with peak_below(20 * MIB), pytest.raises(MediaError, match="is beyond `max_aspect=20`") as caught:
         read(tmp_path / "a.png", LimitsConfig(), choose)

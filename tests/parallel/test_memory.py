@@ -7,11 +7,12 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wanloom.model.dit import WanDiT
-from wanloom.model.settings import CONFIGS, DiTConfig
+from wanloom.model.settings import DiTConfig
 from wanloom.parallel import memory
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.memory import activation_bytes, held_params, kept_bytes, state_bytes
 from wanloom.parallel.mesh import Layout, Mesh
+from wanloom.variants import VARIANTS
 
 # 24 does not divide by 5, and 3 layers do not by 2
 SMALL = DiTConfig(dim=24, ffn_dim=40, num_heads=4, num_layers=3, text_dim=12, freq_dim=6)
@@ -50,7 +51,7 @@ def test_every_rank_holds_what_is_said(layout):
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, Layout(2, 2, 4, 2, 2, 2)], ids=Layout.describe)
 def test_all_ranks_together_hold_the_model(layout):
-    model = build(SMALL if layout.world < 64 else CONFIGS["tiny"])
+    model = build(SMALL if layout.world < 64 else VARIANTS["tiny"].shape)
     total = {name: 0.0 for name, _ in model.named_parameters()}
     for rank in range(layout.world):
         for name, part in held_params(model, layout, rank).items():
@@ -74,7 +75,7 @@ def test_states_of_one_process_and_of_many():
 
 
 def test_recomputing_more_keeps_less():
-    config = CONFIGS["wan2.1-t2v-14b"]
+    config = VARIANTS["wan2.1-t2v-14b"].shape
     sizes = [kept_bytes(config, recompute, bf16=True) for recompute in memory.KEPT]
     d, f, lse = config.dim, config.ffn_dim, 4 * config.num_heads
     assert sizes == [4 * d, 6 * d + lse, 20 * d + 2 * f + lse, 58 * d + 4 * f + 2 * lse]

@@ -5,11 +5,11 @@ import itertools
 import pytest
 
 from wanloom.errors import UserError
-from wanloom.model.settings import CONFIGS
 from wanloom.parallel.mesh import AXES, Layout, resolve_layout
 from wanloom.parallel.settings import ParallelConfig
+from wanloom.variants import VARIANTS
 
-SMALL, LARGE = CONFIGS["wan2.1-t2v-1.3b"], CONFIGS["wan2.1-t2v-14b"]  # 12 and 40 heads
+SMALL, LARGE = VARIANTS["wan2.1-t2v-1.3b"].shape, VARIANTS["wan2.1-t2v-14b"].shape  # 12 and 40 heads
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from fake_encoders import IDENTITY, build_encoders
@@ -9,24 +10,36 @@ from media_files import write_numbers, write_stream
 from rich.console import Console
 
 from wanloom.cli.prepare_report import print_report
+from wanloom.geometry import WAN_21
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
-from wanloom.prepare.advice import advise_clips, advise_frames
+from wanloom.prepare.advice import advise_clips, advise_frames, advise_short
 from wanloom.prepare.run import encode_folder
 from wanloom.prepare.settings import PrepareConfig
 
 
 def test_the_frames_that_take_nine_of_ten() -> None:
-    assert advise_frames([], 81) == []
-    assert advise_frames([80], 81) == ["1 video is too short for `frames=81`: `frames=77` takes it."]
-    assert advise_frames([80] * 9 + [6], 81) == [
+    assert advise_frames([], 81, WAN_21) == []
+    assert advise_frames([80], 81, WAN_21) == ["1 video is too short for `frames=81`: `frames=77` takes it."]
+    assert advise_frames([80] * 9 + [6], 81, WAN_21) == [
         "10 videos are too short for `frames=81`: `frames=77` takes 9 of them."
     ]
-    assert advise_frames([80, 60, 40], 81) == ["3 videos are too short for `frames=81`: `frames=37` takes 3 of them."]
+    three = ["3 videos are too short for `frames=81`: `frames=37` takes 3 of them."]
+    assert advise_frames([80, 60, 40], 81, WAN_21) == three
     mixed = ["4 videos are too short for `frames=81`: `frames=9` takes 2 of them."]
-    assert advise_frames([80, 12, 3, 1], 81) == mixed
+    assert advise_frames([80, 12, 3, 1], 81, WAN_21) == mixed
     single = ["2 videos are too short for `frames=81`: `mode=frames` takes single pictures of them."]
-    assert advise_frames([3, 1], 81) == single
+    assert advise_frames([3, 1], 81, WAN_21) == single
+    assert advise_frames([80], 81, replace(WAN_21, frames=8)) == [
+        "1 video is too short for `frames=81`: `frames=73` takes it."
+    ]
+
+
+def test_a_short_video_is_told_what_takes_it() -> None:
+    assert [advise_short(frames, WAN_21) for frames in (20, 4)] == [
+        "`frames=17` takes it",
+        "`mode=frames` takes single pictures of it",
+    ]
 
 
 def test_minutes_that_the_first_clips_leave() -> None:
@@ -47,7 +60,7 @@ def test_prepare_says_what_would_take_more(tmp_path: Path) -> None:
         write_stream(source / name, *parts).with_suffix(".txt").write_text(name)
         (source / name).with_suffix(".part.mp4").unlink()
     config = PrepareConfig(timing=TimingConfig(frames=21), framing=FramingConfig(height=32, width=48))
-    report = encode_folder(source, tmp_path / "out", config, IDENTITY, build_encoders).report
+    report = encode_folder(source, tmp_path / "out", config, WAN_21, IDENTITY, build_encoders).report
     assert report["samples"]["total"] == 3
     reasons = {drop["file"]: drop["reason"] for drop in report["dropped"]}
     assert reasons == {

@@ -12,6 +12,7 @@ from PIL import Image
 
 from wanloom.data.places import WORK
 from wanloom.errors import UserError
+from wanloom.geometry import WAN_21
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Crop, FramingConfig
 from wanloom.media.video import TimingConfig, read_clips
@@ -39,7 +40,7 @@ def run(source: Path, out: Path, between: Callable[[], None] = lambda: None, **v
 
     values = {"timing": TimingConfig(frames=5), **values}
     config = PrepareConfig(framing=FramingConfig(height=32, width=48), val_fraction=0, **values)
-    return encode_folder(source, out, config, IDENTITY, load).report
+    return encode_folder(source, out, config, WAN_21, IDENTITY, load).report
 
 
 def count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:

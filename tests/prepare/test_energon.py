@@ -13,6 +13,7 @@ from fake_encoders import IDENTITY, build_encoders
 from test_prepare import config, put_image, put_video, small_shards
 
 from wanloom.data.shards import Dataset
+from wanloom.geometry import WAN_21
 from wanloom.prepare import run as prepare_module
 from wanloom.prepare.run import encode_folder
 
@@ -34,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "ShardWriter", small_shards)
-        encode_folder(root / "in", root / "out", settings, IDENTITY, build_encoders)
+        encode_folder(root / "in", root / "out", settings, WAN_21, IDENTITY, build_encoders)
     return root / "out"
 
 

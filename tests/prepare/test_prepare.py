@@ -24,6 +24,7 @@ from wanloom.cli.prepare_report import print_report
 from wanloom.data.shards import Dataset
 from wanloom.errors import UserError
 from wanloom.files import write_atomic
+from wanloom.geometry import WAN_21
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
 from wanloom.prepare import run as prepare_module
@@ -58,7 +59,7 @@ def put_image(root: Path, name: str, caption: str, level: int, size: tuple[int, 
 
 
 def run(source: Path, out: Path, encoders=None, identity=IDENTITY, **values) -> Prepared:
-    return encode_folder(source, out, config(**values), identity, lambda: encoders or build_encoders())
+    return encode_folder(source, out, config(**values), WAN_21, identity, lambda: encoders or build_encoders())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -245,7 +246,9 @@ def child(source: Path, out: Path, log: Path, started: Path) -> None:
     started.touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "ShardWriter", small_shards)
-        encode_folder(source, out, config(**ALL, workers=2), IDENTITY, lambda: build_encoders(log, seconds=0.05))
+        encode_folder(
+            source, out, config(**ALL, workers=2), WAN_21, IDENTITY, lambda: build_encoders(log, seconds=0.05)
+        )
 
 
 def test_sigkill_at_random_moments(mixed: Path, expected: dict[str, bytes], tmp_path: Path) -> None:

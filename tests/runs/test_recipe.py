@@ -6,8 +6,8 @@ import pytest
 
 from wanloom.config import setting_paths
 from wanloom.errors import UserError
+from wanloom.geometry import WAN_21
 from wanloom.model.flops import train_flops
-from wanloom.model.settings import CONFIGS
 from wanloom.objective.settings import PRESETS
 from wanloom.prepare.encode import PrepareConfig
 from wanloom.runs.layers import recipe_names
@@ -20,6 +20,7 @@ from wanloom.runs.recipe import (
     settle_steps,
 )
 from wanloom.runs.resume import MAY_CHANGE, changed_settings
+from wanloom.variants import VARIANTS
 
 STEPS = ["train.steps=3"]
 
@@ -27,7 +28,7 @@ STEPS = ["train.steps=3"]
 def test_every_shipped_recipe_loads_both_ways():
     assert recipe_names() == ["tiny", "wan2.1-t2v-1.3b", "wan2.1-t2v-1.3b-one-gpu", "wan2.1-t2v-14b"]
     for name in recipe_names():
-        assert model_config(build_run(name, []).model) == CONFIGS[name.removesuffix("-one-gpu")]
+        assert model_config(build_run(name, []).model) == VARIANTS[name.removesuffix("-one-gpu")].shape
         for init, mode in (("random", "pretrain"), ("pretrained", "finetune")):
             run = build_run(name, [f"init={init}"])
             assert run.init == init
@@ -255,7 +256,7 @@ def test_a_mix_fits_the_recipe():
     from wanloom.data.mock import MockDataset
 
     for tokens, shapes in MIXES.items():
-        assert max(MockDataset(shapes, 8).rows("train").tokens) == tokens
+        assert max(MockDataset(shapes, 8, WAN_21).rows("train").tokens) == tokens
     assert build_run("tiny", mock="mix").data.mock == MIXES[80]
     assert build_run("wan2.1-t2v-1.3b", mock="mix").data.mock == MIXES[32760]
     assert build_run("wan2.1-t2v-1.3b", ["data.mock=mix", "batch.tokens_per_pack=20000"]).data.mock == MIXES[14040]

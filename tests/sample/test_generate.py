@@ -13,11 +13,12 @@ from wanloom.codecs.vae import VaeCodec
 from wanloom.config import build_config
 from wanloom.errors import UserError
 from wanloom.formats.transformer import load_dit
+from wanloom.geometry import WAN_21
 from wanloom.model.dit import WanDiT
 from wanloom.sample import generate as sampling
 from wanloom.sample.generate import Request, draw_request_noise, generate, plan_packs
 from wanloom.sample.prompts import Prompt, fill_in
-from wanloom.sample.settings import GenerateConfig, latents_shape
+from wanloom.sample.settings import GenerateConfig
 from wanloom.sample.solvers import build_scheduler
 
 pytestmark = pytest.mark.slow
@@ -47,7 +48,7 @@ def make(parts: Parts, requests: list[Request], **settings) -> list[Tensor]:
 
 
 def request(parts: Parts, size: tuple[int, int, int], seed: int, prompt: str = PROMPT) -> Request:
-    return Request(latents_shape(16, *size), seed, parts.text[prompt], parts.text[NEGATIVE])
+    return Request(WAN_21.latents_shape(*size), seed, parts.text[prompt], parts.text[NEGATIVE])
 
 
 def difference(got: Tensor, want: Tensor) -> float:
@@ -163,7 +164,7 @@ def test_noise_is_drawn_for_the_pack_that_needs_it(parts, monkeypatch):
 
 
 def test_noise_depends_on_the_seed_alone():
-    shape = latents_shape(16, 17, 64, 48)
+    shape = WAN_21.latents_shape(17, 64, 48)
     assert shape == (16, 5, 8, 6)
     first = draw_request_noise(shape, 3)
     assert torch.equal(first, draw_request_noise(shape, 3)) and not torch.equal(first, draw_request_noise(shape, 4))
@@ -210,7 +211,7 @@ def test_the_same_call_gives_the_same_bits(parts):
 )
 def test_sizes_that_do_not_divide_name_the_nearest(size, message):
     with pytest.raises(UserError, match=message):
-        latents_shape(16, *size)
+        WAN_21.latents_shape(*size)
 
 
 def test_the_config_is_strict():

@@ -10,6 +10,7 @@ from wanloom.data.loader import Loader, Plan
 from wanloom.data.mock import MockDataset
 from wanloom.data.settings import BatchConfig, SourceConfig
 from wanloom.formats.transformer import load_dit, state_dict_as
+from wanloom.geometry import WAN_21
 from wanloom.keys import draw_noise, keyed_fractions
 from wanloom.model.sequence import patchify
 from wanloom.objective.inputs import Objective
@@ -33,7 +34,7 @@ EMPTY = torch.randn(1, TEXT_DIM, generator=torch.Generator().manual_seed(3))
 
 def read_step(budget: int, samples: int = 7, step: int = 2, rank: int = 0, ranks: int = 1):
     """The packs of one step of a rank over clips and images of three sizes."""
-    sources = [MockDataset("17x64x64,1x64x64*2,9x32x48", TEXT_DIM, size=12)]
+    sources = [MockDataset("17x64x64,1x64x64*2,9x32x48", TEXT_DIM, WAN_21, size=12)]
     batch = BatchConfig(samples=samples, tokens_per_pack=budget)
     plan = Plan(sources, [SourceConfig(path="")], batch, 5, float, ranks)
     with Loader(sources, plan, step, lambda made: made, rank=rank) as loader:

@@ -169,7 +169,7 @@ def note_unused(arguments: argparse.Namespace, prompts: list[Prompt], complete: 
     for name in ("seed", "height", "width", "frames", "negative"):
         if getattr(arguments, name) and all(name in prompt.model_fields_set for prompt in prompts):
             note(f"--{name} has no effect: every prompt in {arguments.prompts} has its own.")
-    if arguments.fps not in (None, Asked().fps) and all(prompt.frames == 1 for prompt in complete):
+    if arguments.fps is not None and all(prompt.frames == 1 for prompt in complete):
         note(f"--fps {arguments.fps} has no effect on images.")
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from wanloom.config import expand_home, load_yaml
 from wanloom.errors import UserError
-from wanloom.sample.settings import video_shape
+from wanloom.geometry import Geometry
 
 if TYPE_CHECKING:
     from wanloom.data.shards import Row
@@ -102,13 +102,12 @@ def num_weights(config: "DiTConfig") -> int:
     return config.num_layers * config.dim * (8 * config.dim + 2 * config.ffn_dim)
 
 
-def generate_command(run_dir: Path, sample: "Row") -> str:
+def generate_command(run_dir: Path, sample: "Row", geometry: Geometry | None) -> str:
     """How to make what a run was trained on: the caption and the size of a sample of it."""
     prompt = " ".join(sample.caption.split())
     if not 0 < len(prompt) <= MOST_PROMPT or prompt.startswith("-"):
         prompt = "a cat that runs"
-    sizes = zip(
-        ("--frames", "--height", "--width"), video_shape(sample.frames, sample.height, sample.width), strict=True
-    )
+    shape = geometry.video_shape(sample.frames, sample.height, sample.width) if geometry else ()
+    sizes = zip(("--frames", "--height", "--width"), shape, strict=bool(shape))
     words = [word for name, size in sizes for word in (name, str(size))]
     return shlex.join(["wanloom", "generate", "--checkpoint", as_word(run_dir), *words, "--prompt", prompt])

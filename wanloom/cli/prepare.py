@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from wanloom.cli import launch
 from wanloom.options import add_options, build_flat, read_options
-from wanloom.prepare.settings import PrepareConfig
+from wanloom.prepare.settings import PrepareConfig, fit_config
 from wanloom.signals import StopSignal
 from wanloom.terminal import Terminal
 
@@ -31,7 +31,7 @@ captions   beside the file: NAME.json (key "caption" or --caption-key), NAME.jso
            lists the file. A picture beside a video of the same NAME needs a caption of its own (clip.jpg.txt).
 sizes      written as width x height. Without --height and --width each file keeps its aspect in at most --max-area
            pixels and is not enlarged. With both, every sample has that size: --crop center and random resize to cover
-           it and cut the rest, --crop none fits the whole picture inside it. Sizes are multiples of 16; nothing is
+           it and cut the rest, --crop none fits the whole picture inside it. Sizes are whole tokens; nothing is
            squashed but by the rounding of --crop none, which the report lists.
 time       frame k of a clip is what a player shows at k / fps seconds, whatever the rate of the file. A video that is
            shorter than a clip is dropped, and the report says which --frames takes it; less than one frame's time
@@ -60,10 +60,13 @@ def check(arguments: argparse.Namespace) -> None:
     from wanloom.codecs.identity import ENCODERS
     from wanloom.data.places import check_folders
     from wanloom.formats.pipeline import check_name
+    from wanloom.runs.recipe import model_geometry
 
-    build_flat(PrepareConfig, read_options(arguments, PrepareConfig))
+    config, model = build_flat(PrepareConfig, read_options(arguments, PrepareConfig)), arguments.model or "tiny"
     check_folders(arguments.input, arguments.out)
-    check_name(arguments.model or "tiny", sum(ENCODERS.values(), ()))
+    check_name(model, sum(ENCODERS.values(), ()))
+    if geometry := model_geometry(model):
+        fit_config(config, geometry)
 
 
 def run(arguments: argparse.Namespace) -> int:

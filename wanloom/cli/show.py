@@ -258,15 +258,15 @@ def show_data(path: Path) -> None:
     """Samples, sizes and captions of a prepared folder."""
     from wanloom.data.shards import Dataset
     from wanloom.model.dit import PATCH_SIZE
-    from wanloom.runs.origin import read_settings
-    from wanloom.sample.settings import video_shape
+    from wanloom.runs.origin import read_geometry, read_settings
 
     source = Dataset.open(path)
+    geometry = read_geometry(source.path)
     say(describe(source))
     index = source.rows("train")
     say("  sizes are width x height, captions those of the first samples")
     for shape, count in index.count_shapes().items():
-        frames, height, width = video_shape(*shape)
+        frames, height, width = geometry.video_shape(*shape)
         tokens = math.prod(shape) // PATCH_SIZE
         say(f"  {count:,} x {plural(frames, 'frame')} of {width}x{height} ({tokens:,} tokens)")
     for i in range(min(NUM_CAPTIONS, len(index))):

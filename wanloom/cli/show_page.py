@@ -40,11 +40,11 @@ def choose_vae(source: "Dataset", model: str | None) -> tuple[str, str]:
     Raises UserError for a model with another VAE, and when it has to be named.
     """
     from wanloom.runs.origin import identify, read_settings
-    from wanloom.runs.recipe import PUBLISHED
+    from wanloom.variants import VARIANTS
 
     made_with = read_settings(source.path).get("vae")
     if model is None:
-        for name in ("tiny", *PUBLISHED):
+        for name in (row.hub or key for key, row in VARIANTS.items()):
             if made_with is not None and identify(name, "vae") == made_with:
                 return name, ""
         raise UserError(

@@ -10,41 +10,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from pydantic import ConfigDict
 from torch import nn
 
-from wanloom.config import Config, build_config
-from wanloom.errors import UserError, cut
-from wanloom.folders import MOST_REASON, files_in, match_tensors, read_headers, read_json, read_tensors, tell_dtypes
+from wanloom.errors import UserError
+from wanloom.folders import files_in, match_tensors, read_headers, read_tensors, tell_dtypes
 from wanloom.terminal import note
 
 M = TypeVar("M", bound=nn.Module)
-C = TypeVar("C", bound="PartConfig")
-
-
-class PartConfig(Config):
-    """What is read of a part's config.json; what a library writes beside it is left out."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-def read_part(schema: type[C], folder: Path, what: str, kind: str) -> C:
-    """The checked config of `folder`. Raises UserError when it is missing, of another kind or out of bounds."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"There is no {what} in '{folder.parent}': {file} is missing.")
-    values = read_json(file)
-    if "quantization_config" in values:
-        raise UserError(f"The {what} in {folder} is quantised, which is not read: give it in bf16, fp16 or fp32.")
-    named = values.get("_class_name") or values.get("architectures") or [kind]
-    named = named[0] if isinstance(named, list) and named else named
-    if named != kind:
-        raise UserError(f"{file} describes a {cut(str(named), 60)!r}, but the {what} of Wan 2.1 is a {kind}.")
-    try:
-        return build_config(schema, {key: value for key, value in values.items() if value is not None})
-    except UserError as error:
-        reason = cut(str(error), MOST_REASON)
-        raise UserError(f"{file} does not describe the {what} of a Wan 2.1 model. {reason}") from error
 
 
 def fill_part(

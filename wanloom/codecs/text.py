@@ -16,10 +16,11 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from wanloom.codecs.parts import Foreign, ForeignError, PartConfig, fill_part, read_part
+from wanloom.codecs.parts import Foreign, ForeignError, fill_part
+from wanloom.codecs.settings import PartConfig, read_part
 from wanloom.config import build_config
-from wanloom.errors import UserError, cut
-from wanloom.folders import MOST_REASON, read_json
+from wanloom.errors import MOST_REASON, UserError, cut
+from wanloom.files import read_json
 
 TIED = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor, which files have under either name or both
 VOCABULARIES = ("tokenizer.json", "spiece.model")
@@ -126,7 +127,7 @@ def load_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
         named = build_config(TokenizerConfig, read_json(file)).tokenizer_class
     except UserError as error:
         reason = cut(str(error), MOST_REASON)
-        raise UserError(f"{file} does not describe the tokenizer of a Wan 2.1 model. {reason}") from error
+        raise UserError(f"{file} does not describe the tokenizer of a Wan model. {reason}") from error
     if named not in TOKENIZERS:
         raise UserError(f"{file} describes a {cut(named, 60)!r}, but the tokenizer of Wan is a T5Tokenizer.")
     if not any((folder / name).is_file() for name in VOCABULARIES):  # the library would make an empty one

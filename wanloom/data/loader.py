@@ -11,6 +11,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from wanloom.data.packing import max_over_mean, pack_samples
 from wanloom.data.settings import BatchConfig, DataConfig, SourceConfig
 from wanloom.data.shards import Dataset, Sample
 from wanloom.errors import UserError
+from wanloom.geometry import Geometry
 
 T = TypeVar("T")
 FINGERPRINT = 2  # the way in which data is recorded; others cannot be compared
@@ -41,11 +43,21 @@ class Source(Protocol):
         ...
 
 
-def open_sources(config: DataConfig, channels: int, text_dim: int, text_slots: int) -> list[Source]:
-    """Open what the config names. Raises UserError for a source that does not fit a model of these sizes."""
+def open_sources(
+    config: DataConfig, geometry: Geometry | None, channels: int, text_dim: int, text_slots: int
+) -> list[Source]:
+    """Open what the config names. Raises UserError for a source that does not fit a model of these sizes.
+
+    Only made-up data needs a geometry: what is prepared is latents.
+    """
     named = config.resolved()
     if config.mock:
-        return [MockDataset(config.mock, text_dim, channels)]
+        if geometry is None:
+            raise UserError(
+                "data.mock gives sizes in pixels, and which latents they make is not known: the VAE of the model is "
+                "not on this machine."
+            )
+        return [MockDataset(config.mock, text_dim, replace(geometry, channels=channels))]
     sources: list[Source] = [Dataset.open(source.path) for source in named]
     for source in sources:
         index = source.rows("train")

@@ -11,6 +11,7 @@ from itertools import cycle, islice
 from wanloom.data.index import Index, Row, build_table, read_table
 from wanloom.data.shards import Sample
 from wanloom.errors import UserError
+from wanloom.geometry import Geometry
 from wanloom.keys import keyed_fractions, keyed_normal
 from wanloom.model.sequence import grid_of
 
@@ -18,8 +19,8 @@ SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)(?:\*(\d+))?")
 MIN_TEXT, MAX_TEXT = 8, 128  # states of a caption; few real captions are longer
 
 
-def parse_shapes(text: str) -> list[tuple[int, int, int]]:
-    """Latent sizes (F, H, W), one for each part of the mix. Raises UserError for a shape the VAE cannot make."""
+def parse_shapes(text: str, geometry: Geometry) -> list[tuple[int, int, int, int]]:
+    """Shapes of latents, one for each part of the mix. Raises UserError for a shape the VAE cannot make."""
     out = []
     for part in text.split(","):
         match = SHAPE.fullmatch(part.strip())
@@ -28,9 +29,12 @@ def parse_shapes(text: str) -> list[tuple[int, int, int]]:
                 f"'{part}' is no shape: write frames x height x width, like 81x480x832, with *4 for four of it."
             )
         frames, height, width, count = (int(group or 1) for group in match.groups())
-        if frames % 4 != 1 or height % 16 or width % 16 or not min(height, width, count):
-            raise UserError(f"'{part}' is no shape: frames are 4n+1, height and width multiples of 16.")
-        out += [((frames - 1) // 4 + 1, height // 8, width // 8)] * count
+        try:
+            out += [geometry.latents_shape(frames, height, width)] * count
+        except UserError as error:
+            raise UserError(f"'{part}' is no shape. {error}") from error
+        if not count:
+            raise UserError(f"'{part}' is no shape: at least one of it is needed.")
     return out
 
 
@@ -40,13 +44,13 @@ class MockDataset:
     So `size` is rounded up to whole turns.
     """
 
-    def __init__(self, shapes: str, text_dim: int, channels: int = 16, size: int = 1024, val_size: int = 16) -> None:
-        mix = parse_shapes(shapes)
+    def __init__(self, shapes: str, text_dim: int, geometry: Geometry, size: int = 1024, val_size: int = 16) -> None:
+        mix = parse_shapes(shapes, geometry)
         self.path = f"mock {shapes}"
         self._text_dim = text_dim
         splits = ["train"] * (-(-size // len(mix)) * len(mix)) + ["val"] * val_size
         rows = [
-            self._row(i, split, (channels, *shape))
+            self._row(i, split, shape)
             for i, (split, shape) in enumerate(zip(splits, islice(cycle(mix), len(splits)), strict=True))
         ]
         self._indices = read_table(build_table(rows), self.path).splits

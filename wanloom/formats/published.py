@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from wanloom.config import build_config
-from wanloom.errors import UserError, cut
-from wanloom.folders import MOST_REASON, files_in, files_of_index
-from wanloom.model.sequence import PATCH
+from wanloom.errors import MOST_REASON, UserError, cut
+from wanloom.folders import files_in, files_of_index
+from wanloom.geometry import PATCH
 from wanloom.model.settings import DiTConfig
 from wanloom.terminal import note
 

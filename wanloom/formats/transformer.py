@@ -22,11 +22,12 @@ from torch import Tensor
 
 from wanloom.config import build_config
 from wanloom.errors import UserError
-from wanloom.folders import StoredTensor, match_tensors, read_headers, read_json, read_tensors, tell_dtypes
+from wanloom.files import read_json
+from wanloom.folders import StoredTensor, match_tensors, read_headers, read_tensors, tell_dtypes
 from wanloom.formats.published import check_channels, config_json, find_files, parse_config, transformer_folder
+from wanloom.geometry import PATCH
 from wanloom.model.dit import PATCH_SIZE, WanDiT, cast_weights
 from wanloom.model.init import Fill
-from wanloom.model.sequence import PATCH
 from wanloom.model.settings import DiTConfig
 
 Layout = Literal["original", "diffusers"]

@@ -2,7 +2,7 @@
 
 In: the displayed size of a file (rotation and pixel shape applied) and the user's wish. Out: a `Crop`: the size to
 resize to, the window to cut, in whole pixels. The one decision: a picture is never squashed to fit. It is resized by
-one factor and cut (`center`, `random`), or fitted whole inside the size and rounded to the grid of 16 (`none`), which
+one factor and cut (`center`, `random`), or fitted whole inside the size and rounded to whole tokens (`none`), which
 bends it by the rounding alone, and that is recorded. A side that is too many times the other one is refused before
 anything is resized: what covers a size would grow with it without end.
 """
@@ -16,7 +16,6 @@ from pydantic import Field, model_validator
 from wanloom.config import Config
 from wanloom.media.decoding import MediaError
 
-GRID = 16  # pixels: 8 of the VAE times 2 of the patch
 DEFAULT_AREA = 480 * 832
 
 
@@ -40,15 +39,8 @@ class FramingConfig(Config):
     def _check(self) -> "FramingConfig":
         if (self.height is None) != (self.width is None):
             raise ValueError("`height` and `width` belong together; for sizes of any aspect give `max_area` instead")
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size is not None and (size % GRID or size < GRID):
-                low = max(GRID, size // GRID * GRID)
-                raise ValueError(f"`{name}={size}` is not a multiple of {GRID}: the nearest are {low} and {low + GRID}")
-        if self.max_area is not None:
-            if self.max_area < GRID * GRID:
-                raise ValueError(f"`max_area={self.max_area}` is less than one token of {GRID}x{GRID} pixels")
-            if self.height is not None and not self.keep_aspect:
-                raise ValueError("`max_area` has no effect beside `height` and `width`: leave one out")
+        if self.max_area is not None and self.height is not None and not self.keep_aspect:
+            raise ValueError("`max_area` has no effect beside `height` and `width`: leave one out")
         if not 1 <= self.max_aspect <= 1000:
             raise ValueError(f"`max_aspect={self.max_aspect:g}` is not between 1 and 1000: a longer by a shorter side")
         if self.keep_aspect and self.height is None:
@@ -73,9 +65,10 @@ class Crop(NamedTuple):
     size: tuple[int, int]
 
 
-def choose_crop(width: float, height: float, config: FramingConfig, seed: int, key: str) -> Crop:
+def choose_crop(width: float, height: float, config: FramingConfig, grid: int, seed: int, key: str) -> Crop:
     """The crop of a picture displayed at `width` x `height`; `seed` and `key` place a random crop.
 
+    Sides are multiples of `grid`, the pixels of a token.
     Raises MediaError when a picture is too narrow to be fitted without squashing, or beyond `max_aspect`.
     """
     aspect = max(width, height) / min(width, height)
@@ -86,12 +79,12 @@ def choose_crop(width: float, height: float, config: FramingConfig, seed: int, k
             f"`max_aspect={config.max_aspect:g}`",
         )
     if config.area is not None:
-        size = fit_area(width, height, config.area)
+        size = fit_area(width, height, config.area, grid)
     else:
         assert config.width is not None and config.height is not None
         size = (config.width, config.height)
         if config.crop == "none":
-            size = fit_inside(width, height, size)
+            size = fit_inside(width, height, size, grid)
     if config.crop == "none":
         return Crop(size, (0, 0), size)
     scale = max(size[0] / width, size[1] / height)
@@ -104,30 +97,30 @@ def choose_crop(width: float, height: float, config: FramingConfig, seed: int, k
     return Crop(resized, (across % (slack[0] + 1), down % (slack[1] + 1)), size)
 
 
-def fit_inside(width: float, height: float, box: tuple[int, int]) -> tuple[int, int]:
+def fit_inside(width: float, height: float, box: tuple[int, int], grid: int) -> tuple[int, int]:
     """The largest size on the grid inside `box` with the picture's aspect, up to the rounding."""
     scale = min(box[0] / width, box[1] / height)
     sides = (width * scale, height * scale)
-    _check_narrow(width, height, sides)
-    return _nearest(sides[0]), _nearest(sides[1])
+    _check_narrow(width, height, sides, grid)
+    return _nearest(sides[0], grid), _nearest(sides[1], grid)
 
 
-def fit_area(width: float, height: float, area: int) -> tuple[int, int]:
+def fit_area(width: float, height: float, area: int, grid: int) -> tuple[int, int]:
     """The size on the grid closest in aspect with at most `area` pixels; pictures are not enlarged beyond the grid."""
     scale = min(1.0, math.sqrt(area / (width * height)))
     sides = (width * scale, height * scale)
-    _check_narrow(width, height, sides)
+    _check_narrow(width, height, sides, grid)
     options = [
         (across, down)
-        for across in (_below(sides[0]), _below(sides[0]) + GRID)
-        for down in (_below(sides[1]), _below(sides[1]) + GRID)
+        for across in (_below(sides[0], grid), _below(sides[0], grid) + grid)
+        for down in (_below(sides[1], grid), _below(sides[1], grid) + grid)
         if across * down <= area
     ]
     if scale == 1.0:  # a small picture: only down to the grid, never up
-        options = [o for o in options if o[0] <= max(GRID, width) and o[1] <= max(GRID, height)]
+        options = [o for o in options if o[0] <= max(grid, width) and o[1] <= max(grid, height)]
     if not options:  # the short side is one token already
         raise MediaError(
-            "too narrow", f"{width:.0f}x{height:.0f} has no size in steps of {GRID} within `max_area={area}`"
+            "too narrow", f"{width:.0f}x{height:.0f} has no size in steps of {grid} within `max_area={area}`"
         )
     return min(options, key=lambda o: (abs(math.log(o[0] / o[1] * height / width)), -o[0] * o[1]))
 
@@ -137,17 +130,17 @@ def aspect_change(width: float, height: float, crop: Crop) -> float:
     return crop.resized[0] / crop.resized[1] * height / width - 1
 
 
-def _below(side: float) -> int:
-    return max(GRID, int(side + 1e-6) // GRID * GRID)
+def _below(side: float, grid: int) -> int:
+    return max(grid, int(side + 1e-6) // grid * grid)
 
 
-def _nearest(side: float) -> int:
-    return max(GRID, int(side / GRID + 0.5) * GRID)
+def _nearest(side: float, grid: int) -> int:
+    return max(grid, int(side / grid + 0.5) * grid)
 
 
-def _check_narrow(width: float, height: float, sides: tuple[float, float]) -> None:
-    if min(sides) < GRID <= min(width, height):
+def _check_narrow(width: float, height: float, sides: tuple[float, float], grid: int) -> None:
+    if min(sides) < grid <= min(width, height):
         raise MediaError(
             "too narrow",
-            f"{width:.0f}x{height:.0f} would become {sides[0]:.0f}x{sides[1]:.0f}, less than {GRID} pixels",
+            f"{width:.0f}x{height:.0f} would become {sides[0]:.0f}x{sides[1]:.0f}, less than {grid} pixels",
         )

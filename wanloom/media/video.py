@@ -33,8 +33,11 @@ HELD = "last picture held for less than a frame"
 class TimingConfig(Config):
     """Which moments of a file become samples."""
 
-    frames: int = Field(default=81, description="of every clip, 4n+1")
-    fps: float = Field(default=16.0, description="frames per second of every clip")
+    frames: int = Field(default=81, description="of every clip, 4n+1 for every Wan")
+    fps: float = Field(
+        default=16.0,
+        description="frames per second of every clip; without it the model's own, which is this for Wan 2.1",
+    )
     mode: Literal["video", "image", "frames"] = Field(
         default="video",
         description="video: clips, and images as clips of one frame; image: images only; frames: single frames of the "
@@ -52,11 +55,6 @@ class TimingConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "TimingConfig":
-        if self.frames < 1 or self.frames % 4 != 1:
-            low = max(1, (self.frames - 1) // 4 * 4 + 1)
-            raise ValueError(
-                f"`frames={self.frames}` is not 4n+1, which the VAE needs: the nearest are {low} and {low + 4}"
-            )
         if not 0 < self.fps <= 1000:
             raise ValueError(f"`fps={self.fps:g}` is not a frame rate")
         if self.clips_per_video < 1 or self.frames_per_video < 1:
@@ -250,15 +248,9 @@ def _check_enough(number: int, frames: int, timing: TimingConfig, moments: list[
     """The video ended inside clip `number`: fine for the rest that `all` leaves, else a MediaError."""
     has, needs = float(player.end), float(moments[-1] - moments[0])
     if number == 0 and has <= needs:
-        raise MediaError("too short", explain_short(frames, timing), frames=frames)
+        has_frames = f"has {frames} frame{'s' * (frames > 1)} at {timing.fps:g} fps"
+        raise MediaError("too short", f"{has_frames}, {timing.frames} are asked for", frames=frames)
     spread = timing.mode == "frames" or timing.clips == "uniform"
     stated = float(player.track.duration * player.clock.base) if player.track.duration else has
     if JUMPS not in player.clock.notes and (spread or stated > 1.1 * has + 1):
         raise MediaError("broken", f"ends at {has:.3g} s" + ("" if spread else f", its header says {stated:.3g} s"))
-
-
-def explain_short(frames: int, timing: TimingConfig) -> str:
-    """Why a video with so many frames gives no clip, and the option with which it would."""
-    fits = (frames - 1) // 4 * 4 + 1
-    way = f"`frames={fits}` takes it" if fits > 1 else "`mode=frames` takes single pictures of it"
-    return f"has {frames} frame{'s' * (frames > 1)} at {timing.fps:g} fps, {timing.frames} are asked for; {way}"

@@ -23,10 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wanloom.geometry import PATCH
 from wanloom.model.attention import Attend, PackedAttention
 from wanloom.model.layers import LayerNorm, Linear, Linear32, Modulation, RMSNorm
 from wanloom.model.modulation import TokenLayout, add_gated, build_layout, modulate_norm
-from wanloom.model.sequence import PATCH, Pack, apply_rope, rope_table
+from wanloom.model.sequence import Pack, apply_rope, rope_table
 from wanloom.model.settings import DiTConfig
 from wanloom.model.text import TextEmbedding, fold_text
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PATCH = (1, 2, 2)  # frames, rows, columns of latents in one token
+from wanloom.geometry import PATCH
+
 ROPE_THETA = 10_000.0
 
 Grid = tuple[int, int, int]  # frames, rows, columns of tokens

@@ -41,10 +41,3 @@ class DiTConfig(Config):
         if self.dim % self.num_heads or self.dim // self.num_heads % 2:
             raise ValueError(f"dim {self.dim} does not split into {self.num_heads} heads of an even width")
         return self
-
-
-CONFIGS = {
-    "wan2.1-t2v-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
-    "wan2.1-t2v-14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
-    "tiny": DiTConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64),
-}

@@ -6,26 +6,38 @@ take. The one decision: one line for a reason, whatever the number of files, and
 
 from typing import Any
 
+from wanloom.geometry import Geometry
 from wanloom.terminal import plural
 
 FEWEST = 5  # frames of a clip that is no picture
 
 
-def advise(dropped: list[dict[str, Any]], taken: dict[str, tuple[float, float]], settings: dict[str, Any]) -> list[str]:
+def advise(
+    dropped: list[dict[str, Any]],
+    taken: dict[str, tuple[float, float]],
+    settings: dict[str, Any],
+    geometry: Geometry,
+) -> list[str]:
     """`taken` holds, by file, the seconds up to where samples reach and those of the whole video by its header."""
     lines = []
     if settings.get("mode") == "video":
-        lines += advise_frames([drop["frames"] for drop in dropped if "frames" in drop], settings["frames"])
+        lines += advise_frames([drop["frames"] for drop in dropped if "frames" in drop], settings["frames"], geometry)
         if settings["clips"] == "first":
             lines += advise_clips(taken, settings["frames"] / settings["fps"])
     return lines
 
 
-def advise_frames(found: list[int], asked: int) -> list[str]:
+def advise_short(frames: int, geometry: Geometry) -> str:
+    """With which setting a video of so many frames would give a sample."""
+    fits = geometry.most_frames(frames)
+    return f"`frames={fits}` takes it" if fits > 1 else "`mode=frames` takes single pictures of it"
+
+
+def advise_frames(found: list[int], asked: int, geometry: Geometry) -> list[str]:
     """The number of frames with which most of the videos that are too short would give a clip: nine of ten."""
     if not found:
         return []
-    fits = sorted(((number - 1) // 4 * 4 + 1 for number in found), reverse=True)
+    fits = sorted(map(geometry.most_frames, found), reverse=True)
     usable = [number for number in fits if number >= FEWEST]
     many = len(found) > 1
     start = f"{plural(len(found), 'video')} {'are' if many else 'is'} too short for `frames={asked}`"

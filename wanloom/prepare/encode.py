@@ -22,12 +22,14 @@ from torch import Tensor
 from wanloom.data.tar import tar_pair
 from wanloom.dist import world_size
 from wanloom.errors import UserError
+from wanloom.geometry import Geometry
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Crop, aspect_change, choose_crop
 from wanloom.media.picture import Clip
 from wanloom.media.readers import read_ahead
 from wanloom.media.video import read_clips
 from wanloom.memory import enough_memory
+from wanloom.prepare.advice import advise_short
 from wanloom.prepare.content import Content
 from wanloom.prepare.journal import Journal
 from wanloom.prepare.listing import MediaEntry
@@ -105,6 +107,7 @@ def encode_blocks(
     blocks: list[FileBlock],
     numbers: Iterator[int],
     config: PrepareConfig,
+    geometry: Geometry,
     encoder: "BatchEncoder",
     on_step: Callable[[FileBlock], None],
 ) -> None:
@@ -114,7 +117,7 @@ def encode_blocks(
     left = sum(len(block.entries) for block in blocks) - journal.files
     workers = max(1, min(config.workers, -(-left // world_size())))
     files = _files_left(blocks, numbers, journal)
-    with closing(read_ahead(files, partial(_read_file, source, config), workers)) as results:
+    with closing(read_ahead(files, partial(_read_file, source, config, geometry), workers)) as results:
         for (block, entry), result in results:
             if isinstance(result, Clip):
                 encoder.add(block, entry, result)
@@ -139,19 +142,20 @@ def _files_left(
 
 
 def _read_file(
-    source: Path, config: PrepareConfig, file: tuple[FileBlock, MediaEntry]
+    source: Path, config: PrepareConfig, geometry: Geometry, file: tuple[FileBlock, MediaEntry]
 ) -> Iterator[Clip | MediaError | None]:
     """The clips of a file, why there are no more where something is wrong with it, and None at its end."""
     _, entry = file
 
     def choose(width: float, height: float, number: int) -> Crop:
-        return choose_crop(width, height, config.framing, config.seed, sample_key(entry.source, number))
+        return choose_crop(width, height, config.framing, geometry.grid, config.seed, sample_key(entry.source, number))
 
     path, content = source / entry.source, Content(entry.stamp, entry.sha256)
     try:
         yield from read_clips(path, entry.kind, config.timing, choose, content.check, config.limits)
     except MediaError as error:
-        yield error
+        way = "" if error.frames is None else f"; {advise_short(error.frames, geometry)}"
+        yield MediaError(error.kind, f"{error}{way}", error.frames)
     yield None
 
 

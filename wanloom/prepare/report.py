@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from wanloom.geometry import Geometry
 from wanloom.media.clock import JUMPS
 from wanloom.prepare.advice import advise
 from wanloom.prepare.listing import InputPlan
@@ -18,8 +19,11 @@ from wanloom.terminal import plural
 class Report:
     """Collects the report of a prepared folder, one sample's record after the other."""
 
-    def __init__(self, plan: InputPlan, late: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    def __init__(
+        self, plan: InputPlan, late: list[dict[str, Any]], settings: dict[str, Any], geometry: Geometry
+    ) -> None:
         self.plan = plan
+        self.geometry = geometry
         self.settings = settings
         self.late = late  # the drops found while decoding
         self.samples: Counter[str] = Counter()  # by file
@@ -62,7 +66,7 @@ class Report:
             "notes": {note: sorted(files) for note, files in self.notes.items()},
             "ignored": self.plan.ignored,
             "links_not_followed": self.plan.links,
-            "advice": advise(dropped, self.taken, self.settings),
+            "advice": advise(dropped, self.taken, self.settings, self.geometry),
         }
 
 

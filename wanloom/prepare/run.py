@@ -11,7 +11,7 @@ import errno
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +26,14 @@ from wanloom.data.tar import scan_tar
 from wanloom.dist import rank, together
 from wanloom.errors import UserError
 from wanloom.files import parse_json, write_atomic
+from wanloom.geometry import WAN_21, Geometry
 from wanloom.memory import enough_memory
 from wanloom.prepare.encode import BatchEncoder, Encoders, FileBlock, Progress, encode_blocks, plan_blocks
 from wanloom.prepare.energon import write_energon
 from wanloom.prepare.journal import Journal
 from wanloom.prepare.listing import InputPlan, build_plan, read_entries
 from wanloom.prepare.report import Report, explain_nothing
-from wanloom.prepare.settings import PrepareConfig
+from wanloom.prepare.settings import PrepareConfig, fit_config
 from wanloom.prepare.shard_writer import SPLITS, ShardWriter
 from wanloom.prepare.work_queue import COMPLETE, PLANNED, WorkQueue
 from wanloom.terminal import plural
@@ -53,6 +54,7 @@ class PrepareJob:
     source: Path
     out: Path
     config: PrepareConfig
+    geometry: Geometry
     identity: dict[str, str]
     load_encoders: Callable[[], Encoders]
     on_progress: Callable[[Progress], None]
@@ -62,16 +64,18 @@ def encode_folder(
     source: Path,
     out: Path,
     config: PrepareConfig,
+    geometry: Geometry,
     identity: dict[str, str],
     load_encoders: Callable[[], Encoders],
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Prepared:
     """Prepare `source` into `out`, or go on where an earlier start stopped. Every rank of a run calls it.
 
-    `identity` names the weights and the device; it is written into every sample. The encoders are loaded when there is
-    something to encode. Raises UserError, the same on every rank, for what a user can mend.
+    `geometry` is that of the VAE, `identity` names the weights and the device; it is written into every sample. The
+    encoders are loaded when there is something to encode. Raises UserError, the same on every rank, for what a user can
+    mend.
     """
-    job = PrepareJob(source, out, config, identity, load_encoders, on_progress)
+    job = PrepareJob(source, out, fit_config(config, geometry), geometry, identity, load_encoders, on_progress)
     prepared = Prepared({}, False)
     halved = f"`workers={max(1, config.workers // 2)}` in place of {config.workers}"
     helps = [halved, "fewer `frames`, in a new folder", "a smaller size, in a new folder"]
@@ -115,7 +119,7 @@ def _lead(job: PrepareJob, queue: WorkQueue, shards: ShardWriter) -> Prepared:
     _encode(job, queue, shards.journal, shards)
     shards.collect()
     shards.finish()
-    return Prepared(_complete(shards, plan, settings), False)
+    return Prepared(_complete(shards, plan, settings, job.geometry), False)
 
 
 def _encode(job: PrepareJob, queue: WorkQueue, journal: Journal, shards: ShardWriter | None) -> None:
@@ -133,7 +137,7 @@ def _encode(job: PrepareJob, queue: WorkQueue, journal: Journal, shards: ShardWr
 
     step()
     encoder = BatchEncoder(journal, job.config, job.load_encoders(), job.identity)
-    encode_blocks(job.source, blocks, queue.take(len(blocks)), job.config, encoder, step)
+    encode_blocks(job.source, blocks, queue.take(len(blocks)), job.config, job.geometry, encoder, step)
     queue.wait(lambda: len(journal.finished) == len(blocks) if shards else queue.has_reached(COMPLETE), step)
 
 
@@ -229,9 +233,9 @@ def refuse_drops(plan: InputPlan) -> None:
         raise UserError(f"`strict`: before any is decoded, {plural(len(lines), 'file')} would be dropped:\n  {shown}")
 
 
-def _complete(shards: ShardWriter, plan: InputPlan, settings: dict[str, Any]) -> dict[str, Any]:
+def _complete(shards: ShardWriter, plan: InputPlan, settings: dict[str, Any], geometry: Geometry) -> dict[str, Any]:
     """Index, report and metadata from the finished shards; the work folder goes last."""
-    out, report = shards.out, Report(plan, list(shards.journal.drops.values()), settings)
+    out, report = shards.out, Report(plan, list(shards.journal.drops.values()), settings, geometry)
     tables: list[pa.Table] = [build_table([])]
     starts: dict[str, list[int]] = {}
     for split in SPLITS:
@@ -252,7 +256,10 @@ def _complete(shards: ShardWriter, plan: InputPlan, settings: dict[str, Any]) ->
     write_atomic(out / INDEX, encode_index(pa.concat_tables(tables)))
     write_energon(out, starts)
     versions = {"wanloom": wanloom.__version__, "torch": torch.__version__}
-    write_atomic(out / DONE, _dump({"settings": settings, "input": plan.fingerprint, "versions": versions}))
+    done = {"settings": settings, "input": plan.fingerprint, "versions": versions}
+    # a folder that says nothing is of Wan 2.1, as all were before there was another
+    done |= {} if geometry == WAN_21 else {"geometry": asdict(geometry)}
+    write_atomic(out / DONE, _dump(done))
     shards.remove()
     return summary
 

@@ -6,6 +6,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from wanloom.config import Config
+from wanloom.errors import UserError
+from wanloom.geometry import Geometry
 from wanloom.media.framing import FramingConfig
 from wanloom.media.limits import LimitsConfig
 from wanloom.media.video import TimingConfig
@@ -74,3 +76,23 @@ class PrepareConfig(Config):
         if "seed" in self.model_fields_set and self.framing.crop != "random" and not self.val_fraction:
             raise ValueError("`seed` is of random crops and the validation share, and there is neither: leave it out")
         return self
+
+
+def fit_config(config: PrepareConfig, geometry: Geometry) -> PrepareConfig:
+    """The settings for a model of this geometry: where none was asked for, the frame rate is its own.
+
+    Raises UserError for sizes that its latents cannot have.
+    """
+    framing, timing = config.framing, config.timing
+    if framing.height is not None and framing.width is not None:
+        geometry.check_side("height", framing.height)
+        geometry.check_side("width", framing.width)
+    if framing.max_area is not None and framing.max_area < geometry.grid**2:
+        raise UserError(
+            f"`max_area={framing.max_area}` is less than one token of {geometry.grid}x{geometry.grid} pixels."
+        )
+    if timing.mode == "video":
+        geometry.check_frames(timing.frames)
+    if "fps" not in timing.model_fields_set:
+        timing = timing.model_copy(update={"fps": float(geometry.fps)})
+    return config.model_copy(update={"timing": timing})

@@ -19,8 +19,8 @@ from markupsafe import Markup
 from wanloom.codecs.vae import VaeCodec
 from wanloom.data.shards import Dataset
 from wanloom.errors import UserError
+from wanloom.geometry import Geometry
 from wanloom.media.write import write_sheet
-from wanloom.sample.settings import video_shape
 
 NUM_SAMPLES = 24
 LATENT_FRAMES = 5  # of a clip, at most: 17 frames
@@ -54,7 +54,7 @@ def draw_sheets(source: Dataset, vae: VaeCodec, on_sheet: Callable[[int, int], N
 
     Raises UserError for latents that the VAE does not take.
     """
-    index = source.rows("train")
+    index, geometry = source.rows("train"), vae.geometry
     count = min(NUM_SAMPLES, len(index))
     sheets = []
     with tempfile.TemporaryDirectory() as folder:
@@ -62,22 +62,22 @@ def draw_sheets(source: Dataset, vae: VaeCodec, on_sheet: Callable[[int, int], N
         for number in range(count):
             row = index[number * len(index) // count]
             latents = source.read(row).tensors["latents"]
-            if len(latents) != vae.channels:
+            if len(latents) != geometry.channels:
                 raise UserError(
-                    f"The latents of '{row.key}' have {len(latents)} channels, those of this VAE have {vae.channels}: "
-                    "`model` names the model that the folder was prepared for."
+                    f"The latents of '{row.key}' have {len(latents)} channels, those of this VAE have "
+                    f"{geometry.channels}: `model` names the model that the folder was prepared for."
                 )
             write_sheet(path, vae.decode(latents[:, :LATENT_FRAMES].float()))
             picture = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-            sheets.append(Sheet(row.key, row.caption, size_of(row.frames, row.height, row.width), picture))
+            sheets.append(Sheet(row.key, row.caption, size_of(geometry, row.frames, row.height, row.width), picture))
             on_sheet(number + 1, count)
     return sheets
 
 
-def size_of(latent_frames: int, height: int, width: int) -> str:
+def size_of(geometry: Geometry, latent_frames: int, height: int, width: int) -> str:
     """Pixels of a sample with latents of this size, width first, and which of its frames are shown."""
-    frames, rows, columns = video_shape(latent_frames, height, width)
-    shown = video_shape(min(latent_frames, LATENT_FRAMES), height, width)[0]
+    frames, rows, columns = geometry.video_shape(latent_frames, height, width)
+    shown = geometry.video_shape(min(latent_frames, LATENT_FRAMES), height, width)[0]
     pixels = f"{columns}x{rows}"
     if latent_frames == 1:
         return pixels

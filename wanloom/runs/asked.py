@@ -14,10 +14,16 @@ from wanloom.config import Config, build_config, expand_home
 from wanloom.devices import check_device_name
 from wanloom.errors import UserError, cut
 from wanloom.formats.pipeline import check_name
+from wanloom.geometry import Geometry
 from wanloom.model.settings import check_kernel_name
-from wanloom.runs.found import check_weights
+from wanloom.runs.found import check_weights, find_trained, is_published
+from wanloom.runs.recipe import model_geometry
 from wanloom.sample.prompts import MAX_SEED, Prompt
-from wanloom.sample.settings import Defaults, GenerateConfig, SolverName, check_frames, check_side
+from wanloom.sample.settings import GenerateConfig, SolverName
+from wanloom.variants import VARIANTS, Defaults
+
+WAN = VARIANTS["wan2.1-t2v-1.3b"]
+SIDE = f"a multiple of {WAN.geometry.grid} for Wan 2.1"
 
 
 class Asked(Config):
@@ -34,11 +40,17 @@ class Asked(Config):
     )
     ema: bool = Field(default=False, description="the averaged weights of the checkpoint")
     height: int | None = Field(
-        default=None, description="pixels, a multiple of 16; default: that of the model, 480 for Wan's 1.3B"
+        default=None, description=f"pixels, {SIDE}; default: that of the model, {WAN.defaults.height} for Wan's 1.3B"
     )
-    width: int | None = Field(default=None, description="pixels, a multiple of 16; 832 for Wan's 1.3B")
-    frames: int | None = Field(default=None, description="4n+1; 1 makes an image; 81 for Wan's 1.3B")
-    fps: int = Field(default=16, description="frames a second of the file")
+    width: int | None = Field(default=None, description=f"pixels, {SIDE}; {WAN.defaults.width} for Wan's 1.3B")
+    frames: int | None = Field(
+        default=None,
+        description=f"{WAN.geometry.frames}n+1; 1 makes an image; {WAN.defaults.frames} for Wan's 1.3B",
+    )
+    fps: int | None = Field(
+        default=None,
+        description=f"frames a second of the file; default: that of the model, {WAN.geometry.fps} for Wan 2.1",
+    )
     steps: int | None = Field(default=None, description="default: those of the model, or 50")
     solver: SolverName | None = Field(default=None, description="default unipc")
     shift: float | None = Field(
@@ -78,7 +90,7 @@ def check_asked(prompts: Sequence[Prompt], asked: Asked) -> None:
         raise UserError("There is no prompt to make anything of.")
     if asked.ema and not asked.checkpoint:
         raise UserError("`ema` asks for the averaged weights of a run: give the run with `checkpoint`.")
-    if asked.fps < 1:
+    if asked.fps is not None and asked.fps < 1:
         raise UserError(f"`fps` is {asked.fps}, it must be at least 1.")
     if not 0 <= asked.seed < MAX_SEED:
         raise UserError(f"`seed` is {asked.seed}, it must be at least 0 and below 2^63.")
@@ -86,9 +98,19 @@ def check_asked(prompts: Sequence[Prompt], asked: Asked) -> None:
         raise UserError("`height` and `width` belong together: give both or neither.")
     check_places(asked)
     check_negative(prompts, asked, how_to_sample(asked, Defaults()).guidance)
-    check_sizes({name: size for name in ("height", "width", "frames") if (size := getattr(asked, name)) is not None})
+    if (geometry := model_geometry(_name_model(asked))) is None:
+        return  # told when the VAE is here
+    own = {name: size for name in ("height", "width", "frames") if (size := getattr(asked, name)) is not None}
+    check_sizes(geometry, own)
     for prompt in prompts:
-        check_sizes({name: getattr(prompt, name) for name in prompt.model_fields_set}, prompt.where)
+        check_sizes(geometry, {name: getattr(prompt, name) for name in prompt.model_fields_set}, prompt.where)
+
+
+def _name_model(asked: Asked) -> str:
+    """The pipeline whose VAE decodes, as far as its name is known before anything is read; else empty."""
+    if asked.model or not asked.weights:
+        return asked.model or "tiny"
+    return "" if is_published(asked.weights) else find_trained(asked.weights, asked.ema)[2]
 
 
 def check_places(asked: Asked) -> None:
@@ -104,14 +126,14 @@ def check_places(asked: Asked) -> None:
         check_name(asked.model)
 
 
-def check_sizes(sizes: Mapping[str, Any], where: str = "") -> None:
+def check_sizes(geometry: Geometry, sizes: Mapping[str, Any], where: str = "") -> None:
     """Raises UserError for a height, width or number of frames that cannot be, with the place that asks for it."""
     try:
         for name in ("height", "width"):
             if name in sizes:
-                check_side(name, sizes[name])
+                geometry.check_side(name, sizes[name])
         if "frames" in sizes:
-            check_frames(sizes["frames"])
+            geometry.check_frames(sizes["frames"])
     except UserError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from error
 

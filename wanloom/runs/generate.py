@@ -25,6 +25,7 @@ from wanloom.codecs.identity import encoder_identity
 from wanloom.codecs.vae import VaeCodec
 from wanloom.dist import gather, pick_device, rank, together, world_size
 from wanloom.errors import UserError
+from wanloom.geometry import Geometry
 from wanloom.memory import check_memory, enough_memory
 from wanloom.model.dit import WanDiT
 from wanloom.model.kernels import resolve_kernel
@@ -33,10 +34,10 @@ from wanloom.model.settings import DiTConfig
 from wanloom.parallel.mesh import Layout, Mesh, resolve_layout
 from wanloom.parallel.settings import ParallelConfig
 from wanloom.runs.asked import Asked, check_asked, check_negative, how_to_sample
-from wanloom.runs.model_files import ModelFiles, Placing, encode_texts, find_files, load_model, load_vae
+from wanloom.runs.model_files import ModelFiles, Placing, encode_texts, find_files, find_geometry, load_model
 from wanloom.sample.generate import Request, generate
 from wanloom.sample.prompts import Prompt, fill_in
-from wanloom.sample.settings import GenerateConfig, latents_shape, read_defaults
+from wanloom.sample.settings import GenerateConfig, read_defaults
 from wanloom.terminal import note, plural
 
 PACKAGES = ("torch", "diffusers", "transformers", "av")  # whose versions the frames may depend on
@@ -100,7 +101,7 @@ class Generation:
             mesh = Mesh(self.place.layout, self.place.device)
             model = load_model(self.files, self.place, mesh)
             with together():
-                vae = load_vae(self.files, self.place.device) if rank() == 0 else None
+                vae = VaeCodec.load(self.files.pipeline, self.place.device) if rank() == 0 else None
         tell(f"model: loaded, {time.monotonic() - began - took:.1f} s")
         return LoadedParts(model, mesh, vae, text)
 
@@ -170,20 +171,21 @@ def plan_generation(prompts: Sequence[Prompt], asked: Asked) -> Generation:
                 f"'{files.name}' is of no known size, so nothing can be assumed: give `height`, `width` and `frames`."
             )
         complete = fill_in(prompts, asked.seed, {"negative": asked.negative or "", **sizes})
-        shapes = [shape_of(prompt, files.weights.config.in_channels) for prompt in complete]
+        geometry = find_geometry(files)
+        shapes = [shape_of(prompt, geometry) for prompt in complete]
         place = place_model(asked, config.guidance, files.weights.config)
-        generation = Generation(complete, shapes, asked.fps, config, files, place)
+        generation = Generation(complete, shapes, asked.fps or geometry.fps, config, files, place)
         check_room(generation)
     check_alike(generation)
     return generation
 
 
-def shape_of(prompt: Prompt, channels: int) -> Shape:
+def shape_of(prompt: Prompt, geometry: Geometry) -> Shape:
     """Of its latents. Raises UserError for a size that cannot be, with the line that asks for it."""
     if not prompt.prompt.strip():
         note(f"the prompt of '{prompt.name}' is empty, so it shows anything.")
     try:
-        return latents_shape(channels, prompt.frames, prompt.height, prompt.width)
+        return geometry.latents_shape(prompt.frames, prompt.height, prompt.width)
     except UserError as error:
         raise UserError(f"{prompt.where}: {error}" if prompt.where else str(error)) from error
 

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wanloom.codecs.settings import read_vae
 from wanloom.codecs.text import TextCodec
-from wanloom.codecs.vae import VaeCodec
 from wanloom.config import expand_home
 from wanloom.dist import gather, rank, together
 from wanloom.errors import UserError, cut
 from wanloom.formats.pipeline import find_pipeline, full_name
+from wanloom.geometry import Geometry
 from wanloom.model.dit import WanDiT
 from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
@@ -129,13 +130,12 @@ def load_model(files: ModelFiles, place: Placing, mesh: Mesh) -> WanDiT:
     return model.eval().requires_grad_(False)
 
 
-def load_vae(files: ModelFiles, device: torch.device) -> VaeCodec:
-    """The VAE. Raises UserError when it does not belong to the transformer."""
-    vae = VaeCodec.load(files.pipeline, device)
-    channels = files.weights.config.in_channels
-    if vae.channels != channels:
+def find_geometry(files: ModelFiles) -> Geometry:
+    """That of the VAE. Raises UserError when it is no known one, or the VAE does not belong to the transformer."""
+    geometry, channels = read_vae(files.pipeline).geometry, files.weights.config.out_channels
+    if geometry.channels != channels:
         raise UserError(
-            f"The VAE of '{files.name}' has {vae.channels} channels, the transformer takes {channels}: they do not "
-            "belong together."
+            f"The VAE of '{files.name}' has {geometry.channels} channels, the transformer takes {channels}: they do "
+            "not belong together."
         )
-    return vae
+    return geometry

@@ -13,9 +13,10 @@ from fsspec.core import url_to_fs
 from wanloom.codecs.identity import ENCODERS, encoder_identity
 from wanloom.data.places import DONE
 from wanloom.data.shards import Dataset
-from wanloom.errors import UserError
+from wanloom.errors import UserError, cut
 from wanloom.files import parse_json
 from wanloom.formats.pipeline import find_local
+from wanloom.geometry import WAN_21, Geometry
 from wanloom.runs.recipe import Run
 from wanloom.terminal import plural
 
@@ -65,6 +66,23 @@ def identify(model: str, encoder: str) -> str | None:
 
 def read_settings(path: str) -> dict[str, Any]:
     """What a folder was prepared with; empty for a folder that others made. Raises UserError when it is damaged."""
+    found = _read_done(path)
+    return found["settings"] if found else {}
+
+
+def read_geometry(path: str) -> Geometry:
+    """How the latents of a folder divide a video; one that does not say is of Wan 2.1.
+
+    Raises UserError when it is damaged.
+    """
+    found = _read_done(path).get("geometry")
+    try:
+        return Geometry(**found) if found else WAN_21
+    except TypeError as error:
+        raise UserError(f"{path}/{DONE} is damaged (its geometry is {cut(str(found))}): restore it.") from error
+
+
+def _read_done(path: str) -> dict[str, Any]:
     fs, root = url_to_fs(path)
     try:
         found = parse_json(fs.cat_file(f"{root}/{DONE}"))
@@ -72,9 +90,8 @@ def read_settings(path: str) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise UserError(f"{path}/{DONE} is damaged ({error}): restore it, or delete it to train unchecked.") from error
-    settings = found.get("settings") if isinstance(found, dict) else None
-    if not isinstance(settings, dict):
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
         raise UserError(
             f"{path}/{DONE} is damaged (it holds no settings): restore it, or delete it to train unchecked."
         )
-    return settings
+    return found

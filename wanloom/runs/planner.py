@@ -18,7 +18,7 @@ from wanloom.model.settings import DiTConfig
 from wanloom.parallel.memory import KEPT, States, activation_bytes, held_params, state_bytes
 from wanloom.parallel.mesh import AXES, Layout
 from wanloom.parallel.settings import Recompute
-from wanloom.runs.recipe import Run, settle_steps
+from wanloom.runs.recipe import Run, model_geometry, settle_steps
 
 STEPS_PLANNED = 20  # enough for a mean of packs per step
 FP32 = 4  # bytes
@@ -100,7 +100,7 @@ def plan_memory(run: Run, config: DiTConfig, layout: Layout) -> RankMemory:
 def plan_steps(run: Run, config: DiTConfig, layout: Layout | None) -> StepOutlook:
     """The steps, planned from the index of the data alone. Raises UserError for data that cannot be trained on."""
     ranks, parts = (layout.data_ranks, layout.cp * layout.tp) if layout else (1, 1)
-    sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
+    sources = open_sources(run.data, model_geometry(run.model), config.out_channels, config.text_dim, config.text_slots)
     plan = Plan(sources, run.data.resolved(), run.batch, run.seed, partial(train_flops, config), ranks)
     run = settle_steps(run, sum(len(index) for index in plan.indices))
     steps = [plan.packs(step) for step in range(min(STEPS_PLANNED, run.train.steps))]

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from wanloom.codecs.identity import ENCODERS, encoder_identity
+from wanloom.codecs.settings import read_vae
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import expand_home
@@ -44,11 +46,13 @@ def prepare(
         kind = pick_device(device).type
         check_batch(config, kind)
         pipeline = find_pipeline(model, sum(ENCODERS.values(), ()))
+        geometry = read_vae(pipeline).geometry
         # also where: by rounding a GPU encodes otherwise than a CPU
         identity = {name: encoder_identity(pipeline, name) for name in ENCODERS} | {"device": kind}
     _check_alike(identity)
     with one_thread() if kind == "cpu" else nullcontext():  # the bytes of any number of processes are equal
-        return encode_folder(source, out, config, identity, lambda: _load_with_room(pipeline, kind), on_progress)
+        load = partial(_load_with_room, pipeline, kind)
+        return encode_folder(source, out, config, geometry, identity, load, on_progress)
 
 
 def _check_alike(identity: dict[str, str]) -> None:

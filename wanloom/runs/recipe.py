@@ -15,17 +15,20 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from wanloom.checkpoint.settings import CheckpointConfig
+from wanloom.codecs.settings import read_vae
 from wanloom.config import Config, UserPath, build_config, dump_yaml, merge, nest, parse_overrides
 from wanloom.data.settings import BatchConfig, DataConfig
 from wanloom.errors import UserError
-from wanloom.formats.pipeline import find_pipeline
-from wanloom.model.settings import CONFIGS, DiTConfig
+from wanloom.formats.pipeline import find_local, find_pipeline
+from wanloom.geometry import Geometry
+from wanloom.model.settings import DiTConfig
 from wanloom.objective.settings import PRESETS, FlowConfig
 from wanloom.parallel.settings import Compile, ParallelConfig, Recompute
 from wanloom.runs.effects import check_words
 from wanloom.runs.layers import Recipe, name_of, read_layers
 from wanloom.runs.names import NAMES_ELSEWHERE
 from wanloom.train.settings import EmaConfig, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from wanloom.variants import find_variant
 
 MIX = "mix"
 MIXES = {  # made-up shapes, by the tokens of the clip
@@ -33,10 +36,6 @@ MIXES = {  # made-up shapes, by the tokens of the clip
     14040: "33x480x832,1x480x832*4",
     5070: "49x240x416,1x240x416*4",
     80: "17x64x64,1x64x64*4",
-}
-PUBLISHED = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-t2v-1.3b",
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-t2v-14b",
 }
 
 
@@ -175,12 +174,19 @@ def choose_mix(values: dict[str, Any]) -> dict[str, Any]:
 
 def model_config(model: str) -> DiTConfig:
     """The shape of a model by name, without its weights where it is a known one."""
-    known = PUBLISHED.get(model, model)
-    if known in CONFIGS:
-        return CONFIGS[known]
+    if known := find_variant(model):
+        return known.shape
     from wanloom.formats.transformer import read_config  # takes torch
 
     return read_config(find_pipeline(model, ("transformer",)))
+
+
+def model_geometry(model: str) -> Geometry | None:
+    """How the latents of a model divide a video; None where neither the table nor a VAE on this machine says."""
+    if known := find_variant(model):
+        return known.geometry
+    folder = find_local(model, ("vae",))
+    return read_vae(folder).geometry if folder else None
 
 
 def dump_run(run: Run) -> str:

@@ -21,6 +21,7 @@ from wanloom.data.loader import Plan, Source, open_sources
 from wanloom.dist import local_world_size, pick_device, rank, together, world_size
 from wanloom.errors import UserError
 from wanloom.files import lock_folder, write_atomic
+from wanloom.geometry import Geometry
 from wanloom.memory import enough_memory
 from wanloom.model.kernels import resolve_kernel
 from wanloom.parallel.mesh import Mesh, resolve_layout
@@ -31,7 +32,7 @@ from wanloom.runs.empty_text import FILE, check_same, empty_text
 from wanloom.runs.layers import Recipe
 from wanloom.runs.memory import check_run
 from wanloom.runs.origin import check_origins, note_unhashed
-from wanloom.runs.recipe import Run, build_run, dump_run, model_config, settle_steps
+from wanloom.runs.recipe import Run, build_run, dump_run, model_config, model_geometry, settle_steps
 from wanloom.runs.resume import find_state, restore
 from wanloom.terminal import Terminal, note, plural, show_log
 from wanloom.train.loop import Settings, Trainer
@@ -53,6 +54,7 @@ class Ended:
     checkpoint: Path  # the newest
     stopped: signal.Signals | None  # by what, before its last step
     sample: Row  # the first that it was trained on
+    geometry: Geometry | None  # of its latents, where it is known
 
 
 def train_recipe(
@@ -89,9 +91,9 @@ def train(run: Run, names: Collection[str] | None = None) -> Ended:
 def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
     show_log(Terminal(quiet=rank() > 0))  # opening the data may have something to say
     with together():
-        config, device = model_config(run.model), pick_device()
+        config, geometry, device = model_config(run.model), model_geometry(run.model), pick_device()
         layout = resolve_layout(run.parallel, world_size(), config, run.batch.samples)
-        sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
+        sources = open_sources(run.data, geometry, config.out_channels, config.text_dim, config.text_slots)
         plan = build_plan(run, config, sources, layout.data_ranks)
         run = settle_steps(run, sum(len(index) for index in plan.indices))
         check_effects(run, sources, device)
@@ -107,7 +109,7 @@ def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
         progress = ProgressLine(first, run.train.steps, ranks=plan.ranks, quiet=rank() > 0)
         if newest is not None and first >= run.train.steps:
             progress.say(f"{run_dir} is complete at step {first}; a higher train.steps goes on from there.")
-            return Ended(run_dir, first, 0, newest, None, plan.indices[0][0])
+            return Ended(run_dir, first, 0, newest, None, plan.indices[0][0], geometry)
         show_log(progress.console)
         tell_run(run, mesh, sources, plan, peak.unknown, progress.say)
         if rank() == 0:
@@ -127,7 +129,7 @@ def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
         stopped = Trainer(parts, settings, state, batches, checkpointer, trackers, progress, routines).run()
     checkpoint = checkpointer.last()
     assert checkpoint is not None, "the trainer saves at its end"
-    return Ended(run_dir, state.step, state.step - first, checkpoint, stopped, plan.indices[0][0])
+    return Ended(run_dir, state.step, state.step - first, checkpoint, stopped, plan.indices[0][0], geometry)
 
 
 def check_effects(run: Run, sources: Sequence[Source], device: torch.device) -> None:

@@ -18,7 +18,8 @@ from wanloom.checkpoint.writer import load_tensors, load_weights
 from wanloom.codecs.identity import files_identity, folder_identity
 from wanloom.config import build_config, expand_home
 from wanloom.dist import pick_device, together
-from wanloom.folders import check_finite, read_json
+from wanloom.files import read_json
+from wanloom.folders import check_finite
 from wanloom.formats.pipeline import NOTE
 from wanloom.formats.published import find_files
 from wanloom.formats.transformer import load_dit, read_config

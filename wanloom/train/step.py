@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from wanloom.data.loader import Step, Totals
 from wanloom.dist import gather
+from wanloom.geometry import PATCH
 from wanloom.model.dit import WanDiT
-from wanloom.model.sequence import PATCH
 from wanloom.objective.flow import flow_loss
 from wanloom.objective.inputs import Input, Objective, build_input, draw_example, empty_input
 from wanloom.objective.settings import FlowConfig
