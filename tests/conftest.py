@@ -120,6 +120,48 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wan22_pipeline(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_pipeline`, with a VAE as TI2V-5B has it: 4x16x16 with 48 channels; read-only by agreement."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    statistics = torch.Generator().manual_seed(SEED)
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=48,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=(0.5 * torch.randn(48, generator=statistics)).tolist(),
+        latents_std=(0.6 + torch.rand(48, generator=statistics)).tolist(),
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    ).eval()
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=48,
+        out_channels=48,
+        text_dim=TEXT_DIM,
+        freq_dim=256,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=64,
+    ).eval()
+    folder = tmp_path_factory.mktemp("wan22") / "tiny"
+    folder.mkdir()
+    for number, (name, module) in enumerate({"vae": vae, "transformer": transformer}.items()):
+        randomise(module, SEED + number)
+        module.save_pretrained(folder / name)
+    for name in ("text_encoder", "tokenizer", "scheduler"):
+        (folder / name).symlink_to(tiny_pipeline / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A prepared folder of random latents (clips and images of three sizes, text_dim 8), and the latents by key."""
     from wanloom.data.tar import END, tar_pair

@@ -557,6 +557,32 @@ def test_parts_that_do_not_belong_together_are_noticed(tiny_pipeline, tmp_path, 
     expect_mistake(capsys, words, "gives states of 64 numbers, the transformer takes 32")
 
 
+def test_a_model_of_another_geometry_makes_the_size_that_is_asked_for(wan22_pipeline, tmp_path, capsys):
+    """It once made 64x128 of 32x64, at 16 frames a second."""
+    words = ["--model", str(wan22_pipeline), "--prompt", "x", "--steps", "1", "--device", "cpu", *out_at(tmp_path)]
+    assert main(["generate", *words, "--height", "32", "--width", "64", "--frames", "5"]) == 0
+    with av.open(next((tmp_path / "out").glob("*.mp4"))) as container:
+        stream = container.streams.video[0]
+        assert (stream.frames, stream.width, stream.height, stream.average_rate) == (5, 64, 32, 24)
+    expect_mistake(capsys, [*words, *SMALL], "The width is 48, it must be a multiple of 32: try 32 or 64.")
+
+
+def test_a_vae_of_no_or_another_geometry_is_noticed_before_anything_is_loaded(
+    tiny_pipeline, wan22_pipeline, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("wanloom.runs.generate.encode_texts", lambda *_: pytest.fail("encoded first"))
+    for part in ("vae", "text_encoder", "tokenizer"):
+        (tmp_path / part).symlink_to(tiny_pipeline / part)
+    (tmp_path / "transformer").symlink_to(wan22_pipeline / "transformer")
+    words = ["--model", str(tmp_path), "--prompt", "x", *SMALL, *out_at(tmp_path)]
+    expect_mistake(capsys, words, "has 16 channels, the transformer takes 48: they do not belong together")
+    config = json.loads((wan22_pipeline / "vae" / "config.json").read_text()) | {"scale_factor_spatial": 8}
+    (tmp_path / "vae").unlink()
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    expect_mistake(capsys, words, "scale_factor_spatial is 8, not 16")
+
+
 def test_prompts_are_needed(capsys):
     expect_mistake(capsys, [], "One of the arguments --prompt --prompts is required.")
 

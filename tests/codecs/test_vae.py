@@ -1,8 +1,10 @@
 """The VAE codec against diffusers called directly."""
 
 import io
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
 from wanloom.codecs.identity import folder_identity
+from wanloom.codecs.settings import read_vae
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.errors import UserError
+from wanloom.geometry import WAN_22
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,46 @@ def test_decode_undoes_the_normalisation_and_clamps(codec: VaeCodec, tiny_pipeli
     assert frames.shape == (5, 32, 48, 3)
     assert frames.dtype == torch.uint8
     assert (frames.float() - expected).abs().max() <= 0.51
+
+
+def test_the_vae_of_wan_22_is_that_of_the_library(wan22_pipeline: Path) -> None:
+    """Of another geometry, through the same lines: latents, and a video of the size that they stand for."""
+    codec, vae = VaeCodec.load(wan22_pipeline, "cpu"), AutoencoderKLWan.from_pretrained(wan22_pipeline / "vae")
+    assert codec.geometry == read_vae(wan22_pipeline).geometry == WAN_22
+    frames = random_frames(9, 32, 64)
+    video = (frames.double() / 255 * 2 - 1).float().permute(3, 0, 1, 2)[None]
+    shape = (1, 48, 1, 1, 1)
+    mean, std = (torch.tensor(values).view(shape) for values in (vae.config.latents_mean, vae.config.latents_std))
+    with torch.no_grad():
+        expected = ((vae.encode(video).latent_dist.mode() - mean) / std)[0]
+        decoded = vae.decode(expected[None] * std + mean).sample[0]
+    latents = codec.encode(frames)
+    assert latents.shape == expected.shape == codec.geometry.latents_shape(9, 32, 64) == (48, 3, 2, 4)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
+    made = codec.decode(expected)
+    assert made.shape == (*codec.geometry.video_shape(*expected.shape[1:]), 3) == frames.shape
+    assert (made.float() - ((decoded.clamp(-1, 1) + 1) / 2 * 255).permute(1, 2, 3, 0)).abs().max() <= 0.51
+    with pytest.raises(ValueError, match=r"are not 4n\+1 frames of multiples of 16"):
+        codec.encode(random_frames(5, 32, 40))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scale_factor_spatial": 8},
+        {"patch_size": None},
+        {"in_channels": 3},
+        {"is_residual": False},
+        {"scale_factor_temporal": 8},
+    ],
+)
+def test_a_vae_of_no_known_geometry_is_refused(wan22_pipeline: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    config = json.loads((wan22_pipeline / "vae" / "config.json").read_text()) | change
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    message = r"no VAE of the geometry 4x8x8 with 16 channels \(Wan 2.1\) or 4x16x16 with 48 channels \(Wan 2.2\)"
+    with pytest.raises(UserError, match=message):
+        read_vae(tmp_path)
 
 
 def test_a_batch_is_its_samples(codec: VaeCodec) -> None:
