@@ -60,7 +60,7 @@ def check(arguments: argparse.Namespace) -> None:
     from wanloom.codecs.identity import ENCODERS
     from wanloom.data.places import check_folders
     from wanloom.formats.pipeline import check_name
-    from wanloom.runs.recipe import model_geometry
+    from wanloom.runs.found import model_geometry
 
     config, model = build_flat(PrepareConfig, read_options(arguments, PrepareConfig)), arguments.model or "tiny"
     check_folders(arguments.input, arguments.out)

@@ -16,8 +16,7 @@ from wanloom.errors import UserError, cut
 from wanloom.formats.pipeline import check_name
 from wanloom.geometry import Geometry
 from wanloom.model.settings import check_kernel_name
-from wanloom.runs.found import check_weights, find_trained, is_published
-from wanloom.runs.recipe import model_geometry
+from wanloom.runs.found import check_weights, find_trained, is_published, model_geometry
 from wanloom.sample.prompts import MAX_SEED, Prompt
 from wanloom.sample.settings import GenerateConfig, SolverName
 from wanloom.variants import VARIANTS, Defaults

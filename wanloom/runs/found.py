@@ -1,10 +1,14 @@
-"""Which weights are at a path, as far as it is known without reading them, and without torch."""
+"""Which weights are at a path, and the geometry of a model, as far as it is known without reading them or torch."""
 
 from pathlib import Path
 from typing import Any
 
 from wanloom.checkpoint.saved import find_checkpoint, read_recipe, read_state
+from wanloom.codecs.settings import read_vae
 from wanloom.errors import UserError, cut
+from wanloom.formats.pipeline import find_local
+from wanloom.geometry import Geometry
+from wanloom.variants import find_variant
 
 
 def is_published(path: Path) -> bool:
@@ -45,3 +49,11 @@ def find_trained(run_or_step: Path, ema: bool) -> tuple[Path, dict[str, Any], st
             f"{path} has no averaged weights: the run had no ema.decay. Leave out `ema`, or `:ema` in init."
         )
     return path, state, model
+
+
+def model_geometry(model: str) -> Geometry | None:
+    """How the latents of a model divide a video; None where neither the table nor a VAE on this machine says."""
+    if known := find_variant(model):
+        return known.geometry
+    folder = find_local(model, ("vae",))
+    return read_vae(folder).geometry if folder else None

@@ -18,7 +18,8 @@ from wanloom.model.settings import DiTConfig
 from wanloom.parallel.memory import KEPT, States, activation_bytes, held_params, state_bytes
 from wanloom.parallel.mesh import AXES, Layout
 from wanloom.parallel.settings import Recompute
-from wanloom.runs.recipe import Run, model_geometry, settle_steps
+from wanloom.runs.found import model_geometry
+from wanloom.runs.recipe import Run, settle_steps
 
 STEPS_PLANNED = 20  # enough for a mean of packs per step
 FP32 = 4  # bytes

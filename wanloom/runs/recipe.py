@@ -15,12 +15,10 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from wanloom.checkpoint.settings import CheckpointConfig
-from wanloom.codecs.settings import read_vae
 from wanloom.config import Config, UserPath, build_config, dump_yaml, merge, nest, parse_overrides
 from wanloom.data.settings import BatchConfig, DataConfig
 from wanloom.errors import UserError
-from wanloom.formats.pipeline import find_local, find_pipeline
-from wanloom.geometry import Geometry
+from wanloom.formats.pipeline import find_pipeline
 from wanloom.model.settings import DiTConfig
 from wanloom.objective.settings import PRESETS, FlowConfig
 from wanloom.parallel.settings import Compile, ParallelConfig, Recompute
@@ -179,14 +177,6 @@ def model_config(model: str) -> DiTConfig:
     from wanloom.formats.transformer import read_config  # takes torch
 
     return read_config(find_pipeline(model, ("transformer",)))
-
-
-def model_geometry(model: str) -> Geometry | None:
-    """How the latents of a model divide a video; None where neither the table nor a VAE on this machine says."""
-    if known := find_variant(model):
-        return known.geometry
-    folder = find_local(model, ("vae",))
-    return read_vae(folder).geometry if folder else None
 
 
 def dump_run(run: Run) -> str:

@@ -29,10 +29,11 @@ from wanloom.runs.build import build_loader, build_parts, build_plan, build_rout
 from wanloom.runs.checks import check_places
 from wanloom.runs.effects import find_notes
 from wanloom.runs.empty_text import FILE, check_same, empty_text
+from wanloom.runs.found import model_geometry
 from wanloom.runs.layers import Recipe
 from wanloom.runs.memory import check_run
 from wanloom.runs.origin import check_origins, note_unhashed
-from wanloom.runs.recipe import Run, build_run, dump_run, model_config, model_geometry, settle_steps
+from wanloom.runs.recipe import Run, build_run, dump_run, model_config, settle_steps
 from wanloom.runs.resume import find_state, restore
 from wanloom.terminal import Terminal, note, plural, show_log
 from wanloom.train.loop import Settings, Trainer
