@@ -39,7 +39,7 @@ def test_the_page_runs(tmp_path):
 def test_the_door_is_quick_and_stays_one():
     """torch waits for the first call, and the rooms train/ and prepare/ do not take the names of functions."""
     code = "import sys, wanloom; assert 'torch' not in sys.modules; import wanloom.train.loop, wanloom.prepare.run; "
-    code += "assert all(callable(f) for f in (wanloom.prepare, wanloom.train, wanloom.load_run))"
+    code += "assert all(callable(f) for f in (wanloom.prepare, wanloom.train, wanloom.load_run, wanloom.generate))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

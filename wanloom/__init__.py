@@ -3,12 +3,15 @@
 `wanloom.train` and the others below are what the commands run, for a notebook; docs/python.md shows them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch is imported by the first call
+    from torch import Tensor
+
+    from wanloom.runs.generate import Prompt
     from wanloom.runs.prepare import Prepared, Progress
     from wanloom.runs.train import Ended
     from wanloom.runs.trained import LoadedRun
@@ -69,3 +72,16 @@ def load_run(run: str | Path, *, ema: bool = False, device: str | None = None) -
     from wanloom.runs.trained import load_run
 
     return load_run(Path(run), ema, device)
+
+
+def generate(
+    prompts: "str | Prompt | Sequence[str | Prompt]", **settings: Any
+) -> "Iterator[tuple[Tensor, dict[str, Any]]]":
+    """Yields frames `(F, H, W, 3)` uint8 and the facts that repeat them, for each prompt as soon as it is made.
+
+    `settings` are the options of `wanloom generate` by their names: model, checkpoint, ema, height, width, frames,
+    seed, steps and so on. Raises UserError, at once, for what cannot be.
+    """
+    from wanloom.runs.generate import start
+
+    return start(prompts, settings)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 import wanloom
 from wanloom.codecs.identity import encoder_identity
 from wanloom.codecs.vae import VaeCodec
+from wanloom.config import build_config
 from wanloom.dist import gather, pick_device, rank, together, world_size
 from wanloom.errors import UserError
 from wanloom.geometry import Geometry
@@ -155,6 +157,17 @@ def decode(vae: VaeCodec, prompt: Prompt, latents: Tensor, helps: Sequence[str])
             return vae.decode(latents)
     except UserError as error:
         raise UserError(f"'{prompt.name}' cannot be decoded: {error}") from error
+
+
+def start(
+    prompts: str | Prompt | Sequence[str | Prompt], settings: Mapping[str, Any]
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Frames and facts of prompts in this process. Raises UserError, at once, for what cannot be."""
+    several = [prompts] if isinstance(prompts, str | Prompt) else prompts
+    words = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    complete = [Prompt(prompt=one) if isinstance(one, str) else one for one in several]
+    made = plan_generation(complete, build_config(Asked, words)).make()
+    return ((frames, facts) for frames, facts in made if frames is not None)
 
 
 def plan_generation(prompts: Sequence[Prompt], asked: Asked) -> Generation:
