@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from wanloom.data.loader import open_sources
+from wanloom.geometry import WAN_21
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import train_flops
 from wanloom.parallel.mesh import AXES, resolve_layout
@@ -27,7 +28,7 @@ def test_the_size_is_that_of_a_built_model():
 def test_the_steps_are_those_that_the_loader_gives():
     run = build_run("tiny", SETTINGS, None, "17x64x64,1x64x64")
     config = model_config(run.model)
-    sources = open_sources(run.data, config.in_channels, config.text_dim, config.text_slots)
+    sources = open_sources(run.data, WAN_21, config.out_channels, config.text_dim, config.text_slots)
     packs, lens = 0, []
     plan, empty = build_plan(run, config, sources, 1), torch.zeros(1, config.text_dim)
     with build_loader(run, config, sources, plan, 0, empty, 0) as batches:

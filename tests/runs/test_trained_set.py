@@ -16,16 +16,17 @@ from wanloom.checkpoint.writer import load_tensors
 from wanloom.data.loader import open_sources
 from wanloom.dist import process_group
 from wanloom.errors import UserError
-from wanloom.model.settings import CONFIGS
+from wanloom.geometry import WAN_21
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.runs.build import build_loader, build_parts, build_plan
 from wanloom.runs.recipe import Run, build_run
 from wanloom.runs.train import train
 from wanloom.train.step import train_step
+from wanloom.variants import VARIANTS
 
 NAME = "blocks.1.ffn.0.weight"
-CONFIG = CONFIGS["tiny"]
+CONFIG = VARIANTS["tiny"].shape
 SETTINGS = {"batch.samples": 4, "batch.tokens_per_pack": 40, "ema.decay": 0.9, "train.precision": "fp32"}
 SETTINGS |= {"model": "tiny", "init": "pretrained", "optimizer.lr": 1e-3, "caption_dropout": 0.0}
 ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
@@ -38,7 +39,7 @@ def run_of(run_dir: Path, steps: int) -> Run:
 def first_step(names: list[str] | None):
     """A run's parts after the gradients of its first step, and that step."""
     run = run_of(Path("nowhere"), 1)
-    sources = open_sources(run.data, CONFIG.in_channels, CONFIG.text_dim, CONFIG.text_slots)
+    sources = open_sources(run.data, WAN_21, CONFIG.out_channels, CONFIG.text_dim, CONFIG.text_slots)
     plan = build_plan(run, CONFIG, sources, 1)
     parts = build_parts(run, CONFIG, ALONE, plan, None, names=names)
     with build_loader(run, CONFIG, sources, plan, 0, None, 0) as batches:
