@@ -13,13 +13,14 @@ from wanloom.codecs.vae import VaeCodec
 from wanloom.config import build_config
 from wanloom.errors import UserError
 from wanloom.formats.transformer import load_dit
+from wanloom.geometry import WAN_21
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.runs import generate as runs_generate
 from wanloom.runs.asked import Asked
 from wanloom.runs.generate import LoadedParts, make_frames, plan_generation
 from wanloom.sample.generate import Request, generate
 from wanloom.sample.prompts import Prompt
-from wanloom.sample.settings import GenerateConfig, latents_shape
+from wanloom.sample.settings import GenerateConfig
 
 CPU = torch.device("cpu")
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "guidance": 3.0, "device": "cpu"}
@@ -36,7 +37,7 @@ def parts_of(pipeline: Path, *texts: str) -> LoadedParts:
 def by_hand(parts: LoadedParts, sizes: list[tuple[int, int, int]], seeds: list[int], texts: list[str]) -> list[Tensor]:
     assert parts.vae
     requests = [
-        Request(latents_shape(16, *size), seed, parts.text[text], parts.text["dark"])
+        Request(WAN_21.latents_shape(*size), seed, parts.text[text], parts.text["dark"])
         for size, seed, text in zip(sizes, seeds, texts, strict=True)
     ]
     made = generate(parts.model, requests, GenerateConfig(steps=2, guidance=3.0))
@@ -66,7 +67,7 @@ def test_a_model_in_memory_is_used_as_it_is(tiny_pipeline):
     prompts = [Prompt(prompt="x", negative="dark", seed=5, height=32, width=48, frames=5)]
     (want,) = by_hand(parts, [(5, 32, 48)], [5], ["x"])
     config = GenerateConfig(steps=2, guidance=3.0)
-    ((index, frames),) = make_frames(parts, prompts, [latents_shape(16, 5, 32, 48)], config)
+    ((index, frames),) = make_frames(parts, prompts, [WAN_21.latents_shape(5, 32, 48)], config)
     assert index == 0 and frames is not None and torch.equal(frames, want)
     ((loaded, _),) = wanloom.generate(prompts, model=str(tiny_pipeline), **SMALL)
     assert not torch.equal(loaded, want)
