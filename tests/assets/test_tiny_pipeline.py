@@ -5,10 +5,11 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from wanloom.cli import demo
+from wanloom.cli.demo import SAMPLING
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.demo import shapes
+from wanloom.demo.demo import FRAMES, SIZE
 from wanloom.errors import UserError
 from wanloom.formats.pipeline import TINY, find_local, find_pipeline, full_name
 from wanloom.formats.transformer import load_dit, read_config
@@ -39,8 +40,8 @@ def vae() -> VaeCodec:
 def test_its_settings_are_how_the_demo_samples():
     """What `wanloom generate` makes without options is measured by the demo, not some default of large models."""
     found = read_defaults(TINY, VARIANTS["tiny"].shape)
-    assert f"--steps {found.steps} --guidance {found.guidance:g}" == demo.SAMPLING
-    assert (found.height, found.width, found.frames, found.shift) == (demo.SIZE, demo.SIZE, demo.FRAMES, 3.0)
+    assert f"--steps {found.steps} --guidance {found.guidance:g}" == SAMPLING
+    assert (found.height, found.width, found.frames, found.shift) == (SIZE, SIZE, FRAMES, 3.0)
 
 
 @pytest.mark.parametrize("name", ["Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B"])
