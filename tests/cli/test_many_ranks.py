@@ -23,12 +23,12 @@ FULL = """
 import os, resource, sys
 from wanloom.cli import main
 from wanloom.checkpoint import writer
-write, limits = checkpoint.write_pieces, [resource.RLIM_INFINITY, 1000]
+write, limits = writer.write_pieces, [resource.RLIM_INFINITY, 1000]
 def write_pieces(*words):
     if os.environ["RANK"] == sys.argv[1]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits.pop(0), resource.RLIM_INFINITY))
     return write(*words)
-checkpoint.write_pieces = write_pieces
+writer.write_pieces = write_pieces
 sys.exit(main(sys.argv[2:]))
 """
 # and here it stands still instead; what waits for it in training gives up after seconds
@@ -39,13 +39,13 @@ from wanloom import dist
 from wanloom.cli import main
 from wanloom.checkpoint import writer
 dist.TIMEOUT = timedelta(seconds=10)
-write, number = checkpoint.write_pieces, []
+write, number = writer.write_pieces, []
 def write_pieces(*words):
     number.append(1)
     if len(number) == 2 and os.environ["RANK"] == sys.argv[1]:
         os.kill(os.getpid(), signal.SIGSTOP)
     return write(*words)
-checkpoint.write_pieces = write_pieces
+writer.write_pieces = write_pieces
 sys.exit(main(sys.argv[2:]))
 """
 
