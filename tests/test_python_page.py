@@ -68,7 +68,7 @@ def test_a_run_that_is_not_there_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"frames": 80}, "`frames=80` is not 4n+1, which the VAE needs: the nearest are 77 and 81."),
+        ({"frames": 80}, "The number of frames is 80, it must be 4n+1: try 77 or 81."),
         ({"frame": 17}, "There is no setting 'frame'. Did you mean 'frames'? There are: height, width, "),
         ({"height": 64}, "`height` and `width` belong together"),
         ({"model": "nowhere"}, "There is no model 'nowhere'"),

@@ -253,16 +253,12 @@ def test_the_last_picture_is_held_for_less_than_a_frame(tmp_path: Path) -> None:
     rest = write_numbers(tmp_path / "e.mp4", 24)  # the rest at the end is not made up
     assert len(read(rest, frames=5, clips="all")) == 4
     quick = write_video(tmp_path / "b.mp4", [numbered(i % 31) for i in range(70)], fps=60)  # 1.167 s, needs 1.25
-    with pytest.raises(
-        MediaError, match=r"^has 19 frames at 16 fps, 21 are asked for; `frames=17` takes it$"
-    ) as caught:
+    with pytest.raises(MediaError, match=r"^has 19 frames at 16 fps, 21 are asked for$") as caught:
         read(quick, frames=21)
     assert caught.value.kind == "too short" and caught.value.frames == 19
     longer = write_video(tmp_path / "c.mp4", [numbered(i % 31) for i in range(73)], fps=60)  # 0.033 s too little
-    with pytest.raises(MediaError, match="has 20 frames at 16 fps, 21 are asked for; `frames=17` takes it"):
+    with pytest.raises(MediaError, match="has 20 frames at 16 fps, 21 are asked for"):
         read(longer, frames=21)
     short = write_numbers(tmp_path / "d.mp4", 2)
-    with pytest.raises(
-        MediaError, match="has 2 frames at 16 fps, 5 are asked for; `mode=frames` takes single pictures"
-    ):
+    with pytest.raises(MediaError, match="has 2 frames at 16 fps, 5 are asked for"):
         read(short, frames=5)
