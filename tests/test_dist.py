@@ -14,6 +14,8 @@ from wanloom import cli, dist
 from wanloom.dist import check_restarts, pick_device
 from wanloom.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_device_is_what_there_is(monkeypatch):
     assert pick_device("cpu") == torch.device("cpu")

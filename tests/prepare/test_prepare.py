@@ -35,6 +35,8 @@ from wanloom.prepare.run import Prepared, encode_folder
 from wanloom.prepare.settings import PrepareConfig
 from wanloom.prepare.shard_writer import ShardWriter
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["wanloom.prepare.run", "pytest"])
 

@@ -25,6 +25,8 @@ from wanloom.runs.train import train
 from wanloom.train.step import train_step
 from wanloom.variants import VARIANTS
 
+pytestmark = pytest.mark.slow
+
 NAME = "blocks.1.ffn.0.weight"
 CONFIG = VARIANTS["tiny"].shape
 SETTINGS = {"batch.samples": 4, "batch.tokens_per_pack": 40, "ema.decay": 0.9, "train.precision": "fp32"}
