@@ -20,7 +20,7 @@ from wanloom.model.dit import WanDiT
 from wanloom.parallel import tensor
 from wanloom.train import step
 
-PATIENCE = timedelta(seconds=120)
+PATIENCE = timedelta(seconds=300)
 
 
 def write(result: Result, folder: Path, number: int) -> None:
