@@ -23,7 +23,7 @@ from wanloom.data.packing import max_over_mean, pack_samples
 from wanloom.data.settings import BatchConfig, DataConfig, SourceConfig
 from wanloom.data.shards import Dataset, Sample
 from wanloom.errors import UserError
-from wanloom.geometry import WAN_21, WAN_22, Geometry
+from wanloom.geometry import Geometry
 
 T = TypeVar("T")
 FINGERPRINT = 2  # the way in which data is recorded; others cannot be compared
@@ -52,8 +52,6 @@ def open_sources(
     """
     named = config.resolved()
     if config.mock:
-        # of a transformer alone, the VAE that has its channels
-        geometry = geometry or next((known for known in (WAN_21, WAN_22) if known.channels == channels), None)
         if geometry is None:
             raise UserError(
                 "data.mock gives sizes in pixels, and which latents they make is not known: the VAE of the model is "

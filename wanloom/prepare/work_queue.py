@@ -3,7 +3,7 @@
 In: nothing but the ranks themselves. Out: the numbers of blocks, waits of any length, and an alarm. The one decision:
 nobody waits inside a collective, where a long film on another rank would look like a hang. The ranks look at shared
 counts between two pieces of work; only when all have left their work do they meet to tell what happened. Blocks are
-taken and not striped over the ranks: with unequal films that takes 10 to 30% less time, with a slow rank as much again.
+taken and not striped over the ranks: with unequal films that took 7% less time on two ranks; simulated on eight, 25%.
 """
 
 import time

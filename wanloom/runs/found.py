@@ -7,7 +7,7 @@ from wanloom.checkpoint.saved import find_checkpoint, read_recipe, read_state
 from wanloom.codecs.settings import read_vae
 from wanloom.errors import UserError, cut
 from wanloom.formats.pipeline import find_local
-from wanloom.geometry import Geometry
+from wanloom.geometry import WAN_21, WAN_22, Geometry
 from wanloom.variants import find_variant
 
 
@@ -51,9 +51,14 @@ def find_trained(run_or_step: Path, ema: bool) -> tuple[Path, dict[str, Any], st
     return path, state, model
 
 
-def model_geometry(model: str) -> Geometry | None:
-    """How the latents of a model divide a video; None where neither the table nor a VAE on this machine says."""
+def model_geometry(model: str, channels: int | None = None) -> Geometry | None:
+    """How the latents of a model divide a video; None where neither the table nor a VAE on this machine says.
+
+    A transformer without a VAE beside it has the geometry of the known VAE with as many `channels`.
+    """
     if known := find_variant(model):
         return known.geometry
     folder = find_local(model, ("vae",))
-    return read_vae(folder).geometry if folder else None
+    if folder:
+        return read_vae(folder).geometry
+    return next((known for known in (WAN_21, WAN_22) if known.channels == channels), None)

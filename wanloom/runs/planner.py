@@ -101,7 +101,9 @@ def plan_memory(run: Run, config: DiTConfig, layout: Layout) -> RankMemory:
 def plan_steps(run: Run, config: DiTConfig, layout: Layout | None) -> StepOutlook:
     """The steps, planned from the index of the data alone. Raises UserError for data that cannot be trained on."""
     ranks, parts = (layout.data_ranks, layout.cp * layout.tp) if layout else (1, 1)
-    sources = open_sources(run.data, model_geometry(run.model), config.out_channels, config.text_dim, config.text_slots)
+    channels = config.out_channels
+    geometry = model_geometry(run.model, channels)
+    sources = open_sources(run.data, geometry, channels, config.text_dim, config.text_slots)
     plan = Plan(sources, run.data.resolved(), run.batch, run.seed, partial(train_flops, config), ranks)
     run = settle_steps(run, sum(len(index) for index in plan.indices))
     steps = [plan.packs(step) for step in range(min(STEPS_PLANNED, run.train.steps))]

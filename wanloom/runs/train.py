@@ -92,7 +92,8 @@ def train(run: Run, names: Collection[str] | None = None) -> Ended:
 def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
     show_log(Terminal(quiet=rank() > 0))  # opening the data may have something to say
     with together():
-        config, geometry, device = model_config(run.model), model_geometry(run.model), pick_device()
+        config, device = model_config(run.model), pick_device()
+        geometry = model_geometry(run.model, config.out_channels)
         layout = resolve_layout(run.parallel, world_size(), config, run.batch.samples)
         sources = open_sources(run.data, geometry, config.out_channels, config.text_dim, config.text_slots)
         plan = build_plan(run, config, sources, layout.data_ranks)
