@@ -125,8 +125,9 @@ def test_gradients_of_rows_are_summed_by_sample():
     torch.library.opcheck(torch.ops.wanloom.sum_segments, (weight, layout.lens))
 
 
-def test_no_compiler_is_said(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
+def test_no_compiler_is_said():
     cpp_builder.cpp_compiler_search.cache_clear()
-    with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+    # torch's own way: to set the attribute back by hand deletes it, and the setting is gone for all tests that follow
+    patched = torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",)})
+    with patched, pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
         apply_layout(build_model(), ALONE, False, compile="block")
