@@ -245,7 +245,7 @@ def compare_steps(ours: OwnRun, rounds: int) -> tuple[dict[str, list[float]], st
 
     def run_ours() -> None:
         model.zero_grad()
-        forward_backward(model, ALONE, batch, FLOW, False)
+        forward_backward(model, dict(model.named_parameters()), ALONE, batch, FLOW, False)
 
     def run_theirs(name: str) -> None:
         theirs.zero_grad()

@@ -104,6 +104,7 @@ def measure(
     """Gradients of one step on this rank, its seconds (least of ROUNDS, the first not counted) and its peak memory."""
     torch._dynamo.reset()  # blocks that a case before has compiled
     model, batch = build(config, mesh, bf16, options), read_batch(config, mesh, *data)
+    named = dict(model.named_parameters())
     on_gpu = mesh.device.type == "cuda"
     seconds, value = [], 0.0
     for _ in range(ROUNDS + 1):
@@ -112,15 +113,15 @@ def measure(
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        weighted, _ = forward_backward(model, mesh, batch, FlowConfig(), bf16)
+        weighted, _ = forward_backward(model, named, mesh, batch, FlowConfig(), bf16)
         loss = weighted.sum()
         if mesh.layout.world > 1:
             dist.all_reduce(loss)
         value = loss.item() / batch.num_elements
         seconds.append(time.perf_counter() - began)
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in named.items() if p.grad is not None}
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-    return {"loss": value, "grads": grads, "named": dict(model.named_parameters()), "s": min(seconds[1:]), "gib": peak}
+    return {"loss": value, "grads": grads, "named": named, "s": min(seconds[1:]), "gib": peak}
 
 
 def farthest(found: dict[str, Any], reference: dict[str, Tensor]) -> tuple[float, str]:

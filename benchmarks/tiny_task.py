@@ -106,7 +106,8 @@ class OwnRun:
 
     def step(self, batch: Batch | None = None) -> StepResult:
         """One step, on the next batch where none is given."""
-        result = train_step(self.model, ALONE, batch or self.next_batch(), FLOW, False, CLIP_NORM)
+        batch = batch or self.next_batch()
+        result = train_step(self.model, self._optimizer.named, ALONE, batch, FLOW, False, CLIP_NORM)
         self._optimizer.step(learning_rate(self.steps))
         self.steps += 1
         return result

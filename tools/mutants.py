@@ -316,7 +316,7 @@ MUTANTS = (
         (f"{STEP}::test_the_loss_of_a_step_weighs_ranks_by_their_tokens",),
     ),
     Mutant("wanloom/train/step.py", ".clamp(max=1.0)", "", (f"{STEP}::test_clipping_scales_all_gradients_alike",)),
-    Mutant("wanloom/train/step.py", "    sum_copies(model.parameters(), mesh)\n", "", (f"{LAYOUT}[dp 2]",)),
+    Mutant("wanloom/train/step.py", "    sum_copies(trained.values(), mesh)\n", "", (f"{LAYOUT}[dp 2]",)),
     Mutant("wanloom/train/loop.py", "state.window.get(key, 0) + value", "value", (RECORD,)),
     Mutant("wanloom/train/loop.py", "sums, state.window = state.window, {}", "sums = state.window", (RECORD,)),
     Mutant(

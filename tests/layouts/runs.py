@@ -133,7 +133,7 @@ def take_steps(parts: Parts, case: Case, first: int, last: int) -> Iterator[tupl
         for number, batch in zip(range(first, last), loader, strict=False):
             clip = None if number == 0 else 0.5
             batch = with_known_frames(batch) if case.known else batch
-            yield batch, train_step(parts.model, parts.mesh, batch, FLOW, case.bf16, clip)
+            yield batch, train_step(parts.model, parts.trained, parts.mesh, batch, FLOW, case.bf16, clip)
             parts.optimizer.step(LR)
             parts.ema.update(number)
 

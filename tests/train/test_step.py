@@ -22,8 +22,6 @@ from wanloom.train.step import (
     build_batch,
     clip_gradients,
     find_cause,
-    forward_backward,
-    train_step,
 )
 
 ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
@@ -71,6 +69,14 @@ def reference_loss(transformer, items, flow: FlowConfig) -> tuple[torch.Tensor, 
         plain, count = plain + square.item(), count + clean.numel()
     assert 0 < dropped < len(items), "the test needs both kinds of captions"
     return weighted / count, plain / count, count
+
+
+def forward_backward(model, *words, **options):
+    return step.forward_backward(model, dict(model.named_parameters()), *words, **options)
+
+
+def train_step(model, *words, **options):
+    return step.train_step(model, dict(model.named_parameters()), *words, **options)
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +202,24 @@ def test_bf16_computes_in_bf16_and_stays_near(tiny_pipeline):
     assert results[0] != results[1]
     assert results[1].loss == pytest.approx(results[0].loss, rel=0.02)
     assert torch.nn.functional.cosine_similarity(grads[0], grads[1], dim=0) > 0.99
+
+
+def test_only_what_is_trained_is_summed_measured_and_clipped(tiny_pipeline, monkeypatch):
+    """Of a model in which every parameter has a gradient."""
+    batch = build_batch(read_step(1000), objective())
+    model, summed = load_dit(tiny_pipeline), []
+    forward_backward(model, ALONE, batch, FLOW, bf16=False)
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    names = ["blocks.0.ffn.0.weight", "head.head.bias"]
+    trained = {name: param for name, param in model.named_parameters() if name in names}
+    monkeypatch.setattr(step, "sum_copies", lambda params, mesh: summed.extend(params))
+    found = step.train_step(model, trained, ALONE, batch, FLOW, False, 0.01)
+    assert len(summed) == 2 and all(a is b for a, b in zip(summed, trained.values(), strict=True))
+    norm = torch.stack([before[name].norm() for name in names]).norm()
+    assert found.grad_norm == pytest.approx(norm.item(), rel=1e-6) and norm > 0.01
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(param.grad, before[name] * (0.01 / norm if name in names else 1), rtol=1e-4, atol=0)
 
 
 def test_clipping_scales_all_gradients_alike():

@@ -87,8 +87,7 @@ def sum_copies(params: Iterable[nn.Parameter], mesh: Mesh) -> None:
         managed = param.device_mesh.mesh_dim_names or () if isinstance(param, DTensor) else ()
         return tuple(axis for axis in PARAM_AXES if mesh.param_group(axis) and axis not in managed)
 
-    trained = [p for p in params if p.requires_grad]
-    for axes, group in itertools.groupby(sorted(trained, key=missing), key=missing):
+    for axes, group in itertools.groupby(sorted(params, key=missing), key=missing):
         if axes:
             # every rank adds the same parameters, whichever of them its own packs have reached
             grads = [local(param.grad if param.grad is not None else _zero_grad(param)) for param in group]

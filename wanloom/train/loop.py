@@ -184,7 +184,7 @@ class Trainer:
         where = out_of(error)
         if where is None:
             return None
-        for param in self.parts.model.parameters():
+        for param in self.parts.trained.values():
             param.grad = None
         kept = self._keep() if world_size() == 1 else self.checkpointer.describe_last()
         return UserError(f"{short_of(where, f'take step {self.state.step + 1}', self.settings.helps)} {kept}")
@@ -206,7 +206,7 @@ class Trainer:
         parts, settings, done = self.parts, self.settings, self.state.step
         bf16 = settings.train.precision == "bf16"
         try:
-            result = train_step(parts.model, parts.mesh, batch, settings.flow, bf16, settings.clip_norm)
+            result = train_step(parts.model, parts.trained, parts.mesh, batch, settings.flow, bf16, settings.clip_norm)
         except NonFiniteError as error:
             self.checkpointer.wait()
             raise self._explain(error) from error

@@ -8,7 +8,7 @@ A loss or gradient that is not finite raises before the weights are touched.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,7 +80,9 @@ def build_batch(step: Step, objective: Objective) -> Batch:
     )
 
 
-def forward_backward(model: WanDiT, mesh: Mesh, batch: Batch, flow: FlowConfig, bf16: bool) -> tuple[Tensor, Tensor]:
+def forward_backward(
+    model: WanDiT, trained: Mapping[str, nn.Parameter], mesh: Mesh, batch: Batch, flow: FlowConfig, bf16: bool
+) -> tuple[Tensor, Tensor]:
     """Add the gradients of the step's mean loss; returns the weighted and plain loss sums of each pack `(packs,)`.
 
     The sums are those of this rank's tokens; the gradients are summed over the ranks that share or copy a parameter.
@@ -97,11 +99,11 @@ def forward_backward(model: WanDiT, mesh: Mesh, batch: Batch, flow: FlowConfig, 
         return sums.weighted_sum / batch.num_elements
 
     run_packs(model, mesh, packs, loss, bf16)
-    sum_copies(model.parameters(), mesh)
+    sum_copies(trained.values(), mesh)
     return weighted, plain
 
 
-def clip_gradients(params: Sequence[nn.Parameter], mesh: Mesh, max_norm: float | None) -> Tensor:
+def clip_gradients(params: Collection[nn.Parameter], mesh: Mesh, max_norm: float | None) -> Tensor:
     """The norm over all gradients before clipping; None only measures."""
     norm = grad_norm(params, mesh)
     if max_norm is not None:
@@ -112,11 +114,17 @@ def clip_gradients(params: Sequence[nn.Parameter], mesh: Mesh, max_norm: float |
 
 
 def train_step(
-    model: WanDiT, mesh: Mesh, batch: Batch, flow: FlowConfig, bf16: bool, clip_norm: float | None
+    model: WanDiT,
+    trained: Mapping[str, nn.Parameter],
+    mesh: Mesh,
+    batch: Batch,
+    flow: FlowConfig,
+    bf16: bool,
+    clip_norm: float | None,
 ) -> StepResult:
     """Gradients of one step, clipped and ready for the optimizer. Raises NonFiniteError, the same on every rank."""
-    weighted, plain = forward_backward(model, mesh, batch, flow, bf16)
-    norm = clip_gradients(list(model.parameters()), mesh, clip_norm)
+    weighted, plain = forward_backward(model, trained, mesh, batch, flow, bf16)
+    norm = clip_gradients(trained.values(), mesh, clip_norm)
     totals = torch.stack([weighted.sum(), plain.sum()])
     if mesh.layout.world > 1:
         torch.distributed.all_reduce(totals)
