@@ -13,6 +13,7 @@ from wanloom.threads import count_cores
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "found"), [({}, "0"), ({"GOMP_SPINCOUNT": "1234"}, "1234")])
 @pytest.mark.skipif(sys.platform != "linux", reason="OMP_DISPLAY_ENV is of the OpenMP of torch's Linux builds")
 def test_threads_sleep_while_they_wait_unless_asked_otherwise(given, found):

@@ -9,9 +9,10 @@ from benchmarks import c01_dit, c03_text, c08_unpacked, c17_compile, c17_lengths
 from benchmarks.pair import at_depth, build_pair, draw_samples, run_ours, run_theirs, without_blocks
 from wanloom.parallel import compile as module
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.filterwarnings("default")  # the compiler warns of what it does itself
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),  # the compiler warns of what it does itself
+]
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,8 @@ import torch
 from benchmarks import c16_memory as module
 from wanloom.parallel import compile as compile_module
 
-pytestmark = pytest.mark.slow
-
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("default"),  # the compiler warns of what it does itself, and diffusers of a norm
     pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux keeps the peak of a process there"),
 ]

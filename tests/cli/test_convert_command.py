@@ -25,7 +25,6 @@ from wanloom.sample.solvers import build_scheduler
 
 pytestmark = pytest.mark.slow
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 PROMPT, NEGATIVE = "A red circle moves to the left.", "a cat in snow"
 
 

@@ -39,7 +39,6 @@ from wanloom.variants import VARIANTS
 
 pytestmark = pytest.mark.slow
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 SMALL = ["--height", "32", "--width", "48", "--frames", "5", "--steps", "2", "--device", "cpu"]
 
 

@@ -374,9 +374,3 @@ def test_help_is_quick():
 def test_assets_stay_small():
     total = sum(f.stat().st_size for f in (PACKAGE / "assets" / "tiny").rglob("*") if f.is_file())
     assert 0 < total < 8_000_000
-
-
-def test_no_two_files_of_tests_have_one_name():
-    """pytest cannot collect both, and a run of one folder does not show it."""
-    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
-    assert sorted({name for name in names if names.count(name) > 1}) == []

@@ -13,8 +13,6 @@ from wanloom.media.video import TimingConfig
 from wanloom.prepare.run import encode_folder
 from wanloom.prepare.settings import PrepareConfig
 
-pytestmark = pytest.mark.slow
-
 KINDS = {"mp4", "mov", "mkv", "avi", "webm", "wmv", "ts", "gif", "png", "jpg", "webp", "avif", "tiff"}
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, as they are when prepare runs
 

@@ -16,9 +16,10 @@ from wanloom.parallel import compile as module
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.filterwarnings("default")  # the compiler warns of what it does itself
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),  # the compiler warns of what it does itself
+]
 
 ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
 # other lengths, numbers of samples, segments and equal neighbours, captions from empty to full; in the first as many

@@ -17,10 +17,11 @@ from wanloom.geometry import WAN_21
 from wanloom.prepare import run as prepare_module
 from wanloom.prepare.run import encode_folder
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")

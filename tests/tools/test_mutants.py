@@ -31,6 +31,7 @@ def test_every_named_test_exists():
         assert f"\ndef {function.partition('[')[0]}" in text, name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_break_that_no_test_names_is_not_taken_for_noticed(tmp_path):
     (tmp_path / "code.py").write_text("x = 1\n")
