@@ -1,12 +1,11 @@
 """Names of torch that it does not promise are in one file."""
 
 import ast
-from pathlib import Path
 
 import pytest
+from sources import FILES, PACKAGE, nodes_of
 
-PACKAGE = Path(__file__).parents[2] / "wanloom"
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "torch_private.py")
+OTHERS = [path for path in FILES if path.name != "torch_private.py"]
 
 
 def is_private(path: str) -> bool:
@@ -15,25 +14,24 @@ def is_private(path: str) -> bool:
 
 def private_names(text: str) -> list[str]:
     """The private names of torch in a file: imported, or looked up in what is imported or follows from it."""
-    tree = ast.parse(text)
     names: dict[str, str] = {}  # what a name of the file is in torch
-    for node in ast.walk(tree):
+    for node in nodes_of(text):
         if isinstance(node, ast.Import):
             names |= {(a.asname or a.name).split(".")[0]: a.name for a in node.names if a.name.split(".")[0] == "torch"}
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
             names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-    for node in ast.walk(tree):
+    for node in nodes_of(text):
         if isinstance(node, ast.Assign) and ast.unparse(node.value).split(".")[0] in names:
             names |= {target.id: "torch" for target in node.targets if isinstance(target, ast.Name)}
     found = [name for name in names.values() if is_private(name)]
-    for node in ast.walk(tree):
+    for node in nodes_of(text):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
             path = ast.unparse(node)
             found += [path] if path.split(".")[0] in names else []
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", OTHERS, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_other_file_has_a_private_name_of_torch(path):
     assert private_names(path.read_text()) == []
 

@@ -7,16 +7,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
+from sources import FILES, PACKAGE, ROOT, nodes_of
 
 from wanloom.cli import COMMANDS
 
-ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "wanloom"
-FILES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 FLOORS = (
     {"errors", "torch_private"},
@@ -76,10 +75,11 @@ def floor(name: str) -> int:
     return next(i for i, rooms in enumerate(FLOORS) if name in rooms)
 
 
+@cache
 def imports(path: Path) -> list[str]:
     """Every module a file imports, also inside functions."""
     out = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path.read_text()):
         if isinstance(node, ast.Import):
             out += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -148,7 +148,7 @@ def test_no_unsafe_or_silent_code(path):
         assert not used & FIELD_LIBRARIES, "diffusers and transformers stay in the codecs and solvers"
     if room(path) in {"model", "objective"}:
         assert "torch.distributed" not in text, "the model knows nothing of parallelism"
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes_of(text):
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else "everything"
             assert caught not in {"everything", "Exception", "BaseException"}, f"line {node.lineno} catches {caught}"
@@ -170,7 +170,7 @@ def loading_faults(text: str) -> list[str]:
 
     Of what is imported from these libraries a class may be made of values; all else that is called reads files.
     """
-    nodes = list(ast.walk(ast.parse(text)))
+    nodes = nodes_of(text)
     names, faults = set[str](), list[str]()
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FIELD_LIBRARIES:
@@ -218,7 +218,7 @@ def test_the_check_of_model_folders_can_fail():
 
 def named_options(text: str) -> list[str]:
     """Strings that name an option of the command line."""
-    strings = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    strings = [node for node in nodes_of(text) if isinstance(node, ast.Constant)]
     return [
         f"line {node.lineno}: {node.value}"
         for node in strings
@@ -245,12 +245,12 @@ def unused_names(texts: dict[str, str]) -> list[str]:
     words = Counter(word for text in texts.values() for word in re.findall(r"\w+", text))
     unused = []
     for name, text in texts.items():
-        tree = ast.parse(text)
-        foreign = [node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.bases]
+        nodes = nodes_of(text)
+        foreign = [node.body for node in nodes if isinstance(node, ast.ClassDef) and node.bases]
         allowed = {child.name for body in foreign for child in body if isinstance(child, ast.FunctionDef)}
-        for node in ast.walk(tree):
+        for node in nodes:
             found = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.decorator_list else []
-            if isinstance(node, ast.Assign | ast.AnnAssign) and node in tree.body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node in nodes[0].body:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 found = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
             unused += [

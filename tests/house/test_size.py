@@ -6,10 +6,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from sources import FILES, PACKAGE, ROOT, nodes_of
 
-ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "wanloom"
-FILES = sorted(PACKAGE.rglob("*.py"))
 # lines of the files that a command imports, one through the other: how much must be read to know all that it does
 MOST_LINES = {"train": 11_200, "generate": 9_150, "prepare": 10_500}
 MOST_IN_ALL = 18_050
@@ -19,15 +17,16 @@ SLOW = {"torch", "diffusers", "transformers"}
 EXTRAS = {"huggingface_hub", "megatron", "torch._inductor"}  # the last loads a compiler
 
 
+@cache
 def imports_of(text: str, inside: bool) -> set[str]:
     """What a file imports when it runs, `inside` functions or at its top; not what only types need."""
-    tree = ast.parse(text)
-    checks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    nodes = nodes_of(text)
+    checks = [node for node in nodes if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
     for_types = {id(child) for node in checks for child in ast.walk(node)}
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     within = {id(child) for node in functions for child in ast.walk(node)}
     out = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if id(node) in for_types or (id(node) in within) != inside:
             continue
         if isinstance(node, ast.Import):
@@ -83,7 +82,7 @@ def test_the_package_does_not_grow():
 
 def long_functions(text: str) -> list[str]:
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+    nodes = [node for node in nodes_of(text) if isinstance(node, kinds)]
     lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in nodes}
     return [f"{name} has {length} lines" for name, length in lengths.items() if length > MOST_OF_FUNCTION]
 
@@ -92,7 +91,7 @@ def long_functions(text: str) -> list[str]:
 def test_files_and_functions_stay_readable(path):
     text = path.read_text()
     assert len(text.splitlines()) <= MOST_OF_FILE, "longer than 400 lines: is it one room?"
-    tree = ast.parse(text)
+    tree = nodes_of(text)[0]
     assert ast.get_docstring(tree) or not tree.body, "no docstring"
     assert long_functions(text) == []
 
@@ -104,7 +103,7 @@ def test_a_long_function_is_found():
 def test_one_class_of_a_name():
     """A word that means two things is looked up in the wrong file."""
     names = Counter(
-        node.name for path in FILES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
+        node.name for path in FILES for node in nodes_of(path.read_text()) if isinstance(node, ast.ClassDef)
     )
     assert [name for name, number in names.items() if number > 1] == []
 

@@ -1,6 +1,7 @@
 """What is recomputed changes no gradient and runs attention no more often than it says; offload leaves no bytes."""
 
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
@@ -34,8 +35,9 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def train(policy: str, bf16: bool = False, offload: bool = False) -> tuple[Tensor, dict[str, Tensor], Calls]:
-    """Velocity and gradients of two packs, each with its own backward pass, and what ran."""
+@cache
+def train(policy: str, bf16: bool, offload: bool) -> tuple[Tensor, dict[str, Tensor], Calls]:
+    """Velocity and gradients of two packs, each with its own backward pass, and what ran; not to be written to."""
     model = build_model(SMALL)
     apply_layout(model, ALONE, bf16, policy, offload)
     out, calls = torch.zeros(()), Calls()
@@ -48,13 +50,17 @@ def train(policy: str, bf16: bool = False, offload: bool = False) -> tuple[Tenso
     return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, calls
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_too_small_to_send(monkeypatch):
+    monkeypatch.setattr(offload, "SMALL", 0)
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_gradients_are_those_without(policy, offload, bf16, monkeypatch):
-    monkeypatch.setattr("wanloom.parallel.offload.SMALL", 0)
+def test_gradients_are_those_without(policy, offload, bf16):
     out, found, _ = train(policy, bf16, offload)
-    plain_out, plain, _ = train("none", bf16)
+    plain_out, plain, _ = train("none", bf16, False)
     assert torch.equal(out, plain_out)
     assert found.keys() == plain.keys() == dict(build_model(SMALL).named_parameters()).keys()
     for name, grad in plain.items():
@@ -65,23 +71,24 @@ def test_gradients_are_those_without(policy, offload, bf16, monkeypatch):
 @pytest.mark.parametrize(
     ("policy", "own", "text"), [("none", 1, 1), ("cheap", 1, 2), ("attention", 1, 2), ("full", 2, 2)]
 )
-def test_how_often_attention_runs(policy, own, text, offload, monkeypatch):
-    monkeypatch.setattr("wanloom.parallel.offload.SMALL", 0)
-    seen = train(policy, offload=offload)[2].seen
+def test_how_often_attention_runs(policy, own, text, offload):
+    seen = train(policy, False, offload)[2].seen
     calls = 2 * SMALL.num_layers  # two packs
     assert (seen["self"], seen["cross"]) == (own * calls, text * calls)
     assert seen["wanloom.attend_backward.default"] == 2 * calls
 
 
 def test_cheap_runs_no_matrix_product_again():
-    counts = {policy: sum(train(policy)[2].seen[f"aten.{op}.default"] for op in ("mm", "addmm")) for policy in POLICIES}
+    counts = {
+        policy: sum(train(policy, False, False)[2].seen[f"aten.{op}.default"] for op in ("mm", "addmm"))
+        for policy in POLICIES
+    }
     assert counts["none"] == counts["cheap"] < counts["attention"] < counts["full"] + 1
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_offload_leaves_nothing_of_a_block_behind(policy, monkeypatch):
     """What a forward pass keeps on the device is what blocks share, and the same for a block more."""
-    monkeypatch.setattr(offload, "SMALL", 0)
     monkeypatch.setattr(offload.Parcel, "__init__", lambda self, tensor: setattr(self, "shape", tensor.shape))
     left = []
     for blocks in (2, 3):
@@ -99,8 +106,7 @@ def test_offload_leaves_nothing_of_a_block_behind(policy, monkeypatch):
 
 def test_parameters_are_never_sent(monkeypatch):
     sent = []
-    monkeypatch.setattr(offload, "SMALL", 0)
     monkeypatch.setattr(offload, "send", lambda tensor: sent.append(tuple(tensor.shape)) or tensor)
-    train("none", bf16=True, offload=True)
+    train.__wrapped__("none", bf16=True, offload=True)
     weights = {tuple(p.shape) for p in build_model(SMALL).blocks.parameters() if p.dim() == 2}
     assert sent and not {shape for shape in sent if shape in weights or shape[::-1] in weights}
