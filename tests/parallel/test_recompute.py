@@ -79,10 +79,8 @@ def test_how_often_attention_runs(policy, own, text, offload):
 
 
 def test_cheap_runs_no_matrix_product_again():
-    counts = {
-        policy: sum(train(policy, False, False)[2].seen[f"aten.{op}.default"] for op in ("mm", "addmm"))
-        for policy in POLICIES
-    }
+    seen = {policy: train(policy, False, False)[2].seen for policy in POLICIES}
+    counts = {policy: sum(seen[policy][f"aten.{op}.default"] for op in ("mm", "addmm")) for policy in POLICIES}
     assert counts["none"] == counts["cheap"] < counts["attention"] < counts["full"] + 1
 
 
