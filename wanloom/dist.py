@@ -188,6 +188,16 @@ def highest(value: int, group: dist.ProcessGroup | None = None) -> int:
     return int(most)
 
 
+def check_alike(own: dict[str, str], made: str, advice: str = "") -> None:
+    """Raises UserError, on every rank, unless each is about to make the same: it comes from these values alone."""
+    for number, other in enumerate(found := gather(own)):
+        differs = [
+            f"{name} is {other[name]}, on rank 0 {found[0][name]}" for name in own if other[name] != found[0][name]
+        ]
+        if differs:
+            raise UserError(f"Rank {number} would make other {made} than rank 0: {'; '.join(differs)}.{advice}")
+
+
 @contextmanager
 def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """A block without exchanges that every rank enters: a mistake on one rank is raised on all when it ends.

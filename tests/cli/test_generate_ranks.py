@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from test_generate_command import save_checkpoint
 
-import wanloom.runs.generate
+import wanloom.dist
 from wanloom.cli import generate, main
 from wanloom.cli.words import Parser
 from wanloom.errors import UserError
 from wanloom.media.write import read_mp4
 from wanloom.runs.asked import Asked, check_asked
-from wanloom.runs.generate import check_alike, place_model, plan_generation, share_work
+from wanloom.runs.generate import place_model, plan_generation, share_work
 from wanloom.sample.prompts import Prompt
 from wanloom.variants import VARIANTS
 
@@ -142,9 +142,9 @@ def test_a_layout_that_cannot_be_is_one_sentence(monkeypatch, world, words, mess
 
 def test_processes_that_would_make_something_else_are_noticed(tiny_pipeline, monkeypatch):
     asked = Asked(model=str(tiny_pipeline), height=32, width=48, frames=5, device="cpu")
-    generation = plan_generation([Prompt(prompt="x")], asked)
-    other = {"weights of the transformer": "of another step"}
-    monkeypatch.setattr(wanloom.runs.generate, "gather", lambda own: [own, own, own | other])
-    with pytest.raises(UserError, match="Rank 2 would make something else than rank 0, its weights of the transformer"):
-        check_alike(generation)
-    assert generation.place.device == torch.device("cpu")
+    assert plan_generation([Prompt(prompt="x")], asked).place.device == torch.device("cpu")
+    other = {"the transformer": "of another step"}
+    monkeypatch.setattr(wanloom.dist, "gather", lambda own: [own, own, own | other])
+    said = "Rank 2 would make other videos than rank 0: the transformer is of another step, on rank 0 "
+    with pytest.raises(UserError, match=f"^{said}.*. Give all processes the same files"):
+        plan_generation([Prompt(prompt="x")], asked)

@@ -25,7 +25,7 @@ import wanloom
 from wanloom.codecs.identity import encoder_identity
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import build_config
-from wanloom.dist import gather, pick_device, rank, together, world_size
+from wanloom.dist import check_alike, pick_device, rank, together, world_size
 from wanloom.errors import UserError
 from wanloom.geometry import Geometry
 from wanloom.memory import check_memory, enough_memory
@@ -43,6 +43,7 @@ from wanloom.sample.settings import GenerateConfig, read_defaults
 from wanloom.terminal import note, plural
 
 PACKAGES = ("torch", "diffusers", "transformers", "av")  # whose versions the frames may depend on
+SAME_FILES = " Give all processes the same files, and one checkpoint by its own folder while its run goes on."
 Shape = tuple[int, int, int, int]  # of latents, (C, F, H, W)
 
 
@@ -189,7 +190,14 @@ def plan_generation(prompts: Sequence[Prompt], asked: Asked) -> Generation:
         place = place_model(asked, config.guidance, files.weights.config)
         generation = Generation(complete, shapes, asked.fps or geometry.fps, config, files, place)
         check_room(generation)
-    check_alike(generation)
+    own = {
+        "the list of prompts": hashlib.sha256(repr(complete).encode()).hexdigest()[:16],
+        "the transformer": files.weights.identity,
+        "the device": place.device.type,
+        "the precision": place.precision,
+        "the kernel": place.kernel,
+    }
+    check_alike(own, "videos", SAME_FILES)  # each has read the files by itself
     return generation
 
 
@@ -249,24 +257,6 @@ def check_room(generation: Generation) -> None:
     decoding = pixels[largest] * 3 * (4 + 4 + 1)  # fp32 pixels, those before they grew, bytes
     doing = f"make {prompt.frames} frames of {prompt.width}x{prompt.height}"
     check_memory(max(denoising, decoding), str(place.device), doing, generation.helps)
-
-
-def check_alike(generation: Generation) -> None:
-    """Raises UserError unless all processes are about to make the same: each has read the files by itself."""
-    own = {
-        "prompts": hashlib.sha256(repr(generation.prompts).encode()).hexdigest(),
-        "weights of the transformer": generation.files.weights.identity,
-        "devices": generation.place.device.type,
-        "precisions": generation.place.precision,
-        "kernels": generation.place.kernel,
-    }
-    for number, other in enumerate(found := gather(own)):
-        differs = [name for name in own if other[name] != found[0][name]]
-        if differs:
-            raise UserError(
-                f"Rank {number} would make something else than rank 0, its {' and '.join(differs)} differ: give all "
-                "processes the same files, and one checkpoint by its own folder while its run goes on."
-            )
 
 
 def describe(config: GenerateConfig, fps: int, files: ModelFiles, place: Placing) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import expand_home
 from wanloom.data.places import check_folders
-from wanloom.dist import gather, pick_device, together
-from wanloom.errors import UserError
+from wanloom.dist import check_alike, pick_device, together
 from wanloom.formats.pipeline import find_pipeline
 from wanloom.memory import enough_memory
 from wanloom.options import build_flat
@@ -49,20 +48,10 @@ def prepare(
         geometry = read_vae(pipeline).geometry
         # also where: by rounding a GPU encodes otherwise than a CPU
         identity = {name: encoder_identity(pipeline, name) for name in ENCODERS} | {"device": kind}
-    _check_alike(identity)
+    check_alike(identity, "samples")
     with one_thread() if kind == "cpu" else nullcontext():  # the bytes of any number of processes are equal
         load = partial(_load_with_room, pipeline, kind)
         return encode_folder(source, out, config, geometry, identity, load, on_progress)
-
-
-def _check_alike(identity: dict[str, str]) -> None:
-    """Raise UserError unless all ranks would encode with the same weights on the same kind of device."""
-    for rank, other in enumerate(found := gather(identity)):
-        differs = [
-            f"{name} is {other[name]}, on rank 0 {found[0][name]}" for name in other if other[name] != found[0][name]
-        ]
-        if differs:
-            raise UserError(f"Rank {rank} would make other samples than rank 0: {'; '.join(differs)}.")
 
 
 def _load_with_room(pipeline: Path, device: str) -> Encoders:
