@@ -69,9 +69,11 @@ def load_run(run: str | Path, *, ema: bool = False, device: str | None = None) -
 
     `ema` takes the averaged weights. Linears are fp32, gradients are off. Raises UserError where there is none.
     """
+    from wanloom.dist import process_group
     from wanloom.runs.trained import load_run
 
-    return load_run(Path(run), ema, device)
+    with process_group():
+        return load_run(Path(run), ema, device)
 
 
 def generate(
@@ -80,7 +82,8 @@ def generate(
     """Yields frames `(F, H, W, 3)` uint8 and the facts that repeat them, for each prompt as soon as it is made.
 
     `settings` are the options of `wanloom generate` by their names: model, checkpoint, ema, height, width, frames,
-    seed, steps and so on. Raises UserError, at once, for what cannot be.
+    seed, steps and so on. Raises UserError, at once, for what cannot be. Started by torchrun, all processes make each
+    video together, and the first gets it.
     """
     from wanloom.runs.generate import start
 

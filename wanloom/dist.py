@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ TIMEOUT = timedelta(minutes=30)  # the first step of a large model compiles, a c
 SAID = "wanloom/said"
 HEARD = "wanloom/heard"  # by how many
 COUNTER = "wanloom/counter"
+JOINED = itertools.count()
 WAIT_FOR_RANK_0 = 5.0  # seconds
 LOOPBACK = "127.0.0.1"
 # what gloo (a plain RuntimeError) and NCCL (a DistBackendError, as for its other errors) say of the other end
@@ -85,7 +87,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the other processes for the time of the block; nothing for a run of one process.
+    """Join the other processes for the time of the block, as often as they all do; nothing for a run of one process.
 
     Raises UserError when torchrun could not start them again, though it shall.
     """
@@ -97,7 +99,7 @@ def process_group() -> Iterator[None]:
         stay_inside()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with ended_by_ctrl_c(says=False):  # the others may be gone already, and torch waits for them without a look at it
-        store = _open_store()
+        store = PrefixStore(f"joined {next(JOINED)}", _open_store())  # the addresses of before are in it too
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank(), world_size=world_size())
     try:
         yield
@@ -138,8 +140,12 @@ def serve_store(port: int = 0) -> TCPStore:
     return TCPStore(LOOPBACK, port, None, True, TIMEOUT, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
+@cache
 def _open_store() -> Store:
-    """The store in which the processes find one another. Raises UserError when the environment does not say where."""
+    """The store in which the processes find one another, open until the end: a port cannot be had twice.
+
+    Raises UserError when the environment does not say where.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not is_on_one_machine():
         store = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))[0]  # pyright: ignore
         if os.environ.get("GROUP_WORLD_SIZE") != "1":

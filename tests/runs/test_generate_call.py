@@ -1,13 +1,21 @@
 """`wanloom.generate` in a program: the frames of the parts called by hand, and mistakes before anything is loaded."""
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import wanloom
+from wanloom.cli.launch import run_processes
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import build_config
@@ -18,10 +26,12 @@ from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.runs import generate as runs_generate
 from wanloom.runs.asked import Asked
 from wanloom.runs.generate import LoadedParts, make_frames, plan_generation
+from wanloom.sample import generate as sampling
 from wanloom.sample.generate import Request, generate
 from wanloom.sample.prompts import Prompt
 from wanloom.sample.settings import GenerateConfig
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SMALL = {"height": 32, "width": 48, "frames": 5, "steps": 2, "guidance": 3.0, "device": "cpu"}
 
@@ -93,3 +103,50 @@ def test_mistakes_come_with_the_call_and_before_anything_is_loaded(monkeypatch, 
     with pytest.raises(UserError) as raised:
         wanloom.generate(prompts, **settings)
     assert str(raised.value).startswith(message)
+
+
+def branch_by_branch(model, branches, text_kv, tokens, sigma, guidance, mesh) -> Tensor:
+    """As `guided_velocity`, with a call of the model for each branch: what two processes do, to the bit."""
+    count, texts, velocities = len(branches.video_lens) // 2, branches.text.split(branches.text_lens), []
+    own = {name: getattr(branches, name)[:count] for name in ("video_lens", "level_lens", "sequence_lens")}
+    own |= {"tokens": tokens, "positions": branches.positions[: len(tokens)]}
+    for half in (slice(0, count), slice(count, None)):
+        alone = replace(branches, text=torch.cat(texts[half]), text_lens=branches.text_lens[half], **own)
+        velocities.append(model(alone, torch.full((count,), sigma)))
+    prompt, negative = velocities
+    return negative + guidance * (prompt - negative)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "by hand"])
+def test_two_ranks_make_the_bytes_of_one(tiny_pipeline, tmp_path, launcher, monkeypatch):
+    """Called twice, and a call that is never iterated leaves nothing joined; the second rank gets nothing."""
+    for name, value in {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    script = [__file__, str(tiny_pipeline), str(tmp_path)]
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *script]
+        subprocess.run(command, check=True, timeout=120)
+    else:
+        assert run_processes(2, script) == 0
+    made = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    monkeypatch.setattr(sampling, "guided_velocity", branch_by_branch)
+    want = {facts["name"]: frames for seed in (0, 8) for frames, facts in make_two(tiny_pipeline, seed)}
+    assert made[0].keys() == want.keys() and len(want) == 4 and not made[1]
+    assert all(torch.equal(made[0][name], frames) for name, frames in want.items())
+
+
+def make_two(pipeline: Path | str, seed: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    return wanloom.generate(["a red circle", "snow"], model=str(pipeline), seed=seed, **SMALL)
+
+
+def be_rank(pipeline: str, out: Path) -> None:
+    """One of two ranks: what it gets, in a file of its own."""
+    torch.set_num_threads(1)
+    make_two(pipeline, 0)
+    got = {facts["name"]: frames for seed in (0, 8) for frames, facts in make_two(pipeline, seed)}
+    save_file(got, out / f"{os.environ['RANK']}.safetensors")
+
+
+if __name__ == "__main__":
+    be_rank(sys.argv[1], Path(sys.argv[2]))

@@ -25,7 +25,7 @@ import wanloom
 from wanloom.codecs.identity import encoder_identity
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import build_config
-from wanloom.dist import check_alike, pick_device, rank, together, world_size
+from wanloom.dist import check_alike, pick_device, process_group, rank, together, world_size
 from wanloom.errors import UserError
 from wanloom.geometry import Geometry
 from wanloom.memory import check_memory, enough_memory
@@ -163,12 +163,19 @@ def decode(vae: VaeCodec, prompt: Prompt, latents: Tensor, helps: Sequence[str])
 def start(
     prompts: str | Prompt | Sequence[str | Prompt], settings: Mapping[str, Any]
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Frames and facts of prompts in this process. Raises UserError, at once, for what cannot be."""
+    """Frames and facts of prompts, on the first of several ranks. Raises UserError, at once, for what cannot be."""
     several = [prompts] if isinstance(prompts, str | Prompt) else prompts
     words = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     complete = [Prompt(prompt=one) if isinstance(one, str) else one for one in several]
-    made = plan_generation(complete, build_config(Asked, words)).make()
-    return ((frames, facts) for frames, facts in made if frames is not None)
+    asked = build_config(Asked, words)
+    with process_group():
+        generation = plan_generation(complete, asked)
+
+    def make() -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        with process_group():  # joined anew: nobody can tell whether what is returned is ever iterated
+            yield from ((frames, facts) for frames, facts in generation.make() if frames is not None)
+
+    return make()
 
 
 def plan_generation(prompts: Sequence[Prompt], asked: Asked) -> Generation:
