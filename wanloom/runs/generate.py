@@ -197,13 +197,9 @@ def plan_generation(prompts: Sequence[Prompt], asked: Asked) -> Generation:
         place = place_model(asked, config.guidance, files.weights.config)
         generation = Generation(complete, shapes, asked.fps or geometry.fps, config, files, place)
         check_room(generation)
-    own = {
-        "the list of prompts": hashlib.sha256(repr(complete).encode()).hexdigest()[:16],
-        "the transformer": files.weights.identity,
-        "the device": place.device.type,
-        "the precision": place.precision,
-        "the kernel": place.kernel,
-    }
+    words = hashlib.sha256(repr(complete).encode()).hexdigest()[:16]
+    own = {"the list of prompts": words, "the transformer": files.weights.identity}
+    own |= {"the device": place.device.type, "the precision": place.precision, "the kernel": place.kernel}
     check_alike(own, "videos", SAME_FILES)  # each has read the files by itself
     return generation
 
