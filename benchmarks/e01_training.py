@@ -297,7 +297,7 @@ def rows_of_curves(curves: Sequence[list[list[Point]]], facts: dict[str, object]
 def flops_ratio(data: Dataset) -> float:
     """With 512 states of a caption over those it has and one for the rest."""
     rows = data.rows("train")
-    tokens, texts = rows.tokens.tolist(), rows.text_lens.tolist()
+    tokens, texts = rows.tokens.tolist(), rows.columns["text_len"].tolist()
     own = sum(train_flops(CONFIG, n, text + 1) for n, text in zip(tokens, texts, strict=True))
     return sum(train_flops(CONFIG, n) for n in tokens) / own
 

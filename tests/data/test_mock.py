@@ -31,7 +31,7 @@ def test_every_shape_comes_as_often_as_asked_for():
 
 
 def test_captions_have_all_lengths_of_the_range():
-    lens = MockDataset("1x64x64", 8, WAN_21, size=1500).rows("train").text_lens
+    lens = MockDataset("1x64x64", 8, WAN_21, size=1500).rows("train").columns["text_len"]
     assert sorted(set(lens.tolist())) == list(range(8, 129))
 
 
@@ -40,13 +40,13 @@ def test_samples_are_repeatable_and_different():
     data = MockDataset("17x64x64,1x32x64", 8, narrow, size=6, val_size=2)
     train, val = data.rows("train"), data.rows("val")
     assert (len(train), len(val)) == (6, 2)
-    assert set(train.keys).isdisjoint(val.keys)
+    assert set(train.texts["key"].to_pylist()).isdisjoint(val.texts["key"].to_pylist())
     for i in range(6):
         sample = data.read(train[i])
         row = train[i]
         planned = (row.channels, row.frames, row.height, row.width)
         assert tuple(sample.tensors["latents"].shape) == planned == ((4, 5, 8, 8), (4, 1, 4, 8))[i % 2]
-        assert sample.tensors["text"].shape == (train.text_lens[i], 8)
+        assert sample.tensors["text"].shape == (train.columns["text_len"][i], 8)
         assert sample.tensors["latents"][0].numel() // 4 == train.tokens[i]
         again = MockDataset("17x64x64,1x32x64", 8, narrow).read(train[i])
         assert torch.equal(sample.tensors["latents"], again.tensors["latents"])

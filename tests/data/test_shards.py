@@ -52,7 +52,7 @@ def write_folder(folder: Path, with_index: bool = True) -> Path:
 def test_every_sample_reads_back(tmp_path: Path) -> None:
     dataset = Dataset.open(write_folder(tmp_path))
     train, val = dataset.rows("train"), dataset.rows("val")
-    assert ([*train.keys], [*val.keys]) == ([f"clip{i}" for i in range(5)], ["clip5"])
+    assert (train.texts["key"].to_pylist(), val.texts["key"].to_pylist()) == ([f"clip{i}" for i in range(5)], ["clip5"])
     assert train[3].caption == "caption 3"
     for i, row in enumerate([*(train[i] for i in range(5)), val[0]]):
         sample = dataset.read(row)
@@ -65,7 +65,7 @@ def test_every_sample_reads_back(tmp_path: Path) -> None:
         assert row.tokens == frames * height * width // 4
         assert row.text_len == len(text)
     assert train.tokens.tolist() == [18, 16, 4, 20, 18]
-    assert train.channels.tolist() == [16] * 5
+    assert train.columns["channels"].tolist() == [16] * 5
     assert train.count_shapes() == {SHAPES[0][1:]: 2, SHAPES[1][1:]: 1, SHAPES[2][1:]: 1, SHAPES[3][1:]: 1}
     assert train.text_lens.tolist() == [3, 5, 7, 9, 11]
 
@@ -105,7 +105,7 @@ def test_a_remote_folder() -> None:
         memory.pipe(f"/set/train/{i}.tar", tar_pair(f"k{i}", named(i), {"caption": "c"}) + END)
     dataset = Dataset.open("memory://set")
     rows = dataset.rows("train")
-    assert [*rows.keys] == ["k0", "k1"]
+    assert rows.texts["key"].to_pylist() == ["k0", "k1"]
     assert torch.equal(dataset.read(rows[1]).tensors["text"], draw(1)[1])
     memory.rm("/set", recursive=True)
 

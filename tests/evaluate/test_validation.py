@@ -58,5 +58,5 @@ def test_it_reads_a_bounded_number_of_samples_from_the_start_of_each_split(tiny_
     validate = build_validation(load_dit(tiny_pipeline), ALONE, sources, 100, bf16=False)
     assert validate is not None
     validate()
-    first = [(source.path, key) for source in sources for key in source.rows("val").keys[:2]]
+    first = [(source.path, key) for source in sources for key in source.rows("val").texts["key"][:2].to_pylist()]
     assert len(first) == 3 and sorted(read) == sorted(first * len(SIGMAS))

@@ -66,8 +66,8 @@ def test_energon_reads_every_sample(folder: Path, split: str) -> None:
     else:
         loader = names["open_energon"](folder, split)
     got = {sample["__key__"].split("/")[-1]: sample for sample in loader}
-    assert sorted(got) == sorted(rows.keys)
-    for i, key in enumerate(rows.keys):
+    assert sorted(got) == sorted(rows.texts["key"].to_pylist())
+    for i, key in enumerate(rows.texts["key"].to_pylist()):
         mine = dataset.read(rows[i])
         assert torch.equal(got[key]["latents"], mine.tensors["latents"])
         assert torch.equal(got[key]["text"], mine.tensors["text"])

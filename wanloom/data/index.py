@@ -1,10 +1,10 @@
 """The index as columns: what planning and reading need to know of every sample, in memory or mapped from a disk.
 
 In: tables that have at least the columns of `SCHEMA`, as index.parquet has. Out: an `Index` for each split. The one
-decision: columns are plain arrays, numbers by row and strings as their bytes and where each ends. So those of a large
-index can be files that all processes of a machine map and share (`index_cache.py`), of which only what is looked at is
-ever read, and a row is a few values in place of objects. Whatever comes from an index is checked once, while the
-columns are made.
+decision: columns are plain arrays, numbers by row and strings as Arrow has them, their bytes and where each ends. So
+those of a large index can be files that all processes of a machine map and share (`index_cache.py`), of which only
+what is looked at is ever read, and a row is a few values in place of objects. Whatever comes from an index is checked
+once, while the columns are made.
 """
 
 import hashlib
@@ -12,8 +12,9 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, overload
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -50,33 +51,8 @@ class Row(NamedTuple):
 SCHEMA = pa.schema([(name, pa.string() if kind is str else pa.int64()) for name, kind in Row.__annotations__.items()])
 TEXTS = ("key", "caption", "source", "sha256")
 NUMBERS = ("offset", "size", "frames", "height", "width", "channels", "tokens", "text_len")
-# what a run depends on; where strings end as well, so that two keys cannot be joined to another two
+# what a run depends on
 CONTENT = ("key", "key.ends", "sha256", "sha256.ends", "frames", "height", "width", "channels", "tokens", "text_len")
-
-
-class Strings(Sequence[str]):
-    """Strings as one array of their bytes, and where each of them ends."""
-
-    def __init__(self, ends: np.ndarray, data: np.ndarray) -> None:
-        self._ends, self._data = ends, data
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [self[one] for one in range(len(self))[i]]
-        i = range(len(self._ends))[i]
-        start, end = self._ends[i - 1 : i + 1].tolist() if i else (0, self._ends[0])
-        return self._data[start:end].tobytes().decode()
-
-    def count_empty(self) -> int:
-        """How many are empty."""
-        return int(np.count_nonzero(self._ends[1:] == self._ends[:-1])) + int(len(self) > 0 and self._ends[0] == 0)
 
 
 @dataclass(frozen=True)
@@ -86,7 +62,7 @@ class Index:
     split: str
     shards: Sequence[str]
     columns: dict[str, np.ndarray]  # (N,) each; `shard` holds places in `shards`
-    texts: dict[str, Strings]
+    texts: dict[str, pa.LargeStringArray]
     digest: str  # of what a run depends on
 
     def __len__(self) -> int:
@@ -96,27 +72,13 @@ class Index:
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
         values: dict[str, Any] = {name: int(self.columns[name][i]) for name in NUMBERS}
-        values |= {name: self.texts[name][i] for name in TEXTS}
+        values |= {name: self.texts[name][i].as_py() for name in TEXTS}
         return Row(split=self.split, shard=self.shards[int(self.columns["shard"][i])], **values)
-
-    @property
-    def keys(self) -> Strings:
-        return self.texts["key"]
 
     @property
     def tokens(self) -> np.ndarray:
         """`(N,)` int64: tokens of each sample."""
         return self.columns["tokens"]
-
-    @property
-    def text_lens(self) -> np.ndarray:
-        """`(N,)` int64: text states of each sample."""
-        return self.columns["text_len"]
-
-    @property
-    def channels(self) -> np.ndarray:
-        """`(N,)` int64: channels of the latents of each sample."""
-        return self.columns["channels"]
 
     def count_shapes(self) -> dict[tuple[int, int, int], int]:
         """How many samples have latents of so many frames, rows and columns, the most frequent first."""
@@ -135,26 +97,6 @@ class Columns(NamedTuple):
     ends: list[int]  # how long each shard must be, bytes
 
 
-class Sink:
-    """One column while it grows, in memory or in a file."""
-
-    def __init__(self, path: Path | None, dtype: np.dtype) -> None:
-        self.dtype, self._parts = dtype, list[np.ndarray]()
-        self._file = path.open("wb") if path else None
-
-    def add(self, values: np.ndarray) -> None:
-        if self._file:
-            self._file.write(values.data)
-        else:
-            self._parts.append(values)
-
-    def close(self) -> np.ndarray:
-        """What there is; empty for a file, which is to be mapped."""
-        if self._file:
-            self._file.close()
-        return np.concatenate([np.empty(0, self.dtype), *self._parts])
-
-
 class Builder:
     """Columns from tables, batch by batch; a context manager. With a `folder` they are files of it, else in memory.
 
@@ -163,22 +105,23 @@ class Builder:
 
     def __init__(self, path: str, folder: Path | None = None) -> None:
         self._path, self._folder = path, folder
-        self._sinks = {(split, name): self._sink(split, name) for split in SPLITS for name in file_names()}
-        self._digests = {(split, name): hashlib.blake2b(digest_size=16) for split in SPLITS for name in CONTENT}
+        self._files: dict[tuple[str, str], BinaryIO] = {
+            (split, name): (folder / f"{split}.{name}").open("wb") if folder else io.BytesIO()
+            for split in SPLITS
+            for name in file_names()
+        }
         self._hashes: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         self._shards: dict[str, int] = {}
         self._ends = np.zeros(0, np.int64)
-        self._bytes = {(split, name): 0 for split in SPLITS for name in TEXTS}
+        for split, name in product(SPLITS, TEXTS):
+            self._put(split, f"{name}.ends", np.zeros(1, np.int64))
 
     def __enter__(self) -> "Builder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for sink in self._sinks.values():
-            sink.close()
-
-    def _sink(self, split: str, name: str) -> Sink:
-        return Sink(self._folder / f"{split}.{name}" if self._folder else None, file_names()[name])
+        for file in self._files.values():
+            file.close()
 
     def add(self, batch: pa.RecordBatch) -> None:
         """More rows; columns beside those of `SCHEMA` are not looked at."""
@@ -216,15 +159,11 @@ class Builder:
             self._put(split, name, batch[name].to_numpy())
         for name in TEXTS:
             ends, data = bytes_of(batch[name])
-            self._put(split, f"{name}.ends", ends + self._bytes[split, name])
+            self._put(split, f"{name}.ends", ends + self._files[split, name].tell())
             self._put(split, name, data)
-            self._bytes[split, name] += len(data)
 
     def _put(self, split: str, name: str, values: np.ndarray) -> None:
-        values = np.ascontiguousarray(values, file_names()[name])
-        self._sinks[split, name].add(values)
-        if name in CONTENT:
-            self._digests[split, name].update(values.data)
+        self._files[split, name].write(np.ascontiguousarray(values, file_names()[name]).data)
 
     def _places_of(self, batch: pa.RecordBatch) -> np.ndarray:
         """The shard of each row as a number; its end is noted."""
@@ -237,15 +176,17 @@ class Builder:
 
     def finish(self) -> Columns:
         """All of it. In a folder, the columns are those of its files."""
-        arrays = {place: sink.close() for place, sink in self._sinks.items()}
         if self._folder:
+            self.__exit__()
             arrays = map_files(self._folder)
-        digests = {
-            split: hashlib.blake2b(b"".join(self._digests[split, name].digest() for name in CONTENT), digest_size=16)
-            for split in SPLITS
-        }
+        else:
+            arrays = {
+                place: np.frombuffer(file.getvalue(), file_names()[place[1]])
+                for place, file in self._files.items()
+                if isinstance(file, io.BytesIO)
+            }
         shards = list(self._shards)
-        splits = {split: index_of(split, shards, arrays, digests[split].hexdigest()) for split in SPLITS}
+        splits = {split: index_of(split, shards, arrays, digest_of(split, arrays)) for split in SPLITS}
         self._check_keys(splits)
         return Columns(splits, shards, self._ends.tolist())
 
@@ -258,7 +199,7 @@ class Builder:
             return
         first = len(splits["train"])
         rows = np.flatnonzero(np.isin(hashes, twice)).tolist()
-        keys = Counter(splits["train"].keys[i] if i < first else splits["val"].keys[i - first] for i in rows)
+        keys = Counter(splits["train"][i].key if i < first else splits["val"][i - first].key for i in rows)
         key, number = keys.most_common(1)[0]
         if number > 1:
             raise UserError(f"The key '{key}' is in '{self._path}' {number} times: every sample needs its own.")
@@ -284,8 +225,19 @@ def map_files(folder: Path) -> dict[tuple[str, str], np.ndarray]:
 def index_of(split: str, shards: Sequence[str], arrays: dict[tuple[str, str], np.ndarray], digest: str) -> Index:
     """The columns of a split."""
     columns = {name: arrays[split, name] for name in ("shard", *NUMBERS)}
-    texts = {name: Strings(arrays[split, f"{name}.ends"], arrays[split, name]) for name in TEXTS}
+    texts = {}
+    for name in TEXTS:
+        ends, data = pa.py_buffer(arrays[split, f"{name}.ends"]), pa.py_buffer(arrays[split, name])
+        texts[name] = pa.LargeStringArray.from_buffers(len(columns["tokens"]), ends, data)
     return Index(split, shards, columns, texts, digest)
+
+
+def digest_of(split: str, arrays: dict[tuple[str, str], np.ndarray]) -> str:
+    """A hash of what a run depends on of a split."""
+    # where strings end as well, so that two keys cannot be joined to another two; not the 0 with which they begin
+    parts = (arrays[split, name][1 if name.endswith(".ends") else 0 :] for name in CONTENT)
+    digests = (hashlib.blake2b(part.data, digest_size=16).digest() for part in parts)
+    return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
 
 
 def bytes_of(column: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:

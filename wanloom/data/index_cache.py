@@ -22,7 +22,7 @@ from wanloom.data.index import SCHEMA, SPLITS, Builder, Columns, file_names, ind
 from wanloom.errors import UserError
 from wanloom.files import parse_json, write_atomic
 
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files
 FACTS = "facts.json"  # written last: the columns are whole
 LARGE = 100_000  # rows; fewer take less memory than the interpreter
 BATCH = 65_536  # rows that are read at a time

@@ -63,7 +63,7 @@ def open_sources(
         index = source.rows("train")
         if len(index) == 0:
             raise UserError(f"{source.path} has no training samples.")
-        if (found := set(np.unique(index.channels).tolist())) != {channels}:
+        if (found := set(np.unique(index.columns["channels"]).tolist())) != {channels}:
             raise UserError(f"{source.path} has latents of {sorted(found)} channels, the model takes {channels}.")
         found = source.read(index[0]).tensors["text"].shape[1]
         if found != text_dim:
@@ -71,7 +71,7 @@ def open_sources(
                 f"{source.path} was prepared with another text encoder: its states have {found} values, the model "
                 f"takes {text_dim}. Prepare it with the model of this run."
             )
-        if (longest := int(index.text_lens.max())) > text_slots:
+        if (longest := int(index.columns["text_len"].max())) > text_slots:
             raise UserError(
                 f"A caption of {source.path} has {longest} tokens, the model takes {text_slots}: prepare it with a "
                 "smaller `max_text_length`."
@@ -141,7 +141,7 @@ class Plan:
 
         def place(i: int) -> tuple[int, int, str, int]:
             index, row = self.indices[entries[i].source], entries[i].index
-            return tokens[i], int(index.text_lens[row]), index.keys[row], i
+            return tokens[i], int(index.columns["text_len"][row]), index.texts["key"][row].as_py(), i
 
         return [[first + i for i in sorted(pack, key=place)] for pack in packs]
 
@@ -181,7 +181,7 @@ def check_budget(path: str, index: Index, budget: int) -> None:
     largest = int(index.tokens.argmax())
     if index.tokens[largest] > budget:
         raise UserError(
-            f"Sample '{index.keys[largest]}' of {path} has {index.tokens[largest]} tokens and does not fit in a pack "
+            f"Sample '{index[largest].key}' of {path} has {index.tokens[largest]} tokens and does not fit in a pack "
             f"of {budget}: set batch.tokens_per_pack to {index.tokens[largest]} or more."
         )
 
