@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from wanloom.demo import shapes
-from wanloom.formats.transformer import load_dit, save_dit
+from wanloom.formats.transformer import load_dit, save_weights
 from wanloom.model.dit import WanDiT
 from wanloom.model.init import init_weights
 from wanloom.variants import VARIANTS
@@ -299,7 +299,7 @@ def write_pipeline(work: Path, out: Path, transformer: Path | None) -> None:
     else:
         dit = load_dit(transformer)
     shutil.rmtree(work / "transformer", ignore_errors=True)
-    save_dit(dit, work / "transformer")
+    save_weights(dit.state_dict(), dit.config, work / "transformer")
     shutil.rmtree(out, ignore_errors=True)
     WanPipeline(
         tokenizer=T5Tokenizer.from_pretrained(work / "tokenizer"),

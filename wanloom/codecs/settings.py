@@ -27,18 +27,21 @@ class PartConfig(Config):
     model_config = ConfigDict(extra="ignore")
 
 
-def read_part(schema: type[C], folder: Path, what: str, kind: str) -> C:
-    """The checked config of `folder`. Raises UserError when it is missing, of another kind or out of bounds."""
-    file = folder / "config.json"
+def read_part(schema: type[C], folder: Path, what: str, *kinds: str, name: str = "config.json") -> C:
+    """The checked config of `folder`, of one of `kinds`, the first of them where it says none.
+
+    Raises UserError when it is missing, of another kind or out of bounds.
+    """
+    file = folder / name
     if not file.is_file():
         raise UserError(f"There is no {what} in '{folder.parent}': {file} is missing.")
     values = read_json(file)
     if "quantization_config" in values:
         raise UserError(f"The {what} in {folder} is quantised, which is not read: give it in bf16, fp16 or fp32.")
-    named = values.get("_class_name") or values.get("architectures") or [kind]
+    named = values.get("_class_name") or values.get("architectures") or values.get("tokenizer_class") or kinds[0]
     named = named[0] if isinstance(named, list) and named else named
-    if named != kind:
-        raise UserError(f"{file} describes a {cut(str(named), 60)!r}, but the {what} of Wan is a {kind}.")
+    if named not in kinds:
+        raise UserError(f"{file} describes a {cut(str(named), 60)!r}, but the {what} of Wan is a {kinds[0]}.")
     try:
         return build_config(schema, {key: value for key, value in values.items() if value is not None})
     except UserError as error:

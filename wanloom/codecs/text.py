@@ -18,8 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT
 
 from wanloom.codecs.parts import Foreign, ForeignError, fill_part
 from wanloom.codecs.settings import PartConfig, read_part
-from wanloom.config import build_config
-from wanloom.errors import MOST_REASON, UserError, cut
+from wanloom.errors import UserError, cut
 from wanloom.files import read_json
 
 TIED = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor, which files have under either name or both
@@ -52,7 +51,6 @@ class EncoderConfig(PartConfig):
 class TokenizerConfig(PartConfig):
     """What decides how long reading a tokenizer takes; the rest is the library's."""
 
-    tokenizer_class: str = TOKENIZERS[0]
     extra_ids: int = Field(0, ge=0, le=1000)
     additional_special_tokens: tuple[str, ...] = Field((), max_length=1000)
     model_max_length: float = Field(512, gt=0)
@@ -120,16 +118,7 @@ def load_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
 
     Raises UserError when it is missing, of another kind or broken.
     """
-    file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        raise UserError(f"There is no tokenizer in '{folder.parent}': {file} is missing.")
-    try:
-        named = build_config(TokenizerConfig, read_json(file)).tokenizer_class
-    except UserError as error:
-        reason = cut(str(error), MOST_REASON)
-        raise UserError(f"{file} does not describe the tokenizer of a Wan model. {reason}") from error
-    if named not in TOKENIZERS:
-        raise UserError(f"{file} describes a {cut(named, 60)!r}, but the tokenizer of Wan is a T5Tokenizer.")
+    read_part(TokenizerConfig, folder, "tokenizer", *TOKENIZERS, name="tokenizer_config.json")
     if not any((folder / name).is_file() for name in VOCABULARIES):  # the library would make an empty one
         raise UserError(f"The tokenizer in {folder} has neither of {' and '.join(VOCABULARIES)}.")
     for other in folder.glob("*.json"):  # the library reads several of them, and a deep one would exhaust its stack

@@ -13,11 +13,10 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from wanloom.config import build_config
@@ -32,7 +31,6 @@ from wanloom.model.settings import DiTConfig
 
 Layout = Literal["original", "diffusers"]
 LAYOUTS: tuple[Layout, ...] = ("original", "diffusers")
-WEIGHTS_NAME = "diffusion_pytorch_model"
 SHARD_BYTES = 10 * 10**9
 HEAD_DIM = 128  # of every published model
 
@@ -183,11 +181,6 @@ def match_names(model: WanDiT, stored: dict[str, StoredTensor], path: Path) -> d
     return {name: stored[key] for name, key in names.items()}
 
 
-def save_dit(model: WanDiT, path: str | Path, layout: Layout = "diffusers") -> None:
-    """Write the model as a transformer folder: config.json and safetensors, in shards above 10 GB."""
-    save_weights(model.state_dict(), model.config, path, layout)
-
-
 def save_weights(
     state: dict[str, Tensor],
     config: DiTConfig,
@@ -195,17 +188,20 @@ def save_weights(
     layout: Layout = "diffusers",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """`save_dit` for a state dict (an EMA's, say). The folder appears whole, or not at all.
+    """Write weights as a transformer folder: config.json and safetensors, in shards above 10 GB; whole, or not at all.
 
     Raises UserError when `path` is there and not empty, or cannot be written.
     """
+    from huggingface_hub import save_torch_state_dict
+
     path = Path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is there already and is not an empty folder: give a new one.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         temporary.mkdir(parents=True)
-        write_shards(state_dict_as(state, layout), temporary, shard_bytes)
+        renamed, pattern = state_dict_as(state, layout), "diffusion_pytorch_model{suffix}.safetensors"
+        save_torch_state_dict(renamed, temporary, filename_pattern=pattern, max_shard_size=shard_bytes)
         text = json.dumps(config_json(config, layout), indent=2, sort_keys=True)
         (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
         mode = (temporary / "config.json").stat().st_mode  # by the user's umask; safetensors writes for the owner alone
@@ -218,27 +214,3 @@ def save_weights(
         raise UserError(f"{path} cannot be written: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_shards(state: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """Safetensors files of at most `shard_bytes` where tensors allow; more than one get an index."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = total = 0
-    for key, value in state.items():
-        if shards[-1] and size + value.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][key] = value
-        size += value.nbytes
-        total += value.nbytes
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        suffix = "" if len(shards) == 1 else f"-{i:05d}-of-{len(shards):05d}"
-        name = f"{WEIGHTS_NAME}{suffix}.safetensors"
-        tensors = {key: value.detach().cpu().contiguous() for key, value in shard.items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-    if len(shards) > 1:
-        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True)
-        (folder / f"{WEIGHTS_NAME}.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
