@@ -2,7 +2,7 @@
 
 from small_model import build_model
 
-from wanloom.parallel.plan import GATHERING, TABLE, row_of, split_dim
+from wanloom.parallel.tensor import GATHERING, TABLE, row_of, split_dim
 
 
 def test_every_row_is_a_layer_of_the_model():

@@ -13,7 +13,7 @@ from wanloom.cli.prepare_report import print_report
 from wanloom.geometry import WAN_21
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
-from wanloom.prepare.advice import advise_clips, advise_frames, advise_short
+from wanloom.prepare.report import advise_clips, advise_frames, advise_short
 from wanloom.prepare.run import encode_folder
 from wanloom.prepare.settings import PrepareConfig
 

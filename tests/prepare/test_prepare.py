@@ -28,7 +28,7 @@ from wanloom.geometry import WAN_21
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
 from wanloom.prepare import run as prepare_module
-from wanloom.prepare.encode import default_batch, sample_key
+from wanloom.prepare.encode import sample_key
 from wanloom.prepare.journal import Journal
 from wanloom.prepare.listing import read_entries
 from wanloom.prepare.run import Prepared, encode_folder
@@ -408,7 +408,7 @@ def test_truncated_captions_are_listed(tmp_path: Path) -> None:
     put_image(tmp_path / "in", "b.png", "one two", 20)
     done = run(tmp_path / "in", tmp_path / "out", max_text_length=4)
     assert done.report["captions_truncated"] == {"a.png": "7 tokens, 4 kept"}
-    assert Dataset.open(tmp_path / "out").rows("train").text_lens.tolist() == [4, 3]
+    assert Dataset.open(tmp_path / "out").rows("train").columns["text_len"].tolist() == [4, 3]
 
 
 def test_modes(tmp_path: Path) -> None:
@@ -580,8 +580,8 @@ def test_a_file_that_breaks_late_keeps_its_clips_and_says_so(tmp_path: Path) -> 
 
 
 def test_small_clips_are_encoded_together_and_large_ones_alone(tmp_path: Path) -> None:
-    assert default_batch(81 * 480 * 832) == 1
-    assert default_batch(480 * 832) == 10
+    assert PrepareConfig().clips_of_batch(81 * 480 * 832) == 1
+    assert PrepareConfig().clips_of_batch(480 * 832) == 10
     sizes = []
     encoders = build_encoders()
 

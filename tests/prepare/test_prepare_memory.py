@@ -13,8 +13,7 @@ from wanloom.errors import UserError
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
 from wanloom.prepare.encode import BatchEncoder, FileBlock
-from wanloom.prepare.memory import BYTES, check_batch, find_helps
-from wanloom.prepare.settings import PrepareConfig
+from wanloom.prepare.settings import BYTES, PrepareConfig, check_batch, find_helps
 
 pytestmark = pytest.mark.slow
 

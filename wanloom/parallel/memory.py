@@ -14,8 +14,8 @@ from wanloom.model.dit import WanDiT, keeps_fp32
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.mesh import Layout
 from wanloom.parallel.pipeline import stage_blocks
-from wanloom.parallel.plan import split_dim
 from wanloom.parallel.settings import Recompute
+from wanloom.parallel.tensor import split_dim
 
 FP32 = 4  # bytes; of weights, gradients, both moments and the average
 FIRST_STAGE = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")

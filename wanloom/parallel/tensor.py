@@ -4,13 +4,15 @@ In: a WanDiT (on the meta device or with values) and the mesh. Out: the same mod
 parameters are DTensors over `tp` under their old names. The one decision: activations are plain local tensors, and
 every exchange has its adjoint in the backward pass (gather and reduce-scatter, all-reduce and all-reduce), so the
 gradient of a copied parameter is the plain sum of what its copies get. QK-norm spans all heads: its sum of squares is
-reduced over the ranks, one number a token, and no heads are gathered. Megatron-LM: Shoeybi et al. 2019; sequence
-parallel: Korthikanti et al. 2022.
+reduced over the ranks, one number a token, and no heads are gathered. What is not in `TABLE` is copied to every rank
+and works on the rank's own tokens; the sum of its gradients is taken once at the end of a step (params.sum_copies).
+Megatron-LM: Shoeybi et al. 2019; sequence parallel: Korthikanti et al. 2022.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,12 +23,49 @@ from torch.distributed.tensor import DTensor, Shard
 from wanloom.model.dit import WanDiT
 from wanloom.model.layers import Linear, RMSNorm
 from wanloom.parallel.mesh import Mesh
-from wanloom.parallel.plan import GATHERING, TABLE, row_of
 from wanloom.torch_private import resolve_group
 
 # torch before 2.13 has them under the names that it has deprecated since
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Split(NamedTuple):
+    """The dims over which the parameters of a layer are cut, and what its result needs where it is a part of a sum.
+
+    `tokens` leaves every rank the sum of its own tokens, `all` the sum of all rows.
+    """
+
+    dims: dict[str, int]
+    exchange: Literal["", "tokens", "all"] = ""
+
+
+COLUMN = Split({"weight": 0, "bias": 0})  # a Linear by its outputs
+ROW = Split({"weight": 1}, "tokens")  # by its inputs
+NORM = Split({"weight": 0}, "all")  # an RMS norm over all heads: one number a token is summed
+ATTENTION = {"q": COLUMN, "k": COLUMN, "v": COLUMN, "norm_q": NORM, "norm_k": NORM, "o": ROW}
+TABLE = {
+    "text_embedding.0": COLUMN,
+    "text_embedding.2": ROW._replace(exchange="all"),
+    **{f"blocks.N.self_attn.{name}": split for name, split in ATTENTION.items()},
+    **{f"blocks.N.cross_attn.{name}": split for name, split in ATTENTION.items()},
+    "blocks.N.ffn.0": COLUMN,
+    "blocks.N.ffn.2": ROW,
+}
+# these are given the tokens of all ranks
+GATHERING = {"blocks.N.self_attn", "blocks.N.cross_attn", "blocks.N.ffn"}
+
+
+def row_of(module: str) -> str:
+    """The name of a module, as the table has it."""
+    return re.sub(r"^blocks\.\d+", "blocks.N", module)
+
+
+def split_dim(parameter: str) -> int | None:
+    """The dim over which a parameter is cut; None for one that every rank has."""
+    module, _, name = parameter.rpartition(".")
+    split = TABLE.get(row_of(module))
+    return split.dims.get(name) if split else None
 
 
 @torch.library.custom_op("wanloom::sum_ranks", mutates_args=())

@@ -13,8 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from wanloom.files import is_special, json_fault, parse_json
-from wanloom.prepare.names import Names, compose, loose
-from wanloom.prepare.tables import TABLES, Table, read_table
+from wanloom.prepare.tables import TABLES, Names, Table, compose, loose, read_table
 from wanloom.suffixes import kind_of
 
 SIDECARS = (".json", ".jsonl", ".txt", ".caption")

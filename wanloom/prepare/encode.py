@@ -29,14 +29,12 @@ from wanloom.media.picture import Clip
 from wanloom.media.readers import read_ahead
 from wanloom.media.video import read_clips
 from wanloom.memory import enough_memory
-from wanloom.prepare.advice import advise_short
 from wanloom.prepare.content import Content
 from wanloom.prepare.journal import Journal
 from wanloom.prepare.listing import MediaEntry
-from wanloom.prepare.memory import describe_batch, find_helps
-from wanloom.prepare.settings import PrepareConfig
+from wanloom.prepare.report import advise_short
+from wanloom.prepare.settings import PrepareConfig, describe_batch, find_helps
 
-MOST_CLIPS, MOST_PIXELS = 16, 4_000_000  # of a batch; one clip of 81 frames of 832x480 has 32 million pixels
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -94,12 +92,7 @@ def most_files(kind: str, config: PrepareConfig) -> int:
     timing, framing = config.timing, config.framing
     frames = timing.frames if kind == "video" and timing.mode == "video" else 1
     area = framing.area or (framing.height or 0) * (framing.width or 0)
-    return config.batch_size or default_batch(frames * area)
-
-
-def default_batch(pixels: int) -> int:
-    """Clips of so many pixels, over all frames, to encode together: many small ones, one large one."""
-    return max(1, min(MOST_CLIPS, MOST_PIXELS // pixels))
+    return config.clips_of_batch(frames * area)
 
 
 def encode_blocks(
@@ -187,7 +180,7 @@ class BatchEncoder:
         if self.clips and self.clips[0][2].pixels.shape != clip.pixels.shape:
             self.flush(block)
         self.clips.append((key, entry, clip))
-        if len(self.clips) >= (self.config.batch_size or default_batch(clip.pixels.size // 3)):
+        if len(self.clips) >= self.config.clips_of_batch(clip.pixels.size // 3):
             self.flush(block)
 
     def end_file(self, block: FileBlock) -> None:

@@ -1,4 +1,8 @@
-"""The settings of `wanloom prepare`; apart from the code that encodes, so that they are checked without torch."""
+"""The settings of `wanloom prepare`; apart from the code that encodes, so that they are checked without torch.
+
+Of the memory that a batch takes only what is certain is refused beforehand: its pixels as they were decoded and as the
+VAE takes them. What the VAE makes of them inside is many times that; it is left to the allocator, whose error tells.
+"""
 
 import os
 from typing import Literal
@@ -11,7 +15,12 @@ from wanloom.geometry import Geometry
 from wanloom.media.framing import FramingConfig
 from wanloom.media.limits import LimitsConfig
 from wanloom.media.video import TimingConfig
+from wanloom.memory import check_memory
 from wanloom.threads import count_cores
+
+MOST_CLIPS, MOST_PIXELS = 16, 4_000_000  # of a batch; one clip of 81 frames of 832x480 has 32 million pixels
+BYTES = 3 + 3 * 4  # of a pixel: uint8 and fp32
+Shape = tuple[int, int, int, int]
 
 
 def usual_workers() -> int:
@@ -58,12 +67,16 @@ class PrepareConfig(Config):
         description="files decoded at once by each process; each holds about two clips in memory (half the cores, "
         "shared by the processes of a machine, at most 8)",
     )
-    batch_size: int | None = Field(  # None: by `default_batch`
+    batch_size: int | None = Field(  # None: by `clips_of_batch`
         default=None,
         title="speed",
         description="clips of equal size encoded together; changes latents by rounding, so it is fixed for a folder "
         "(as many as have 4 million pixels together, at most 16)",
     )
+
+    def clips_of_batch(self, pixels: int) -> int:
+        """Clips of so many pixels, over all frames, to encode together: many small ones, one large one."""
+        return self.batch_size or max(1, min(MOST_CLIPS, MOST_PIXELS // pixels))
 
     @model_validator(mode="after")
     def _check(self) -> "PrepareConfig":
@@ -96,3 +109,36 @@ def fit_config(config: PrepareConfig, geometry: Geometry) -> PrepareConfig:
     if "fps" not in timing.model_fields_set:
         timing = timing.model_copy(update={"fps": float(geometry.fps)})
     return config.model_copy(update={"timing": timing})
+
+
+def check_batch(config: PrepareConfig, device: str) -> None:
+    """Raises UserError when a batch of the one size that all clips get cannot fit."""
+    height, width = config.framing.height, config.framing.width
+    if height is None or width is None or config.framing.keep_aspect:
+        return  # no file is known yet
+    frames = config.timing.frames if config.timing.mode == "video" else 1
+    shape = config.clips_of_batch(frames * height * width), frames, height, width
+    needed = BYTES * shape[0] * frames * height * width
+    check_memory(needed, device, describe_batch(shape), find_helps(config, shape))
+
+
+def describe_batch(shape: Shape) -> str:
+    """What is done, to go after "not enough to"."""
+    count, frames, height, width = shape
+    return f"encode {count} x {frames} frames of {width}x{height} pixels"
+
+
+def find_helps(config: PrepareConfig, shape: Shape) -> list[str]:
+    """The settings that make it less, the best first."""
+    count, frames, height, width = shape
+    helps = [f"`batch_size={count // 2}` in place of {count}"] if count > 1 else []
+    if config.framing.height is None:
+        helps.append(f"a smaller `max_area` than {height * width}")
+    else:
+        helps.append(f"a smaller `height` and `width` than {height} and {width}")
+    if frames > 1:
+        helps.append(f"fewer `frames` than {frames}")
+    helps = [f"{words}, in a new folder" for words in helps]
+    if config.workers > 1:
+        helps.append(f"`workers={config.workers // 2}` in place of {config.workers}")
+    return helps[:3]

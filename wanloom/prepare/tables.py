@@ -2,13 +2,16 @@
 
 In: the folder. Out: what the table says of each file. The one decision: a table is read row by row, and only the two
 columns that matter, so neither its size nor what it unfolds to decides how much memory is taken. A line that cannot be
-read is an error with its number and not a drop, because what follows it may belong to other files.
+read is an error with its number and not a drop, because what follows it may belong to other files. A name is looked for
+as it is written, then by its composed form (NFC), because macOS and old archives write an accent as a character of its
+own; a name that differs in any other way is never taken, only named.
 """
 
 import csv
 import io
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
@@ -17,7 +20,6 @@ import pyarrow.parquet as pq
 
 from wanloom.errors import UserError
 from wanloom.files import is_special, json_fault, parse_json
-from wanloom.prepare.names import Names
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_COLUMNS = ("file_name", "file", "path", "video")
@@ -29,6 +31,30 @@ MOST_GROUP_BYTES = 1 << 30  # of the two columns in a row group of a parquet tab
 
 
 T = TypeVar("T")
+
+
+def compose(name: str) -> str:
+    """The composed form (NFC) of a name: the same for every way to write its characters."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def loose(name: str) -> str:
+    """What is left of a name without its folders, its ending, case and outer blanks."""
+    return compose(PurePosixPath(name).stem).casefold().strip()
+
+
+class Names:
+    """A set of names that is searched by written names."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._exact = set(names)
+        self._composed: dict[str, str] = {}
+        for name in sorted(self._exact):
+            self._composed.setdefault(compose(name), name)
+
+    def find(self, written: str) -> str | None:
+        """The name that `written` means, if there is one."""
+        return written if written in self._exact else self._composed.get(compose(written))
 
 
 class Table(NamedTuple, Generic[T]):

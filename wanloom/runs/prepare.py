@@ -19,9 +19,8 @@ from wanloom.formats.pipeline import find_pipeline
 from wanloom.memory import enough_memory
 from wanloom.options import build_flat
 from wanloom.prepare.encode import Encoders, Progress
-from wanloom.prepare.memory import check_batch
 from wanloom.prepare.run import Prepared, encode_folder
-from wanloom.prepare.settings import PrepareConfig
+from wanloom.prepare.settings import PrepareConfig, check_batch
 from wanloom.threads import one_thread
 
 
