@@ -67,7 +67,7 @@ def test_every_sample_reads_back(tmp_path: Path) -> None:
     assert train.tokens.tolist() == [18, 16, 4, 20, 18]
     assert train.columns["channels"].tolist() == [16] * 5
     assert train.count_shapes() == {SHAPES[0][1:]: 2, SHAPES[1][1:]: 1, SHAPES[2][1:]: 1, SHAPES[3][1:]: 1}
-    assert train.text_lens.tolist() == [3, 5, 7, 9, 11]
+    assert train.columns["text_len"].tolist() == [3, 5, 7, 9, 11]
 
 
 def test_the_range_in_the_index_is_the_member(tmp_path: Path) -> None:
