@@ -1,6 +1,6 @@
 """C16: peak memory of one training step, forward, backward, clipping and AdamW, at the width of the 1.3B model.
 
-Both sides train as `wanloom train` does with precision=bf16: weights, gradients and both moments fp32 and
+Both sides train as `wanloom train` does with compute.precision=bf16: weights, gradients and both moments fp32 and
 `torch.autocast` to bf16, the way of diffusers' own scripts too. Same weights, sample and loss; diffusers with torch's
 AdamW, wanloom with its own `train_step`. In one process every gradient is compared; then each side is measured in a
 process of its own, where the loss and the gradient's norm of both its steps must be those of diffusers.
@@ -32,16 +32,16 @@ from wanloom.objective.inputs import Input
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
-from wanloom.parallel.settings import Compile, Recompute
+from wanloom.parallel.settings import ComputeConfig
 from wanloom.train.optim import AdamW
 from wanloom.train.settings import OptimizerConfig
 from wanloom.train.step import Batch, train_step
 
 SIZES = {"1.3B": (4, (1, 60, 104), 80), "toy": (2, (4, 32, 32), 5)}  # blocks, latents of one sample, caption
-WAYS: dict[str, tuple[Recompute, Compile]] = {  # of wanloom
-    "recompute=none compile=block": ("none", "block"),
-    "recompute=none": ("none", "none"),
-    "recompute=cheap compile=block": ("cheap", "block"),
+WAYS = {  # of wanloom
+    "recompute=none compile=block": ComputeConfig(precision="bf16", compile="block"),
+    "recompute=none": ComputeConfig(precision="bf16"),
+    "recompute=cheap compile=block": ComputeConfig(precision="bf16", recompute="cheap", compile="block"),
 }
 BOUNDS = (1e-2, 0.15)  # of velocity and of gradients; the smallest are sums of bf16 values that nearly cancel
 STEP_BOUND = 5e-3  # of loss and norm of the gradient
@@ -60,8 +60,7 @@ Step = Callable[[], tuple[float, float]]  # one training step: the loss, and the
 def build_ours(model: WanDiT, samples: Samples, way: str) -> Step:
     """As `wanloom train` on one process."""
     mesh = Mesh(ONE_PROCESS, torch.device("cpu"))
-    recompute, compile = WAYS[way]
-    apply_layout(model, mesh, True, recompute=recompute, compile=compile)
+    apply_layout(model, mesh, WAYS[way])
     optimizer = AdamW(dict(model.named_parameters()), OPTIMIZER)
     tokens = len(samples.pack.tokens)
     inputs = [Input(samples.pack, samples.weight, samples.sigma)]

@@ -41,7 +41,7 @@ from wanloom.objective.settings import FlowConfig
 from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh, resolve_layout
-from wanloom.parallel.settings import ParallelConfig
+from wanloom.parallel.settings import ComputeConfig, ParallelConfig
 from wanloom.train.step import Batch, build_batch, forward_backward
 from wanloom.variants import VARIANTS
 
@@ -51,11 +51,11 @@ Case = tuple[str, dict[str, Any], dict[str, Any]]
 
 
 def cases(world: int) -> list[Case]:
-    """(name, parallel settings, other options) for so many processes."""
+    """(name, settings of parallel, settings of compute) for so many processes."""
     if world == 1:
         policies = ("none", "cheap", "attention", "full")
         kept = [(f"recompute={p}", {}, {"recompute": p}) for p in policies]
-        away = [(f"recompute={p} offload", {}, {"recompute": p, "offload": True}) for p in policies]
+        away = [(f"recompute={p} offload", {}, {"recompute": p, "offload_activations": True}) for p in policies]
         return [*kept, *away, ("compile=block", {}, {"compile": "block"})]
     layouts: list[dict[str, Any]] = [
         {},
@@ -77,7 +77,7 @@ def build(config: DiTConfig, mesh: Mesh, bf16: bool, options: dict[str, Any]) ->
     """The part of this rank, with the same weights everywhere; the head, which starts at zero, is drawn too."""
     with torch.device("meta"):
         model = WanDiT(config)
-    apply_layout(model, mesh, bf16, **options)
+    apply_layout(model, mesh, ComputeConfig(precision="bf16" if bf16 else "fp32", **options))
     model.to_empty(device=mesh.device)
     init_weights(model, 0, params.fill)
     for name, param in model.named_parameters():

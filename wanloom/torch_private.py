@@ -46,6 +46,6 @@ def find_cpp_compiler() -> str:
 
     Raises RuntimeError when there is none.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler  # 300 modules, for compile=block alone
+    from torch._inductor.cpp_builder import get_cpp_compiler  # 300 modules, for compute.compile=block alone
 
     return get_cpp_compiler()

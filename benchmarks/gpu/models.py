@@ -21,6 +21,7 @@ from wanloom.model.sequence import Grid, Pack, build_pack, patchify, unpatchify
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
+from wanloom.parallel.settings import ComputeConfig
 from wanloom.variants import VARIANTS
 
 GRIDS: dict[int, Grid] = {
@@ -74,11 +75,11 @@ def draw_weights(model: nn.Module, device: torch.device) -> None:
 def build_model(
     bench: Bench, config: DiTConfig, kernel: str, dtype: torch.dtype = torch.float32, **options: Any
 ) -> WanDiT:
-    """A WanDiT; `options` are those of `apply_layout`: recompute, compile."""
+    """A WanDiT; `options` are settings of `compute`: recompute, compile."""
     with torch.device("meta"):
         model = WanDiT(config, bench.kernel(kernel))
     cast_weights(model, dtype)
-    apply_layout(model, Mesh(ONE_PROCESS, bench.device), True, **options)
+    apply_layout(model, Mesh(ONE_PROCESS, bench.device), ComputeConfig(precision="bf16", **options))
     model.to_empty(device=bench.device)
     draw_weights(model, bench.device)
     return model

@@ -25,6 +25,7 @@ from wanloom.codecs.identity import ENCODERS, encoder_identity
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order
 from wanloom.data.tar import END, tar_pair
+from wanloom.errors import UserError
 from wanloom.formats.transformer import state_dict_as
 from wanloom.geometry import WAN_21
 from wanloom.keys import SCHEME, draw_noise, keyed_fractions, keyed_normal
@@ -33,6 +34,7 @@ from wanloom.model.flops import forward_flops
 from wanloom.runs import build, train
 from wanloom.runs.recipe import build_run
 from wanloom.runs.train import tell_outlook, times
+from wanloom.runs.trained import load_run
 from wanloom.train import loop
 from wanloom.train.loop import Trainer
 from wanloom.train.peaks import find_peak
@@ -48,7 +50,7 @@ SMALL = [
     "batch.tokens_per_pack=40",
     "ema.decay=0.9",
     "log.every=2",
-    "train.precision=fp32",
+    "compute.precision=fp32",
 ]
 
 
@@ -184,7 +186,7 @@ def test_bf16_is_what_runs_when_it_is_asked_for(tmp_path, tiny_pipeline):
     settings = [f"model={tiny_pipeline}", "init=pretrained", "train.steps=1", "log.every=1"]
     found = {}
     for precision in ("fp32", "bf16"):
-        assert main(words(tmp_path / precision, *settings, f"train.precision={precision}")) == 0
+        assert main(words(tmp_path / precision, *settings, f"compute.precision={precision}")) == 0
         found[precision] = losses(tmp_path / precision)[0]["loss"]
     assert 1e-6 < abs(found["bf16"] / found["fp32"] - 1) < 0.02
     _, weights = load_weights(find_checkpoint(tmp_path / "bf16"), ema=False)
@@ -211,7 +213,7 @@ def test_mfu_is_the_published_convention_over_the_peak_of_the_gpu(tmp_path, monk
     settings = ["train.steps=1", "log.every=1", "--mock=5x48x32"]  # four samples of 2 x 3 x 2 tokens
     for name, precision, device in (("a", "bf16", "NVIDIA H200"), ("b", "fp32", "NVIDIA H200"), ("c", "bf16", "X")):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, device=device: device)
-        assert main(words(tmp_path / name, *settings, f"train.precision={precision}")) == 0
+        assert main(words(tmp_path / name, *settings, f"compute.precision={precision}")) == 0
     out = capsys.readouterr().out
     assert out.count(" TFLOP/s per GPU, MFU ") == 1
     assert out.count("The bf16 peak of X is not known: the log has no MFU.") == 1
@@ -361,7 +363,7 @@ def test_a_step_that_memory_does_not_suffice_for_costs_none(tmp_path, monkeypatc
     assert error.startswith(
         "wanloom: The memory of this machine is not enough to take step 4. What helps, the best first:"
     )
-    assert "recompute=full (about 0.0 GiB less)" in error and error.count("\n") == 1
+    assert "compute.recompute=full (about 0.0 GiB less)" in error and error.count("\n") == 1
     assert f"Step 3 was saved before the run ended: {tmp_path}/checkpoints/step_0000003." in error
     monkeypatch.undo()
     assert main(words(tmp_path, "train.steps=4")) == 0
@@ -415,7 +417,7 @@ def test_a_run_of_before_a_setting_was_added_goes_on(tmp_path, capsys):
     assert main(words(tmp_path, "train.steps=2")) == 0
     checkpoint = find_checkpoint(tmp_path)
     recipe, state = yaml.safe_load((checkpoint / "run.yaml").read_text()), read_state(checkpoint)
-    del recipe["optimizer"]["eps"], recipe["flow"]["shift_tokens"], recipe["train"]["kernel"], state["window"]
+    del recipe["optimizer"]["eps"], recipe["flow"]["shift_tokens"], recipe["compute"]["kernel"], state["window"]
     (checkpoint / "run.yaml").write_text(yaml.safe_dump(recipe))
     write_state(checkpoint, state)
     assert main(words(tmp_path, "train.steps=3", "optimizer.eps=1e-7")) == 2
@@ -428,12 +430,18 @@ def test_a_run_of_before_a_setting_was_added_goes_on(tmp_path, capsys):
     assert main(words(tmp_path, "train.steps=3")) == 0
     newest = find_checkpoint(tmp_path)
     with (newest / "run.yaml").open("a") as file:
-        file.write("old_name: 3\n")
+        file.write("old_name: 3\nrecompute: none\n")
     assert main(words(tmp_path, "train.steps=4")) == 2
     assert f"The checkpoint {newest} is damaged: run.yaml has " in capsys.readouterr().err
     write_state(newest, state | json.loads((newest / "state.json").read_text()))
     assert main(words(tmp_path, "train.steps=4")) == 2
-    assert "run.yaml cannot be read: There is no setting 'old_name'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "run.yaml cannot be read: There is no setting 'old_name'" in error
+    assert "There is no setting 'recompute'. It is now 'compute.recompute'." in error
+    assert f"start a new run from its weights: init={newest} run_dir=ANOTHER." in error
+    with pytest.raises(UserError, match=r"It is now 'compute\.recompute'"):
+        load_run(tmp_path)
+    assert main(words(tmp_path / "anew", f"init={newest}", "train.steps=1")) == 0
 
 
 def test_another_number_of_threads_is_noted(tmp_path, capsys):
@@ -489,8 +497,8 @@ SMALL_AT_X = ["train", *SMALL, "run_dir={tmp}/x", "train.steps=2"]
         (["train", "tinny", "run_dir={tmp}/x"], "Did you mean 'tiny'?"),
         (["train", "tiny", "run_dir={tmp}/x", "optimizer.learning_rate=1"], "There is no setting"),
         (["train", "tiny", "run_dir={tmp}/x", "batch.samples=0"], "batch.samples"),
-        ([*SMALL_AT_X, "train.kernel=sdpa"], "train.kernel"),
-        ([*SMALL_AT_X, "train.kernel=cudnn"], "The attention kernel 'cudnn' needs a CUDA device and bf16"),
+        ([*SMALL_AT_X, "compute.kernel=sdpa"], "compute.kernel"),
+        ([*SMALL_AT_X, "compute.kernel=cudnn"], "The attention kernel 'cudnn' needs a CUDA device and bf16"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, message):
@@ -657,8 +665,8 @@ def test_a_folder_of_other_things_is_no_run_dir(tmp_path, capsys, monkeypatch):
     assert main(["train", "tiny", "data.path=nothing", "run_dir=x"]) == 2
     error = capsys.readouterr().err
     assert f"There is no folder 'nothing' in {tmp_path}: relative paths begin where the command runs" in error
-    assert main(words(Path("x"), "offload=true")) == 2
-    assert "offload=true has no effect on a CPU" in capsys.readouterr().err
+    assert main(words(Path("x"), "compute.offload_activations=true")) == 2
+    assert "compute.offload_activations=true has no effect on a CPU" in capsys.readouterr().err
 
 
 def test_mock_needs_no_shapes_and_stands_anywhere(tmp_path, capsys):
@@ -677,6 +685,6 @@ def test_one_step_passes():
 
 
 def test_the_long_wait_of_compilation_is_said_beforehand():
-    run, said = build_run("tiny", ["run_dir=x", "data.path=x", "compile=block"]), []
+    run, said = build_run("tiny", ["run_dir=x", "data.path=x", "compute.compile=block"]), []
     tell_outlook(run, [4], [1.0], [], said.append)
-    assert said[1].startswith("compile=block: the first step takes minutes")
+    assert said[1].startswith("compute.compile=block: the first step takes minutes")

@@ -2,6 +2,8 @@
 
 from layouts.runs import MODEL, Case
 
+from wanloom.parallel.settings import ComputeConfig
+
 CASES = (
     Case("dp 2", 2, {"dp_replicate": 2}),
     Case("fsdp 2", 2),
@@ -20,22 +22,27 @@ CASES = (
     Case("fsdp 2 x cp 2 x tp 2", 8, {"cp": 2, "tp": 2}),
     Case("pp 2 x fsdp 2", 4, {"pp": 2}),
     Case("pp 2 x hsdp 2x1 x tp 2", 8, {"pp": 2, "dp_replicate": 2, "tp": 2}),
-    Case("cheap, fsdp 2", 2, options={"recompute": "cheap"}),
-    Case("attention, ring 2", 2, {"cp": 2, "context": "ring"}, options={"recompute": "attention"}),
-    Case("attention, fsdp 2 x tp 2", 4, {"tp": 2}, options={"recompute": "attention"}),
-    Case("full, pp 2 x fsdp 2", 4, {"pp": 2}, options={"recompute": "full"}),
-    Case("full offloaded, fsdp 2 x cp 2 x tp 2", 8, {"cp": 2, "tp": 2}, options={"recompute": "full", "offload": True}),
-    Case("cheap offloaded, fsdp 2", 2, options={"recompute": "cheap", "offload": True}),
-    Case("bf16 attention, fsdp 2 x cp 2", 4, {"cp": 2}, bf16=True, options={"recompute": "attention"}),
-    Case("bf16 full, fsdp 2", 2, bf16=True, options={"recompute": "full"}),
-    Case("bf16 cheap, fsdp 2 x tp 2", 4, {"tp": 2}, bf16=True, options={"recompute": "cheap"}),
-    Case("compiled, fsdp 2", 2, options={"compile": "block"}),
+    Case("cheap, fsdp 2", 2, compute=ComputeConfig(recompute="cheap")),
+    Case("attention, ring 2", 2, {"cp": 2, "context": "ring"}, compute=ComputeConfig(recompute="attention")),
+    Case("attention, fsdp 2 x tp 2", 4, {"tp": 2}, compute=ComputeConfig(recompute="attention")),
+    Case("full, pp 2 x fsdp 2", 4, {"pp": 2}, compute=ComputeConfig(recompute="full")),
+    Case(
+        "full offloaded, fsdp 2 x cp 2 x tp 2",
+        8,
+        {"cp": 2, "tp": 2},
+        compute=ComputeConfig(recompute="full", offload_activations=True),
+    ),
+    Case("cheap offloaded, fsdp 2", 2, compute=ComputeConfig(recompute="cheap", offload_activations=True)),
+    Case("bf16 attention, fsdp 2 x cp 2", 4, {"cp": 2}, compute=ComputeConfig(precision="bf16", recompute="attention")),
+    Case("bf16 full, fsdp 2", 2, compute=ComputeConfig(precision="bf16", recompute="full")),
+    Case("bf16 cheap, fsdp 2 x tp 2", 4, {"tp": 2}, compute=ComputeConfig(precision="bf16", recompute="cheap")),
+    Case("compiled, fsdp 2", 2, compute=ComputeConfig(compile="block")),
     Case("ring 2 x tp 2", 4, {"cp": 2, "tp": 2, "context": "ring"}),
     Case("pp 2 x ulysses 2", 4, {"pp": 2, "cp": 2}),
     Case("pp 2 x ring 2 x tp 2 with known frames", 8, {"pp": 2, "cp": 2, "tp": 2, "context": "ring"}, known=True),
-    Case("bf16 fsdp 2", 2, bf16=True),
-    Case("bf16 fsdp 2 x tp 2", 4, {"tp": 2}, bf16=True),
-    Case("bf16 pp 2 x fsdp 2", 4, {"pp": 2}, bf16=True),
+    Case("bf16 fsdp 2", 2, compute=ComputeConfig(precision="bf16")),
+    Case("bf16 fsdp 2 x tp 2", 4, {"tp": 2}, compute=ComputeConfig(precision="bf16")),
+    Case("bf16 pp 2 x fsdp 2", 4, {"pp": 2}, compute=ComputeConfig(precision="bf16")),
 )
 # the loss is right and a gradient wrong: what a comparison of losses would let through
 FAULTS = (

@@ -32,7 +32,7 @@ from wanloom.objective.settings import FlowConfig
 from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import Mesh, resolve_layout
-from wanloom.parallel.settings import ParallelConfig
+from wanloom.parallel.settings import ComputeConfig, ParallelConfig
 from wanloom.train.ema import Ema
 from wanloom.train.loop import Parts
 from wanloom.train.optim import AdamW
@@ -54,12 +54,16 @@ class Case:
     name: str
     world: int
     parallel: dict[str, Any] = field(default_factory=dict)
-    bf16: bool = False
     samples: int = SAMPLES
-    options: dict[str, Any] = field(default_factory=dict)  # of apply_layout: recompute, offload, compile
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     fault: str = ""  # what is broken on purpose
     known: bool = False  # the first frame of each video is known: a segment at level 0, outside the loss
     model: DiTConfig = MODEL
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is recomputed, offloaded or compiled."""
+        return self.compute == ComputeConfig(precision=self.compute.precision)
 
 
 @dataclass
@@ -82,7 +86,7 @@ def initial(name: str, shape: torch.Size) -> Tensor:
 def build(mesh: Mesh, case: Case) -> WanDiT:
     with torch.device("meta"):
         model = WanDiT(case.model)
-    apply_layout(model, mesh, case.bf16, **case.options)
+    apply_layout(model, mesh, case.compute)
     model.to_empty(device=CPU)
     for name, param in model.named_parameters():
         params.fill(param, initial(name, param.shape))
@@ -133,7 +137,7 @@ def take_steps(parts: Parts, case: Case, first: int, last: int) -> Iterator[tupl
         for number, batch in zip(range(first, last), loader, strict=False):
             clip = None if number == 0 else 0.5
             batch = with_known_frames(batch) if case.known else batch
-            yield batch, train_step(parts.model, parts.trained, parts.mesh, batch, FLOW, case.bf16, clip)
+            yield batch, train_step(parts.model, parts.trained, parts.mesh, batch, FLOW, case.compute.bf16, clip)
             parts.optimizer.step(LR)
             parts.ema.update(number)
 
@@ -179,7 +183,7 @@ def run(case: Case, first: Callable[[WanDiT], None] = lambda model: None) -> Res
     gradients: dict[str, Tensor] = {}
     steps = take_steps(parts, case, 0, STEPS)
     for _ in range(STEPS):
-        with nullcontext(Exchanges()) if case.options else Exchanges() as exchanges:  # nothing is compiled under it
+        with Exchanges() if case.is_plain else nullcontext(Exchanges()) as exchanges:  # nothing is compiled under it
             batch, result = next(steps)
         facts["exchanges"].append(exchanges.counts)
         if not gradients:
@@ -189,7 +193,7 @@ def run(case: Case, first: Callable[[WanDiT], None] = lambda model: None) -> Res
         facts["keys"].append([key for keys in batch.keys for key in keys])
         facts["packs"].append(len(batch.inputs))
     held_out = MockDataset(SHAPES, MODEL.text_dim, WAN_21, size=1, val_size=3)
-    validate = build_validation(parts.model, parts.mesh, [held_out], BUDGET, case.bf16)
+    validate = build_validation(parts.model, parts.mesh, [held_out], BUDGET, case.compute.bf16)
     assert validate is not None
     facts["val_loss"] = validate()
     return result_of(parts, gradients, facts)

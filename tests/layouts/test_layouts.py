@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from wanloom.model.dit import keeps_fp32
 from wanloom.parallel.mesh import resolve_layout
 from wanloom.parallel.pipeline import stage_blocks
-from wanloom.parallel.settings import ParallelConfig
+from wanloom.parallel.settings import ComputeConfig, ParallelConfig
 
 TESTS = Path(__file__).parents[1]
 BOUND = 1e-5  # relative, in fp32
@@ -84,9 +84,10 @@ def alone():
     found: dict[tuple[bool, int, bool], Result] = {}
 
     def get(case: Case) -> Result:
-        key = case.bf16, case.samples, case.known
+        key = case.compute.precision, case.samples, case.known
         if key not in found:
-            found[key] = run(Case("one process", 1, bf16=case.bf16, samples=case.samples, known=case.known))
+            compute = ComputeConfig(precision=case.compute.precision)
+            found[key] = run(Case("one process", 1, compute=compute, samples=case.samples, known=case.known))
         return found[key]
 
     return get
@@ -139,7 +140,7 @@ def test_a_layout_equals_one_process(case, written, alone):
     reference = alone(case)
     results = [read(written / case.name, rank) for rank in range(case.world)]
     by_tp = BF16_TP_BOUNDS if "tp" in case.parallel else BF16_BOUNDS
-    gradient, gradient_fp32, change = by_tp if case.bf16 else (BOUND, BOUND, CHANGE_BOUND)
+    gradient, gradient_fp32, change = by_tp if case.compute.bf16 else (BOUND, BOUND, CHANGE_BOUND)
     sizes = {name: value.numel() for name, value in reference.weights.items()}
     for kind in ("gradients", "weights", "averages"):
         assert covered(results, kind) == sizes
@@ -156,7 +157,7 @@ def test_a_layout_equals_one_process(case, written, alone):
             assert got == pytest.approx(wanted, rel=gradient)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.bf16], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.compute.bf16], ids=lambda case: case.name)
 def test_bf16_is_on_the_wire_for_the_linears_of_the_blocks_alone_and_sums_are_fp32(case, written):
     for rank in range(case.world):
         facts = read(written / case.name, rank).facts
@@ -184,7 +185,7 @@ def test_the_samples_of_a_step_are_the_same_on_any_layout(case, written, alone):
         assert got == sorted(reference.facts["keys"][number])
 
 
-PLAIN = [case for case in CASES if not case.options]
+PLAIN = [case for case in CASES if case.is_plain]
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)

@@ -15,6 +15,7 @@ from wanloom.model.modulation import build_layout, spread
 from wanloom.parallel import compile as module
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
+from wanloom.parallel.settings import ComputeConfig
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,6 +33,7 @@ PACKS = (
     ([(1, 2, 2), (6, 2, 1), (1, 2, 2), (3, 1, 1), (2, 3, 3)], [0, 64, 1, 9, 512]),
     ([(2, 1, 3), (2, 1, 3), (1, 5, 1), (4, 2, 2), (1, 1, 2), (3, 3, 1)], [8, 2, 11, 0, 25, 4]),
 )
+BLOCK = ComputeConfig(compile="block")
 EAGER = partial(torch.compile, backend="aot_eager")  # the graphs as they are, without code for them
 
 
@@ -64,7 +66,7 @@ def test_compiled_blocks_are_one_graph_and_equal_eager_ones(policy, offload, att
     calls, forward = [], attention.packed_forward
     monkeypatch.setattr(attention, "packed_forward", lambda *args: calls.append(1) or forward(*args))
     plain, model = build_model(), build_model()
-    apply_layout(model, ALONE, False, policy, offload, "block")
+    apply_layout(model, ALONE, BLOCK.model_copy(update={"recompute": policy, "offload_activations": offload}))
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
     for number in range(len(PACKS)):
         expected = step(plain, number)
@@ -81,7 +83,7 @@ def test_compiled_blocks_are_one_graph_and_equal_eager_ones(policy, offload, att
 def test_compiled_blocks_with_kept_text_are_one_graph_and_equal_eager_ones(monkeypatch):
     monkeypatch.setattr(torch, "compile", EAGER)
     plain, model = build_model(), build_model()
-    apply_layout(model, ALONE, False, compile="block")
+    apply_layout(model, ALONE, BLOCK)
     with torch.no_grad():
         for number in range(len(PACKS)):
             pack, sigma, _ = draw_pack(*PACKS[number], seed=number)
@@ -96,7 +98,7 @@ def test_compiled_blocks_with_kept_text_are_one_graph_and_equal_eager_ones(monke
 def test_a_compiled_pack_of_one_sample_equals_the_eager_one(monkeypatch):
     monkeypatch.setattr(torch, "compile", EAGER)
     plain, model = build_model(), build_model()
-    apply_layout(model, ALONE, False, compile="block")
+    apply_layout(model, ALONE, BLOCK)
     pack, sigma, weight = draw_pack([(3, 2, 5)], [9], seed=4)
     for each in (plain, model):
         (each(pack, sigma) * weight).sum().backward()
@@ -108,7 +110,7 @@ def test_a_compiled_pack_of_one_sample_equals_the_eager_one(monkeypatch):
 def test_more_graphs_than_the_limit_are_an_error(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = build_model()
-    apply_layout(model, ALONE, False, compile="block")
+    apply_layout(model, ALONE, BLOCK)
     with torch._dynamo.config.patch(recompile_limit=1):
         model(*draw_pack(*PACKS[0], seed=0)[:2])
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
@@ -131,4 +133,4 @@ def test_no_compiler_is_said():
     # torch's own way: to set the attribute back by hand deletes it, and the setting is gone for all tests that follow
     patched = torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",)})
     with patched, pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
-        apply_layout(build_model(), ALONE, False, compile="block")
+        apply_layout(build_model(), ALONE, BLOCK)

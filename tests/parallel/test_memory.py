@@ -12,6 +12,7 @@ from wanloom.parallel import memory
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.memory import activation_bytes, held_params, kept_bytes, state_bytes
 from wanloom.parallel.mesh import Layout, Mesh
+from wanloom.parallel.settings import ComputeConfig
 from wanloom.variants import VARIANTS
 
 # 24 does not divide by 5, and 3 layers do not by 2
@@ -40,7 +41,7 @@ def test_every_rank_holds_what_is_said(layout):
             dist.init_process_group("fake", rank=rank, world_size=layout.world, store=FakeStore())
         try:
             made = build(SMALL)
-            apply_layout(made, Mesh(layout, torch.device("cpu")), bf16=False)
+            apply_layout(made, Mesh(layout, torch.device("cpu")), ComputeConfig())
             locals_ = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in made.named_parameters()}
         finally:
             if layout.world > 1:

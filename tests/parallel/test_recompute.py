@@ -14,6 +14,7 @@ from wanloom.model import attention
 from wanloom.parallel import offload
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
+from wanloom.parallel.settings import ComputeConfig, Recompute
 
 ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
 POLICIES = ("none", "cheap", "attention", "full")
@@ -36,10 +37,11 @@ class Calls(TorchDispatchMode):
 
 
 @cache
-def train(policy: str, bf16: bool, offload: bool) -> tuple[Tensor, dict[str, Tensor], Calls]:
+def train(policy: Recompute, bf16: bool, offload: bool) -> tuple[Tensor, dict[str, Tensor], Calls]:
     """Velocity and gradients of two packs, each with its own backward pass, and what ran; not to be written to."""
     model = build_model(SMALL)
-    apply_layout(model, ALONE, bf16, policy, offload)
+    precision = "bf16" if bf16 else "fp32"
+    apply_layout(model, ALONE, ComputeConfig(precision=precision, recompute=policy, offload_activations=offload))
     out, calls = torch.zeros(()), Calls()
     with calls:
         for seed in (1, 2):
@@ -91,7 +93,7 @@ def test_offload_leaves_nothing_of_a_block_behind(policy, monkeypatch):
     left = []
     for blocks in (2, 3):
         model = build_model(SMALL.model_copy(update={"num_layers": blocks}))
-        apply_layout(model, ALONE, False, policy, offload=True)
+        apply_layout(model, ALONE, ComputeConfig(recompute=policy, offload_activations=True))
         pack, sigma, _ = draw_pack(GRIDS, TEXTS, seed=1)
         with Storages() as storages:
             out = model(pack, sigma)

@@ -21,23 +21,32 @@ def helps(*settings: str, device: str = "cuda", config: DiTConfig = SMALL, large
 
 
 def test_the_best_is_what_saves_most():
-    long = helps("recompute=none", "batch.tokens_per_pack=131040", "train.precision=bf16")
-    assert [words.split(" (")[0].split("=")[0] for words in long] == ["offload", "recompute", "batch.tokens_per_pack"]
+    long = helps("compute.recompute=none", "batch.tokens_per_pack=131040", "compute.precision=bf16")
+    best = ["compute.offload_activations", "compute.recompute", "batch.tokens_per_pack"]
+    assert [words.split(" (")[0].split("=")[0] for words in long] == best
     assert "batch.tokens_per_pack=32760 in place of 131040 (about " in long[2]
     short = helps(
-        "recompute=full", "batch.tokens_per_pack=32760", "ema.decay=0.999", "offload=true", "train.precision=bf16"
+        "compute.recompute=full",
+        "batch.tokens_per_pack=32760",
+        "ema.decay=0.999",
+        "compute.offload_activations=true",
+        "compute.precision=bf16",
     )
     assert short[0].startswith("twice as many GPUs (`nproc=2`) (about ") and short[1].startswith(
         "ema.decay=null (about 5.3"
     )
     alone = helps(
-        "recompute=full", "batch.tokens_per_pack=32760", "ema.decay=null", "train.precision=bf16", device="cpu"
+        "compute.recompute=full",
+        "batch.tokens_per_pack=32760",
+        "ema.decay=null",
+        "compute.precision=bf16",
+        device="cpu",
     )
     assert len(alone) == 1 and alone[0].startswith("smaller or shorter clips, as the largest sample has 32,760 tokens")
 
 
 def test_what_cannot_fit_is_refused_by_a_lower_bound(monkeypatch):
-    run = build_run("wan2.1-t2v-1.3b", ["run_dir=x", "data.path=x", "ema.decay=null", "recompute=full"])
+    run = build_run("wan2.1-t2v-1.3b", ["run_dir=x", "data.path=x", "ema.decay=null", "compute.recompute=full"])
     layout = resolve_layout(ParallelConfig(), 1, SMALL, run.batch.samples)
     states = rank_states(run, SMALL, layout)
     asked = []
@@ -62,5 +71,5 @@ def test_a_refusal_gives_no_advice_that_leaves_it_as_it_is(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 30)
     with pytest.raises(UserError, match="is not enough to train") as caught:
         check_run(run, SMALL, layout, CLIP, torch.device("cpu"), 1)
-    assert "What helps, the best first: recompute=full" in str(caught.value)
+    assert "What helps, the best first: compute.recompute=full" in str(caught.value)
     assert "tokens_per_pack" not in str(caught.value) and "90,000,000" not in str(caught.value)

@@ -1,16 +1,20 @@
 """Recipes: what wins over what, what is shipped, what may change when a run goes on."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from wanloom.config import setting_paths
+from wanloom.cli.explain import explain_settings
+from wanloom.config import nest, setting_paths
 from wanloom.errors import UserError
 from wanloom.geometry import WAN_21
 from wanloom.model.flops import train_flops
 from wanloom.objective.settings import PRESETS
 from wanloom.prepare.encode import PrepareConfig
 from wanloom.runs.layers import recipe_names
+from wanloom.runs.names import NAMES_BEFORE, NAMES_ELSEWHERE
 from wanloom.runs.recipe import (
     MIXES,
     Run,
@@ -91,10 +95,10 @@ def test_settings_and_recipes_may_be_mappings_and_paths(tmp_path):
     [
         (["optimizer.lr=1", "seed=7", "flow.shift=4"], ["flow.shift", "optimizer.lr", "seed"]),
         (["train.steps=9", "checkpoint.every=3", "log.every=2", "run_dir=x", "batch.tokens_per_pack=5000"], []),
-        (["data.path=elsewhere", "data.prefetch=9", "train.kernel=flash"], []),
+        (["data.path=elsewhere", "data.prefetch=9", "compute.kernel=flash", "compute.offload_activations=true"], []),
         (
-            ["ema.decay=null", "batch.samples=33", "train.precision=bf16"],
-            ["batch.samples", "ema.decay", "train.precision"],
+            ["ema.decay=null", "batch.samples=33", "compute.precision=bf16"],
+            ["batch.samples", "compute.precision", "ema.decay"],
         ),
     ],
 )
@@ -161,10 +165,24 @@ def test_an_unknown_recipe_or_model_is_said():
 
 def test_names_of_other_trainers_lead_to_settings_that_are_there():
     known = setting_paths(Run)
-    settings = [name for name in Run.ELSEWHERE.values() if " " not in name]
+    settings = [name for name in NAMES_ELSEWHERE.values() if " " not in name]
     assert set(settings) <= set(known) and len(settings) > 20
     leaves = {name.rpartition(".")[2] for name in known}
-    assert set(Run.ELSEWHERE) & leaves == {"data"}, "a setting of ours needs no other name"
+    assert set(NAMES_ELSEWHERE) & leaves == {"data"}, "a setting of ours needs no other name"
+
+
+@pytest.mark.parametrize(("old", "new"), NAMES_BEFORE.items())
+def test_a_name_of_before_leads_to_the_new_one(old, new, tmp_path):
+    """On the command line, in a recipe and to --explain."""
+    assert new in setting_paths(Run) and old not in setting_paths(Run)
+    told = re.escape(f"There is no setting '{old}'. It is now '{new}'.")
+    with pytest.raises(UserError, match=told):
+        build_run("tiny", [f"{old}=none"])
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"based_on": "tiny", **nest({old: True})}))
+    with pytest.raises(UserError, match=told):
+        build_run(tmp_path / "r.yaml")
+    with pytest.raises(UserError, match=told):
+        explain_settings(Run, old)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +199,7 @@ def test_names_of_other_trainers_lead_to_settings_that_are_there():
         ("train.steps=1e3", "it must be a whole number, as in 1000."),
         ("lr=1", "Did you mean 'optimizer.lr'?"),
         ("learning-rate=1", "Did you mean 'optimizer.lr'?"),
-        ("offload=1", "it must be true or false."),
+        ("compute.offload_activations=1", "it must be true or false."),
         ("run_dir=5", "it must be text, in quotes where it looks like a number."),
         ("trian.steps=4", "There is no setting 'trian'. Did you mean 'train'?"),
     ],

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 NAME = "blocks.1.ffn.0.weight"
 CONFIG = VARIANTS["tiny"].shape
-SETTINGS = {"batch.samples": 4, "batch.tokens_per_pack": 40, "ema.decay": 0.9, "train.precision": "fp32"}
+SETTINGS = {"batch.samples": 4, "batch.tokens_per_pack": 40, "ema.decay": 0.9, "compute.precision": "fp32"}
 SETTINGS |= {"model": "tiny", "init": "pretrained", "optimizer.lr": 1e-3, "caption_dropout": 0.0}
 ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
 

@@ -74,7 +74,7 @@ def job(out: Path, seed: int) -> list[list[str]]:
     from wanloom.torch_private import has_bf16_instructions
 
     quick = torch.cuda.is_available() or has_bf16_instructions()
-    speed = "train.precision=bf16" if quick else "train.precision=fp32 train.steps=2600"
+    speed = "compute.precision=bf16" if quick else "compute.precision=fp32 train.steps=2600"
     size = f"--height {SIZE} --width {SIZE} --frames {FRAMES}"
     lines = (
         f"prepare {{0}}/clips {{0}}/data --model tiny {size}",

@@ -1,6 +1,6 @@
 """A layout applied to a model from outside, in one fixed order.
 
-In: a WanDiT on the meta device, the mesh, how to recompute and compile. Out: the same model, changed in place, to be
+In: a WanDiT on the meta device, the mesh, how it computes. Out: the same model, changed in place, to be
 given memory (`to_empty`) and values (`params.fill`). The one decision: the order is stages, tensor, context,
 recomputation, compilation, offload, FSDP: each sees the module that those before it made, and none knows of the others.
 """
@@ -13,19 +13,12 @@ from wanloom.parallel.mesh import Mesh
 from wanloom.parallel.offload import apply_offload
 from wanloom.parallel.pipeline import apply_pipeline
 from wanloom.parallel.recompute import apply_recompute
-from wanloom.parallel.settings import Compile, Recompute
+from wanloom.parallel.settings import ComputeConfig
 from wanloom.parallel.tensor import apply_tensor
 
 
-def apply_layout(
-    model: WanDiT,
-    mesh: Mesh,
-    bf16: bool,
-    recompute: Recompute = "none",
-    offload: bool = False,
-    compile: Compile = "none",
-) -> None:
-    """Make the model the part of this rank; `bf16`: FSDP gathers the Linears of the blocks in bf16.
+def apply_layout(model: WanDiT, mesh: Mesh, compute: ComputeConfig) -> None:
+    """Make the model the part of this rank, which computes as `compute` says.
 
     Raises UserError when blocks are to be compiled and there is no compiler.
     """
@@ -33,8 +26,9 @@ def apply_layout(
     apply_tensor(model, mesh)
     apply_context(model, mesh)
     # a compiled block hands what it keeps to autograd, where the hooks of `apply_offload` see it
-    apply_recompute(model, recompute, offload and compile == "none")
-    apply_compile(model, compile, mesh.device)
-    if offload:
+    is_offloaded = compute.offload_activations and compute.compile == "none"
+    apply_recompute(model, compute.recompute, is_offloaded)
+    apply_compile(model, compute.compile, mesh.device)
+    if compute.offload_activations:
         apply_offload(model)
-    apply_fsdp(model, mesh, bf16)
+    apply_fsdp(model, mesh, compute.bf16)

@@ -30,9 +30,13 @@ def check_compiler(device: torch.device) -> None:
     """Raises UserError when there is no compiler for the device."""
     if device.type == "cuda":
         if not has_triton():
-            raise UserError("compile=block needs Triton: install it (pip install triton), or give compile=none.")
+            raise UserError(
+                "compute.compile=block needs Triton: install it (pip install triton), or give compute.compile=none."
+            )
         return
     try:
         find_cpp_compiler()
     except RuntimeError as error:
-        raise UserError("compile=block needs a C++ compiler: install g++, or give compile=none.") from error
+        raise UserError(
+            "compute.compile=block needs a C++ compiler: install g++, or give compute.compile=none."
+        ) from error

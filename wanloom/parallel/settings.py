@@ -1,10 +1,11 @@
-"""The settings of layouts and memory; apart from the code that reads them so that they are checked without torch."""
+"""How work is laid out and computed; apart from the code that reads it so that it is checked without torch."""
 
 from typing import Literal
 
 from pydantic import Field
 
 from wanloom.config import Config
+from wanloom.model.settings import Kernel
 
 Recompute = Literal["none", "cheap", "attention", "full"]
 Compile = Literal["none", "block"]
@@ -26,3 +27,29 @@ class ParallelConfig(Config):
     cp_ulysses: int | None = Field(
         default=None, ge=1, description="how much of cp is Ulysses, under context=auto; the rest is the ring"
     )
+
+
+class ComputeConfig(Config):
+    """How the model computes; all but `precision` may change when a run goes on, as it alters no more than rounding."""
+
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="of the arithmetic; bf16 is torch.autocast, for GPUs from Ampere on. Weights, gradients and "
+        "moments are fp32 in both",
+    )
+    kernel: Kernel = Field(default="auto", description="of attention; the first line of a run says what auto became")
+    recompute: Recompute = Field(
+        default="none",
+        description="what the backward pass computes again to save memory: cheap (norms, rotation, GELU, "
+        "cross-attention), attention (all but self-attention) or full (all but the input of a block)",
+    )
+    offload_activations: bool = Field(
+        default=False, description="what is kept for the backward pass waits in host memory; of a GPU only"
+    )
+    compile: Compile = Field(
+        default="none", description="block: every block through torch.compile; minutes at the start, then faster"
+    )
+
+    @property
+    def bf16(self) -> bool:
+        return self.precision == "bf16"

@@ -61,20 +61,20 @@ def build_model(run: Run, config: DiTConfig, mesh: Mesh, fill: bool = True) -> W
     """The part of the model that is this rank's, in fp32; without `fill` its values are left for a checkpoint."""
 
     def apply(model: WanDiT) -> None:
-        apply_layout(model, mesh, run.train.precision == "bf16", run.recompute, run.offload, run.compile)
+        apply_layout(model, mesh, run.compute)
 
     if fill and run.init == "pretrained":
         path = find_pipeline(run.model, ("transformer",))
-        return load_dit(path, device=mesh.device, kernel=run.train.kernel, apply=apply, fill=params.fill)
+        return load_dit(path, device=mesh.device, kernel=run.compute.kernel, apply=apply, fill=params.fill)
     if fill and run.init != "random":
         path, ema = split_init(run.init)
         with together():
             trained = open_trained(path, ema)
             if trained.config != config:
                 raise UserError(f"{trained.path} has weights of another shape than those of {run.model}.")
-        return trained.load_model(ema, torch.float32, mesh.device, run.train.kernel, apply)
+        return trained.load_model(ema, torch.float32, mesh.device, run.compute.kernel, apply)
     with torch.device("meta"):
-        model = WanDiT(config, run.train.kernel)
+        model = WanDiT(config, run.compute.kernel)
     apply(model)
     model.to_empty(device=mesh.device)
     if fill:
@@ -105,6 +105,7 @@ def build_parts(
         ema=Ema(trained, run.ema.decay) if run.ema.decay else None,
         facts=describe_parts(config, plan, empty),
         recipe=dump_run(run),
+        bf16=run.compute.bf16,
     )
 
 
@@ -119,8 +120,7 @@ def build_routines(run: Run, parts: Parts, sources: list[Source]) -> list[Routin
     """What the loop does now and then: the loss on the held-out samples, where it is asked for."""
     if not run.log.validate_every:
         return []
-    bf16 = run.train.precision == "bf16"
-    validate = build_validation(parts.model, parts.mesh, sources, run.batch.tokens_per_pack, bf16)
+    validate = build_validation(parts.model, parts.mesh, sources, run.batch.tokens_per_pack, run.compute.bf16)
     return [Routine(run.log.validate_every, lambda _: {"val_loss": validate()})] if validate else []
 
 

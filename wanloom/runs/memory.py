@@ -30,7 +30,7 @@ def rank_states(run: Run, config: DiTConfig, layout: Layout, names: Collection[s
     known = [name for name, _ in model.named_parameters()]
     if unknown := sorted(set(names or ()) - set(known)):
         raise UserError(f"The model has no parameter '{unknown[0]}'.{nearest(unknown[0], known)}")
-    return state_bytes(held_params(model, layout, 0), layout, bool(run.ema.decay), is_bf16(run), names)
+    return state_bytes(held_params(model, layout, 0), layout, bool(run.ema.decay), run.compute.bf16, names)
 
 
 def check_run(
@@ -48,7 +48,8 @@ def check_run(
     doing = f"train {run.model} on a sample of {largest:,} tokens"
     copies = states.gradients + states.moments + states.average  # for the checkpoint, on the host: of what is trained
     own = copies + states.parameters
-    own += 0 if run.offload else activation_bytes(config, layout, largest, run.recompute, is_bf16(run)) // 2
+    if not run.compute.offload_activations:
+        own += activation_bytes(config, layout, largest, run.compute.recompute, run.compute.bf16) // 2
     small = run.model_copy(update={"batch": run.batch.model_copy(update={"tokens_per_pack": largest})})
     least = find_helps(small, config, layout, largest, device.type, states)  # a refusal counts no larger pack
     if device.type == "cuda":
@@ -57,23 +58,19 @@ def check_run(
     return helps
 
 
-def is_bf16(run: Run) -> bool:
-    return run.train.precision == "bf16"
-
-
 def find_helps(run: Run, config: DiTConfig, layout: Layout, largest: int, device: str, states: States) -> list[str]:
     """The settings that save most here, the best first, with what they save of a rank's memory."""
-    pack, bf16 = max(run.batch.tokens_per_pack, largest), is_bf16(run)
+    pack, bf16 = max(run.batch.tokens_per_pack, largest), run.compute.bf16
 
-    def kept(tokens: int = pack, recompute: str = run.recompute, half: bool = bf16) -> int:
+    def kept(tokens: int = pack, recompute: str = run.compute.recompute, half: bool = bf16) -> int:
         return activation_bytes(config, layout, tokens, recompute, half)  # pyright: ignore[reportArgumentType]
 
     on_gpu = device == "cuda"
     found = [
         (kept() - kept(largest), f"batch.tokens_per_pack={largest} in place of {pack}"),
-        (kept() - kept(recompute="full"), "recompute=full"),
-        (kept() if on_gpu and not run.offload else 0, "offload=true"),
-        (kept() - kept(half=True), "train.precision=bf16"),
+        (kept() - kept(recompute="full"), "compute.recompute=full"),
+        (kept() if on_gpu and not run.compute.offload_activations else 0, "compute.offload_activations=true"),
+        (kept() - kept(half=True), "compute.precision=bf16"),
         (states.average, "ema.decay=null"),
         (states.total // 2 if on_gpu else 0, f"twice as many GPUs (`nproc={2 * layout.world}`)"),
         (kept(largest) - kept(largest // 2), f"smaller or shorter clips, as the largest sample has {largest:,} tokens"),

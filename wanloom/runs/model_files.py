@@ -23,6 +23,7 @@ from wanloom.model.dit import WanDiT
 from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import Layout, Mesh
+from wanloom.parallel.settings import ComputeConfig
 from wanloom.runs.asked import Asked
 from wanloom.runs.found import is_published
 from wanloom.runs.trained import Weights, open_published, open_trained
@@ -122,7 +123,7 @@ def load_model(files: ModelFiles, place: Placing, mesh: Mesh) -> WanDiT:
     """The part of the transformer that is this process's: `tp` splits it, and FSDP what that leaves."""
 
     def apply(model: WanDiT) -> None:
-        apply_layout(model, mesh, bf16=False)  # the weights themselves are bf16 where that is the precision
+        apply_layout(model, mesh, ComputeConfig())  # the weights themselves are bf16 where that is the precision
 
     model = files.weights.load_model(files.ema, place.dtype, place.device, place.kernel, apply)
     if rank() == 0 and not params.local(model.head.head.weight).any():

@@ -1,4 +1,15 @@
-"""What other trainers call a setting: ours in place of it, or what to say. A sentence has spaces, a setting none."""
+"""What a setting was called before, and what other trainers call it: ours, or what to say.
+
+A sentence has spaces, a setting none.
+"""
+
+NAMES_BEFORE = {
+    "recompute": "compute.recompute",
+    "offload": "compute.offload_activations",
+    "compile": "compute.compile",
+    "train.kernel": "compute.kernel",
+    "train.precision": "compute.precision",
+}
 
 NAMES_ELSEWHERE = {
     "data": "data.path",
@@ -22,13 +33,13 @@ NAMES_ELSEWHERE = {
     "max_steps": "train.steps",
     "max_train_steps": "train.steps",
     "num_steps": "train.steps",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "dtype": "train.precision",
-    "mixed_precision": "train.precision",
-    "attention": "train.kernel",
-    "gradient_checkpointing": "recompute",
-    "activation_checkpointing": "recompute",
+    "bf16": "compute.precision",
+    "fp16": "compute.precision",
+    "dtype": "compute.precision",
+    "mixed_precision": "compute.precision",
+    "attention": "compute.kernel",
+    "gradient_checkpointing": "compute.recompute",
+    "activation_checkpointing": "compute.recompute",
     "lr_scheduler": "schedule.kind",
     "scheduler": "schedule.kind",
     "warmup": "schedule.warmup_steps",

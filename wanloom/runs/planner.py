@@ -85,7 +85,7 @@ def plan_axes(layout: Layout, per_node: int) -> list[AxisRanks]:
 
 def plan_memory(run: Run, config: DiTConfig, layout: Layout) -> RankMemory:
     """What the rank that has most holds."""
-    bf16, pack, model = run.train.precision == "bf16", run.batch.tokens_per_pack, _on_meta(config)
+    bf16, pack, model = run.compute.bf16, run.batch.tokens_per_pack, _on_meta(config)
     firsts = range(0, layout.world, layout.world // layout.pp)  # of each stage: the other ranks hold as much, or less
     held = [held_params(model, layout, rank) for rank in firsts]
     states = [state_bytes(part, layout, bool(run.ema.decay), bf16) for part in held]

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from wanloom.checkpoint.saved import read_recipe
 from wanloom.checkpoint.settings import CheckpointConfig
 from wanloom.config import Config, UserPath, build_config, dump_yaml, merge, nest, parse_overrides
 from wanloom.data.settings import BatchConfig, DataConfig
@@ -21,10 +22,10 @@ from wanloom.errors import UserError
 from wanloom.formats.pipeline import find_pipeline
 from wanloom.model.settings import DiTConfig
 from wanloom.objective.settings import PRESETS, FlowConfig
-from wanloom.parallel.settings import Compile, ParallelConfig, Recompute
+from wanloom.parallel.settings import ComputeConfig, ParallelConfig
 from wanloom.runs.effects import check_words
 from wanloom.runs.layers import Recipe, name_of, read_layers
-from wanloom.runs.names import NAMES_ELSEWHERE
+from wanloom.runs.names import NAMES_BEFORE, NAMES_ELSEWHERE
 from wanloom.train.settings import EmaConfig, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from wanloom.variants import find_variant
 
@@ -40,7 +41,7 @@ MIXES = {  # made-up shapes, by the tokens of the clip
 class Run(Config):
     """Everything that decides a run."""
 
-    ELSEWHERE: ClassVar = NAMES_ELSEWHERE
+    ELSEWHERE: ClassVar = NAMES_ELSEWHERE | {old: f"It is now '{new}'." for old, new in NAMES_BEFORE.items()}
     model: UserPath = Field(
         description="tiny, a folder in diffusers layout, or a name on the Hugging Face hub such as "
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -56,7 +57,7 @@ class Run(Config):
     seed: int = Field(default=0, ge=0, description="of the order of the data, noise, noise levels and random weights")
     data: DataConfig = Field(default=DataConfig(), description="where the samples come from")
     batch: BatchConfig = Field(description="what makes a step")
-    train: TrainConfig = Field(description="how long and in which precision")
+    train: TrainConfig = Field(description="how long")
     optimizer: OptimizerConfig = Field(description="AdamW")
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="the learning rate over the run")
     flow: FlowConfig = Field(default=FlowConfig(), description="how noise levels are drawn and weighted")
@@ -68,17 +69,7 @@ class Run(Config):
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="when to save and how many to keep")
     log: LogConfig = Field(default=LogConfig(), description="how often the run tells something")
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="how several processes share the work")
-    recompute: Recompute = Field(
-        default="none",
-        description="what the backward pass computes again to save memory: cheap (norms, rotation, GELU, "
-        "cross-attention), attention (all but self-attention) or full (all but the input of a block)",
-    )
-    offload: bool = Field(
-        default=False, description="what is kept for the backward pass waits in host memory; of a GPU only"
-    )
-    compile: Compile = Field(
-        default="none", description="block: every block through torch.compile; minutes at the start, then faster"
-    )
+    compute: ComputeConfig = Field(default=ComputeConfig(), description="in which precision, and speed for memory")
 
 
 def build_run(
@@ -177,6 +168,18 @@ def model_config(model: str) -> DiTConfig:
     from wanloom.formats.transformer import read_config  # takes torch
 
     return read_config(find_pipeline(model, ("transformer",)))
+
+
+def read_run(checkpoint: Path) -> Run:
+    """The run that wrote a checkpoint; settings that are newer have their defaults. Raises UserError for other ones."""
+    values = read_recipe(checkpoint)
+    try:
+        return build_config(Run, values)
+    except UserError as error:
+        raise UserError(
+            f"{checkpoint}/run.yaml cannot be read: {error} Where another version of wanloom wrote it, go on with that "
+            f"one, or start a new run from its weights: init={checkpoint} run_dir=ANOTHER."
+        ) from error
 
 
 def dump_run(run: Run) -> str:

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from wanloom.checkpoint.saved import read_recipe, read_state
+from wanloom.checkpoint.saved import read_state
 from wanloom.checkpoint.writer import load_tensors
-from wanloom.config import build_config
 from wanloom.data.loader import Plan
 from wanloom.errors import UserError
 from wanloom.keys import SCHEME
-from wanloom.runs.recipe import Run
+from wanloom.runs.recipe import Run, read_run
 from wanloom.train.loop import Parts, RunState
 
 # What a resumed run may change: it alters neither the samples nor the steps that are done. `train.steps` moves the end
@@ -27,15 +26,15 @@ MAY_CHANGE = (
     "run_dir",
     "train.steps",
     "train.epochs",
-    "train.kernel",
     "batch.tokens_per_pack",
     "checkpoint.*",
     "log.*",
     "data.*",
     "parallel.*",
-    "recompute",
-    "offload",
-    "compile",
+    "compute.kernel",
+    "compute.recompute",
+    "compute.offload_activations",
+    "compute.compile",
 )
 
 
@@ -65,12 +64,7 @@ def find_state(run: Run, newest: Path | None, plan: Plan) -> RunState:
 
 def check_settings(run: Run, newest: Path) -> None:
     """Raises UserError when a setting is not that of the checkpoint and may not change."""
-    recipe = read_recipe(newest)
-    try:
-        before = build_config(Run, recipe)  # settings that are newer than the run take their defaults
-    except UserError as error:
-        raise UserError(f"{newest}/run.yaml cannot be read: {error}") from error
-    if changed := changed_settings(before, run):
+    if changed := changed_settings(read_run(newest), run):
         pairs = "; ".join(f"{name} was {was}, now {now}" for name, (was, now) in changed.items())
         raise UserError(
             f"{run.run_dir} was started with other settings: {pairs}. Give the old values to go on, or start a new run "

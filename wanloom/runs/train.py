@@ -102,7 +102,7 @@ def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
         largest = max(int(index.tokens.max()) for index in plan.indices)
         helps = check_run(run, config, layout, largest, device, local_world_size(), names)
     mesh = Mesh(layout, device)
-    peak = find_peak(device, run.train.precision == "bf16")
+    peak = find_peak(device, run.compute.bf16)
     checkpointer = Checkpointer(run_dir, run.checkpoint)
     newest = checkpointer.last()
     with together():
@@ -141,15 +141,17 @@ def check_effects(run: Run, sources: Sequence[Source], device: torch.device) -> 
             f"log.validate_every={run.log.validate_every} asks for a held-out loss, but the data has no val split: "
             "prepare it with a larger `val_fraction`, or leave the setting out."
         )
-    if run.offload and device.type == "cpu":
-        raise UserError("offload=true has no effect on a CPU, whose memory is the host's already: leave it out.")
+    if run.compute.offload_activations and device.type == "cpu":
+        raise UserError(
+            "compute.offload_activations=true has no effect on a CPU, whose memory is the host's already: leave it out."
+        )
     choose_kernel(run, device)
 
 
 def choose_kernel(run: Run, device: torch.device) -> str:
     """The attention kernel that runs. Raises UserError when the one that is asked for cannot."""
-    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    return resolve_kernel(run.train.kernel, device.type, dtype)
+    dtype = torch.bfloat16 if run.compute.bf16 else torch.float32
+    return resolve_kernel(run.compute.kernel, device.type, dtype)
 
 
 def share_empty_text(
@@ -173,7 +175,7 @@ def tell_run(run: Run, mesh: Mesh, sources: Sequence[Source], plan: Plan, unknow
     where = device.type if layout.world == 1 else f"{layout.world} x {device.type} ({layout.describe()})"
     where += f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     say(
-        f"{run.model} from {run.init} weights on {where} in {run.train.precision}, attention by "
+        f"{run.model} from {run.init} weights on {where} in {run.compute.precision}, attention by "
         f"{choose_kernel(run, device)}: {sum(sizes):,} samples, {run.batch.samples} of them a step."
     )
     tell_outlook(run, sizes, plan.shares(), unknown, say)
@@ -192,8 +194,8 @@ def tell_outlook(run: Run, sizes: Sequence[int], shares: Sequence[float], unknow
     soon = f" or {run.checkpoint.minutes:g} minutes" if run.checkpoint.minutes else ""
     steps = f"{plural(run.train.steps, 'step')} {'passes' if run.train.steps == 1 else 'pass'}"
     say(f"{steps} over {often}; the first checkpoint comes after {first}{soon}.")
-    if run.compile == "block":
-        say("compile=block: the first step takes minutes, in which its blocks are compiled and nothing is shown.")
+    if run.compute.compile == "block":
+        say("compute.compile=block: the first step takes minutes, in which blocks are compiled and nothing is shown.")
     if unknown:
         say(f"The bf16 peak of {' and '.join(unknown)} is not known: the log has no MFU.")
 

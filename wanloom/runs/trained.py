@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanloom.checkpoint.saved import read_recipe
 from wanloom.checkpoint.writer import load_tensors, load_weights
 from wanloom.codecs.identity import files_identity, folder_identity
 from wanloom.config import build_config, expand_home
@@ -27,7 +26,7 @@ from wanloom.model.dit import WanDiT, cast_weights
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.params import fill, local
 from wanloom.runs.found import check_weights, find_trained, is_published
-from wanloom.runs.recipe import Run
+from wanloom.runs.recipe import Run, read_run
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,6 @@ class LoadedRun:
 def load_run(run_or_step: Path, ema: bool = False, device: str | None = None) -> LoadedRun:
     """The model of the newest checkpoint of a run, or of that checkpoint, in fp32 and without gradients."""
     weights = open_checkpoint(Path(expand_home(str(run_or_step))), ema)
-    recipe = build_config(Run, read_recipe(weights.path))
+    recipe = read_run(weights.path)
     model = weights.load_model(ema, torch.float32, pick_device(device)).requires_grad_(False)
     return LoadedRun(model, recipe, weights.step, weights.path)

@@ -58,6 +58,7 @@ class Parts:
     ema: Ema | None
     facts: Mapping[str, Any]  # stored in every checkpoint: model, versions, fingerprint of the data
     recipe: str  # run.yaml
+    bf16: bool = False  # the precision of the arithmetic
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the run has made, by its name in a checkpoint; not copies, so they can be filled too."""
@@ -204,7 +205,7 @@ class Trainer:
 
     def _update(self, batch: Batch) -> StepResult:
         parts, settings, done = self.parts, self.settings, self.state.step
-        bf16 = settings.train.precision == "bf16"
+        bf16 = parts.bf16
         try:
             result = train_step(parts.model, parts.trained, parts.mesh, batch, settings.flow, bf16, settings.clip_norm)
         except NonFiniteError as error:
@@ -311,7 +312,7 @@ class Trainer:
         return UserError(
             f"{begin}, with the samples {self._list(error.keys, error)}. Weights and samples are finite: it is the "
             f"computing that overflows. {unchanged} {last} Lower optimizer.lr or clip_norm, or use "
-            "train.precision=fp32."
+            "compute.precision=fp32."
         )
 
     def _list(self, names: Sequence[str], error: NonFiniteError) -> str:

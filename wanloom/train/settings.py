@@ -5,13 +5,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from wanloom.config import Config
-from wanloom.model.settings import Kernel
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Config):
-    """How long and in which precision; weights, gradients and moments are fp32 in both."""
+    """How long a run is."""
 
     steps: int = Field(gt=0, description="optimizer steps of the whole run")
     epochs: float | None = Field(
@@ -19,10 +18,6 @@ class TrainConfig(Config):
         gt=0,
         description="passes over all samples, in place of steps, which follow from it when the run starts",
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="of the arithmetic; bf16 is torch.autocast, for GPUs from Ampere on"
-    )
-    kernel: Kernel = Field(default="auto", description="of attention; the first line of a run says what auto became")
 
 
 class OptimizerConfig(Config):
