@@ -87,11 +87,11 @@ def pick_device(name: str | None = None) -> torch.device:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the other processes for the time of the block, as often as they all do; nothing for a run of one process.
+    """Join the other processes for the time of the block; nothing for a run of one process, and where it has joined.
 
     Raises UserError when torchrun could not start them again, though it shall.
     """
-    if world_size() == 1:
+    if world_size() == 1 or dist.is_initialized():
         yield
         return
     check_restarts()

@@ -288,7 +288,7 @@ def test_a_stopped_call_goes_on_where_it_was(tiny_pipeline, tmp_path, capsys, mo
             raise KeyboardInterrupt
         return real(out, frames, facts)
 
-    monkeypatch.setattr("wanloom.runs.results.write_result", write)
+    monkeypatch.setattr("wanloom.runs.generate.write_result", write)
     out, third = str(tmp_path / "out"), ["--prompt", "z"]
     assert main([*words, out, *third]) == 143
     said = capsys.readouterr()
@@ -457,7 +457,7 @@ def test_a_long_prompt_is_cut_and_said_so(tiny_pipeline, tmp_path, capsys):
         (["--model", "tinny"], "There is no model 'tinny'"),
         (["--checkpoint", "nowhere"], "There is no folder nowhere"),
         (["--device", "tpu9"], "There is no device 'tpu9': give cpu, cuda, or one GPU such as cuda:1."),
-        (["--out", __file__], "cannot be made"),
+        (["--out", __file__], "cannot be written"),
         (["--out", ""], "--out is empty"),
         (["--seed", "-5"], "--seed is -5, it must be at least 0 and below 2^63."),
         (["--seed", str(1 << 63)], "below 2^63"),

@@ -9,7 +9,7 @@ from typing import Any
 from wanloom import cli
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
-from wanloom.runs import generate, results
+from wanloom.runs import generate
 
 NOTES = Path(sys.argv[1])
 
@@ -25,6 +25,6 @@ def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 TextCodec.load = noting("text encoder", TextCodec.load)
 VaeCodec.load = noting("VAE", VaeCodec.load)
-results.write_result = noting("write", results.write_result)
+generate.write_result = noting("write", generate.write_result)
 generate.load_model = noting("transformer", generate.load_model)
 sys.exit(cli.main(sys.argv[2:]))

@@ -5,14 +5,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanloom.cli import launch
 from wanloom.config import build_config, expand_home
 from wanloom.errors import UserError
-from wanloom.files import folder_for_one
 from wanloom.options import add_options, read_options
 from wanloom.runs.asked import Asked, check_asked
 from wanloom.sample.prompts import Prompt, read_prompts
@@ -68,39 +67,27 @@ def read(arguments: argparse.Namespace) -> tuple[list[Prompt], Asked]:
 def run(arguments: argparse.Namespace) -> int:
     """Make everything; rank 0 encodes, decodes, writes and prints, all share the denoising."""
     prompts, asked = read(arguments)
-    from wanloom.dist import rank, together
-    from wanloom.runs.generate import plan_generation
+    from wanloom.runs.generate import hold_results, plan_generation
 
     generation = plan_generation(prompts, asked)
     note_unused(arguments, prompts, generation.prompts)
     if generation.files.name == "tiny" and not generation.files.checkpoint:
         note_unknown(generation.prompts)
     out = Path(expand_home(arguments.out))
-    taken = f"Another `wanloom generate` writes into {out}: wait for it, or give another --out."
-    with StopSignal("the files of a video") as stop, ExitStack() as held:
+    with StopSignal("the files of a video") as stop:
         stop.is_patient = False  # what is done is on the disk, and a video may take an hour
-        with together():
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"The folder '{out}' cannot be made: {error.strerror}.") from error
-        with together():
-            if rank() == 0:
-                held.enter_context(folder_for_one(out, taken))
-        return make(generation, out, arguments.overwrite, stop)
+        with hold_results(out, generation.facts, arguments.overwrite) as done:
+            return make(generation, out, done, stop)
 
 
-def make(generation: "Generation", out: Path, overwrite: bool, stop: StopSignal) -> int:
+def make(generation: "Generation", out: Path, done: list[int], stop: StopSignal) -> int:
     """What `run` does once it is clear what; returns the exit code."""
-    from wanloom.dist import gather, rank, together
-    from wanloom.runs.results import find_done
+    from rich.progress import Progress
+
+    from wanloom.dist import rank
 
     began, total = time.monotonic(), len(generation.prompts)
-    is_first = rank() == 0
-    tell: Callable[[str], None] = say if is_first else lambda _: None
-    with together():
-        done = find_done(out, generation.facts, overwrite) if is_first else []
-    done = gather(done)[0]
+    tell: Callable[[str], None] = say if rank() == 0 else lambda _: None
     config, place = generation.config, generation.place
     tell(
         f"{generation.files.name} on {place.words} in {place.precision}, attention by {place.kernel}: {total} to make "
@@ -110,58 +97,28 @@ def make(generation: "Generation", out: Path, overwrite: bool, stop: StopSignal)
     if len(done) == total:
         tell(f"{out} is complete: this command has made all of it before. --overwrite makes it anew.")
         return 0
-    written = [*done]
+    written, rest = len(done), 0.0
     try:
-        denoising, rest = write_all(generation, out, written, stop, tell)
+        parts = generation.load(tell)
+        loaded = time.monotonic()
+        console = Terminal(stderr=True)
+        with Progress(console=console, transient=True, disable=rank() > 0 or not console.is_terminal) as bar:
+            task = bar.add_task("denoising", total=(total - len(done)) * config.steps)
+            for path, seconds in generation.write(parts, out, done, stop, partial(bar.advance, task)):
+                written, rest = written + 1, rest + seconds
+                tell(f"  {path}")
     except (KeyboardInterrupt, UserError) as error:
         if isinstance(error, UserError) and not stop.has_cut:
             raise
-        if is_first:
-            more = "; the same command makes the rest." if len(written) < total else "."
-            say(f"\n{len(written)} of {total} are written to {out}{more}", sys.stderr)
+        if rank() == 0:
+            more = "; the same command makes the rest." if written < total else "."
+            say(f"\n{written} of {total} are written to {out}{more}", sys.stderr)
         if stop.received in (None, signal.SIGINT):
             raise KeyboardInterrupt from error
         return 128 + stop.received
-    took = time.monotonic() - began
-    tell(f"{total} in {out}: denoising {denoising:.1f} s, decoding and writing {rest:.1f} s, all {took:.1f} s")
+    took, all_of_it = time.monotonic() - loaded, time.monotonic() - began
+    tell(f"{total} in {out}: denoising {took - rest:.1f} s, decoding and writing {rest:.1f} s, all {all_of_it:.1f} s")
     return 0
-
-
-def write_all(
-    generation: "Generation", out: Path, written: list[int], stop: StopSignal, tell: Callable[[str], None]
-) -> tuple[float, float]:
-    """Write every result that is not `written` yet as soon as it is made. Returns seconds of denoising and the rest."""
-    from rich.progress import Progress
-
-    from wanloom.dist import rank, together
-    from wanloom.runs.results import write_result
-
-    parts = generation.load(tell)
-    began = mark = time.monotonic()  # mark: when the last step was done, or the last result
-    writing, done = 0.0, tuple(written)
-    console = Terminal(stderr=True)
-    with Progress(console=console, transient=True, disable=rank() != 0 or not console.is_terminal) as progress:
-        task = progress.add_task("denoising", total=(len(generation.prompts) - len(done)) * generation.config.steps)
-
-        def moved(number: int) -> None:
-            nonlocal mark
-            mark = time.monotonic()
-            progress.advance(task, number)
-            if stop.has_cut:  # and a library has swallowed what was raised
-                raise KeyboardInterrupt
-
-        for frames, facts in generation.make(parts, done, moved):
-            with together():
-                if frames is not None:
-                    stop.is_patient = True  # all files of a video or none
-                    tell(f"  {write_result(out, frames, facts)}")
-                    stop.is_patient = False
-            written.append(len(written))
-            if stop.received:
-                raise KeyboardInterrupt
-            writing += time.monotonic() - mark
-            mark = time.monotonic()
-    return time.monotonic() - began - writing, writing
 
 
 def note_unused(arguments: argparse.Namespace, prompts: list[Prompt], complete: list[Prompt]) -> None:

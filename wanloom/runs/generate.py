@@ -12,6 +12,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -25,8 +26,9 @@ import wanloom
 from wanloom.codecs.identity import encoder_identity
 from wanloom.codecs.vae import VaeCodec
 from wanloom.config import build_config
-from wanloom.dist import check_alike, pick_device, process_group, rank, together, world_size
+from wanloom.dist import check_alike, gather, pick_device, process_group, rank, together, world_size
 from wanloom.errors import UserError
+from wanloom.files import folder_for_one
 from wanloom.geometry import Geometry
 from wanloom.memory import check_memory, enough_memory
 from wanloom.model.dit import WanDiT
@@ -37,9 +39,11 @@ from wanloom.parallel.mesh import Layout, Mesh, resolve_layout
 from wanloom.parallel.settings import ParallelConfig
 from wanloom.runs.asked import Asked, check_asked, check_negative, how_to_sample
 from wanloom.runs.model_files import ModelFiles, Placing, encode_texts, find_files, find_geometry, load_model
+from wanloom.runs.results import find_done, write_result
 from wanloom.sample.generate import Request, generate
 from wanloom.sample.prompts import Prompt, fill_in
 from wanloom.sample.settings import GenerateConfig, read_defaults
+from wanloom.signals import StopSignal
 from wanloom.terminal import note, plural
 
 PACKAGES = ("torch", "diffusers", "transformers", "av")  # whose versions the frames may depend on
@@ -118,12 +122,56 @@ class Generation:
 
         `on_step` gets the number of videos that moved a step. On all processes but the first there are no frames.
         """
-        parts = parts or self.load()
-        with enough_memory(f"make {len(self.prompts)} of {self.prompts[0].width}x{self.prompts[0].height}", self.helps):
-            for i, frames in make_frames(
-                parts, self.prompts, self.shapes, self.config, done=done, on_step=on_step, helps=self.helps
-            ):
-                yield frames, {} if frames is None else self.facts[i]
+        doing = f"make {len(self.prompts)} of {self.prompts[0].width}x{self.prompts[0].height}"
+        with process_group():  # not with the plan: nobody can tell whether what is planned is ever made
+            parts = parts or self.load()
+            with enough_memory(doing, self.helps):
+                made = make_frames(parts, self.prompts, self.shapes, self.config, done, on_step, self.helps)
+                yield from ((frames, {} if frames is None else self.facts[i]) for i, frames in made)
+
+    def write(
+        self, parts: LoadedParts, out: Path, done: Collection[int], stop: StopSignal, on_step: Callable[[int], None]
+    ) -> Iterator[tuple[Path | None, float]]:
+        """As `make`, and writes the files of each: yields the first, and seconds since its last step.
+
+        Raises KeyboardInterrupt for `stop`, which waits while files are written: all of a video are there or none.
+        """
+        mark = time.monotonic()  # when the last step was done, or the last result
+
+        def moved(number: int) -> None:
+            nonlocal mark
+            mark = time.monotonic()
+            on_step(number)
+            if stop.has_cut:  # and a library has swallowed what was raised
+                raise KeyboardInterrupt
+
+        for frames, facts in self.make(parts, done, moved):
+            path = None
+            with together():
+                if frames is not None:
+                    stop.is_patient = True
+                    path = write_result(out, frames, facts)
+                    stop.is_patient = False
+            yield path, time.monotonic() - mark
+            if stop.received:
+                raise KeyboardInterrupt
+            mark = time.monotonic()
+
+
+@contextmanager
+def hold_results(out: Path, facts: list[dict[str, Any]], overwrite: bool) -> Iterator[list[int]]:
+    """The folder of the results, for this call alone; yields which of them are there already.
+
+    Raises UserError, on all processes, when another call has the folder, or other files are in the way.
+    """
+    taken = f"Another `wanloom generate` writes into {out}: wait for it, or give another `out`."
+    with ExitStack() as held:
+        done = []
+        with together():
+            if rank() == 0:
+                held.enter_context(folder_for_one(out, taken))
+                done = find_done(out, facts, overwrite)
+        yield gather(done)[0]
 
 
 def make_frames(
@@ -131,7 +179,6 @@ def make_frames(
     prompts: Sequence[Prompt],
     shapes: Sequence[Shape],
     config: GenerateConfig,
-    *,
     done: Collection[int] = (),
     on_step: Callable[[int], None] | None = None,
     helps: Sequence[str] = (),
@@ -170,12 +217,7 @@ def start(
     asked = build_config(Asked, words)
     with process_group():
         generation = plan_generation(complete, asked)
-
-    def make() -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        with process_group():  # joined anew: nobody can tell whether what is returned is ever iterated
-            yield from ((frames, facts) for frames, facts in generation.make() if frames is not None)
-
-    return make()
+    return ((frames, facts) for frames, facts in generation.make() if frames is not None)
 
 
 def plan_generation(prompts: Sequence[Prompt], asked: Asked) -> Generation:
