@@ -199,12 +199,12 @@ def check_mistakes() -> None:
     sentence = told(checkpointer.wait)
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "step 2 could not be written: On rank 2: File too large. The last whole" in sentence, sentence
-    assert str(checkpointer.last()) in sentence and "step_0000001. Make room" in sentence, sentence
+    assert str(checkpointer.last) in sentence and "step_0000001. Make room" in sentence, sentence
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_0000001"]
     gather(None)
     checkpointer.save(3, tensors, {"step": 3, **STATE}, "")  # the disk has room again
     checkpointer.wait()
-    assert not checkpointer.failed and checkpointer.last() == find_checkpoint(run_dir)
+    assert not checkpointer.failed and checkpointer.last == find_checkpoint(run_dir)
     checkpointer.close()
     check_load(run_dir, "fsdp")
     check_damage(run_dir)

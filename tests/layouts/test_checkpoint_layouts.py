@@ -67,4 +67,4 @@ def test_a_kill_of_one_rank_leaves_the_last_whole_checkpoint(folder, name):
     assert all(torch.equal(tensors[f"model.{name}"], full(name)) for name in SHAPES)
     checkpointer = Checkpointer(run_dir, CheckpointConfig())
     checkpointer.close()
-    assert checkpointer.last() == find_checkpoint(run_dir) and not partial.exists()
+    assert checkpointer.last == find_checkpoint(run_dir) and not partial.exists()

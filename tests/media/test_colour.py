@@ -300,7 +300,7 @@ def test_the_report_has_the_colours_of_every_file(tmp_path: Path) -> None:
 
     from wanloom.media.framing import FramingConfig
     from wanloom.media.video import TimingConfig
-    from wanloom.prepare.run import encode_folder
+    from wanloom.prepare.run import PrepareJob, encode_folder
     from wanloom.prepare.settings import PrepareConfig
 
     source = tmp_path / "in"
@@ -313,7 +313,7 @@ def test_the_report_has_the_colours_of_every_file(tmp_path: Path) -> None:
     for name in "abcd":
         (source / f"{name}.txt").write_text(f"a caption {name}")
     config = PrepareConfig(timing=TimingConfig(frames=1), framing=FramingConfig(height=32, width=48))
-    report = encode_folder(source, tmp_path / "out", config, WAN_21, IDENTITY, build_encoders).report
+    report = encode_folder(PrepareJob(source, tmp_path / "out", config, WAN_21, IDENTITY, build_encoders)).report
     guess = "BT.601 by its size, no matrix is tagged, limited range, 8 bits"
     assert report["colours"] == {"a.mkv": "BT.709, full range, 8 bits", "b.mkv": guess, "d.png": "sRGB"}
     assert report["colours_guessed"] == {"b.mkv": guess}

@@ -10,7 +10,7 @@ from tools.fuzz import IMAGES, VIDEOS, mutants, read_mutant, write_originals
 from wanloom.geometry import WAN_21
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
-from wanloom.prepare.run import encode_folder
+from wanloom.prepare.run import PrepareJob, encode_folder
 from wanloom.prepare.settings import PrepareConfig
 
 KINDS = {"mp4", "mov", "mkv", "avi", "webm", "wmv", "ts", "gif", "png", "jpg", "webp", "avif", "tiff"}
@@ -47,7 +47,7 @@ def test_a_folder_of_damaged_files_is_prepared_to_its_end(tmp_path: Path, origin
         (source / name).write_bytes(data)
         (source / name).with_suffix(".txt").write_text(f"a caption of {name}")
     config = PrepareConfig(timing=TimingConfig(frames=5), framing=FramingConfig(height=32, width=48))
-    report = encode_folder(source, tmp_path / "out", config, WAN_21, IDENTITY, build_encoders).report
+    report = encode_folder(PrepareJob(source, tmp_path / "out", config, WAN_21, IDENTITY, build_encoders)).report
     dropped = {drop["file"] for drop in report["dropped"]}
     assert len(dropped) > 10 and not any(name.startswith("whole") for name in dropped)
     assert report["samples"]["total"] == len(files) - len(dropped)

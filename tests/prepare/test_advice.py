@@ -14,7 +14,7 @@ from wanloom.geometry import WAN_21
 from wanloom.media.framing import FramingConfig
 from wanloom.media.video import TimingConfig
 from wanloom.prepare.report import advise_clips, advise_frames, advise_short
-from wanloom.prepare.run import encode_folder
+from wanloom.prepare.run import PrepareJob, encode_folder
 from wanloom.prepare.settings import PrepareConfig
 
 
@@ -60,7 +60,7 @@ def test_prepare_says_what_would_take_more(tmp_path: Path) -> None:
         write_stream(source / name, *parts).with_suffix(".txt").write_text(name)
         (source / name).with_suffix(".part.mp4").unlink()
     config = PrepareConfig(timing=TimingConfig(frames=21), framing=FramingConfig(height=32, width=48))
-    report = encode_folder(source, tmp_path / "out", config, WAN_21, IDENTITY, build_encoders).report
+    report = encode_folder(PrepareJob(source, tmp_path / "out", config, WAN_21, IDENTITY, build_encoders)).report
     assert report["samples"]["total"] == 3
     reasons = {drop["file"]: drop["reason"] for drop in report["dropped"]}
     assert reasons == {

@@ -19,7 +19,7 @@ from wanloom.media.video import TimingConfig, read_clips
 from wanloom.prepare import content as content_module
 from wanloom.prepare.content import Content, hash_file, read_stamp
 from wanloom.prepare.listing import list_files, read_entries
-from wanloom.prepare.run import PLAN, encode_folder
+from wanloom.prepare.run import PLAN, PrepareJob, encode_folder
 from wanloom.prepare.settings import PrepareConfig
 from wanloom.prepare.shard_writer import ShardWriter
 
@@ -40,7 +40,7 @@ def run(source: Path, out: Path, between: Callable[[], None] = lambda: None, **v
 
     values = {"timing": TimingConfig(frames=5), **values}
     config = PrepareConfig(framing=FramingConfig(height=32, width=48), val_fraction=0, **values)
-    return encode_folder(source, out, config, WAN_21, IDENTITY, load).report
+    return encode_folder(PrepareJob(source, out, config, WAN_21, IDENTITY, load)).report
 
 
 def count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -161,5 +161,5 @@ def test_links_that_lead_outside_are_followed_when_asked(tmp_path: Path) -> None
     (tmp_path / "bare/link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"no videos or images.* `follow_links` takes what 'link' leads to"):
         run(tmp_path / "bare", tmp_path / "out4")
-    assert list_files(tmp_path / "in", tmp_path / "out").links == ["link"]
+    assert list_files(tmp_path / "in", tmp_path / "out")[2] == ["link"]
     assert "follow-links" not in json.loads((tmp_path / "out/prepare.json").read_text())["settings"]

@@ -31,7 +31,7 @@ from wanloom.prepare import run as prepare_module
 from wanloom.prepare.encode import sample_key
 from wanloom.prepare.journal import Journal
 from wanloom.prepare.listing import read_entries
-from wanloom.prepare.run import Prepared, encode_folder
+from wanloom.prepare.run import Prepared, PrepareJob, encode_folder
 from wanloom.prepare.settings import PrepareConfig
 from wanloom.prepare.shard_writer import ShardWriter
 
@@ -61,7 +61,9 @@ def put_image(root: Path, name: str, caption: str, level: int, size: tuple[int, 
 
 
 def run(source: Path, out: Path, encoders=None, identity=IDENTITY, **values) -> Prepared:
-    return encode_folder(source, out, config(**values), WAN_21, identity, lambda: encoders or build_encoders())
+    return encode_folder(
+        PrepareJob(source, out, config(**values), WAN_21, identity, lambda: encoders or build_encoders())
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -249,7 +251,9 @@ def child(source: Path, out: Path, log: Path, started: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "ShardWriter", small_shards)
         encode_folder(
-            source, out, config(**ALL, workers=2), WAN_21, IDENTITY, lambda: build_encoders(log, seconds=0.05)
+            PrepareJob(
+                source, out, config(**ALL, workers=2), WAN_21, IDENTITY, lambda: build_encoders(log, seconds=0.05)
+            )
         )
 
 

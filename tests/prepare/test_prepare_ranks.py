@@ -23,7 +23,7 @@ from wanloom.prepare import run as prepare_module
 from wanloom.prepare.encode import Encoders, Progress, plan_blocks
 from wanloom.prepare.journal import Journal
 from wanloom.prepare.listing import MediaEntry
-from wanloom.prepare.run import encode_folder
+from wanloom.prepare.run import PrepareJob, encode_folder
 from wanloom.prepare.settings import PrepareConfig
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def expected(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     out = tmp_path_factory.mktemp("expected") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "ShardWriter", small_shards)
-        encode_folder(mixed, out, config(**ALL), WAN_21, IDENTITY, encoders)
+        encode_folder(PrepareJob(mixed, out, config(**ALL), WAN_21, IDENTITY, encoders))
     return contents(out)
 
 
@@ -66,7 +66,7 @@ def member(environment: dict[str, str], source: Path, out: Path, logs: Path, tro
             trouble(patch)
         settings, load = config(**{**ALL, **values}), lambda: encoders(logs / f"encoded{rank}", seconds=0.02)
         try:
-            done = encode_folder(source, out, settings, WAN_21, IDENTITY, load, progress.append)
+            done = encode_folder(PrepareJob(source, out, settings, WAN_21, IDENTITY, load, progress.append))
             said = f"was complete: {done.was_complete}, samples: {done.report.get('samples', {}).get('total')}"
         except UserError as error:
             said = f"UserError: {error}"
@@ -240,7 +240,7 @@ def test_what_stops_one_rank_stops_all_and_loses_nothing(
     before = total(encoded(logs))
     assert 0 < before.total() < json.loads(expected["report.json"])["samples"]["total"]
     monkeypatch.setattr(prepare_module, "ShardWriter", small_shards)
-    encode_folder(mixed, out, config(**ALL), WAN_21, IDENTITY, lambda: encoders(tmp_path / "log"))
+    encode_folder(PrepareJob(mixed, out, config(**ALL), WAN_21, IDENTITY, lambda: encoders(tmp_path / "log")))
     assert contents(out) == expected
     twice = before & Counter((tmp_path / "log").read_text().split())
     assert twice.total() <= (3 if trouble is fill_the_disk else 0)  # what could not be written
@@ -250,7 +250,7 @@ def test_a_mistake_that_rank_0_finds_is_told_by_all(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     put_video(source, "short.mp4", "too short", count=3)
     put_image(source, "a.png", "one", level=9)
-    encode_folder(source, out, config(**ALL), WAN_21, IDENTITY, encoders)
+    encode_folder(PrepareJob(source, out, config(**ALL), WAN_21, IDENTITY, encoders))
     said = Ranks(2, source, out, tmp_path / "logs", dtype="fp32").said()
     assert said[0] == said[1] and "dtype was bf16, now fp32" in said[0]
     said = Ranks(2, source, tmp_path / "new", tmp_path / "strict", strict=True).said()

@@ -110,7 +110,7 @@ class Checkpointer:
         self._staged: dict[str, Tensor] | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
-        self._last = self._open_folder()
+        self.last = self._open_folder()  # whole when it got its name; `load_tensors` checks whether it still is
 
     def _open_folder(self) -> Path | None:
         """Clear what a kill has left, see that it is one folder for all. Returns its newest checkpoint."""
@@ -136,14 +136,10 @@ class Checkpointer:
                 token.rmdir()
         return folder / told[1] if told[1] else None
 
-    def last(self) -> Path | None:
-        """The newest checkpoint; it was whole when it got its name, `load_tensors` checks whether it still is."""
-        return self._last
-
     @property
     def last_step(self) -> int | None:
         """The step of the newest checkpoint."""
-        return None if self._last is None else step_of(self._last)
+        return None if self.last is None else step_of(self.last)
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> None:
         """Agree on who writes which piece and take the memory for the copies; all ranks together, once, at the start.
@@ -192,7 +188,7 @@ class Checkpointer:
 
     def describe_last(self) -> str:
         """One sentence on the newest whole checkpoint."""
-        return f"The last whole checkpoint is {self._last}." if self._last else "No checkpoint was saved before."
+        return f"The last whole checkpoint is {self.last}." if self.last else "No checkpoint was saved before."
 
     def close(self, wait: bool = True) -> None:
         """End the thread; an error of the save is raised by `wait`, not here.
@@ -220,12 +216,12 @@ class Checkpointer:
         except (UserError, OSError) as error:
             if rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            again = "go on from there" if self._last else "begin anew, here or with run_dir on another disk"
+            again = "go on from there" if self.last else "begin anew, here or with run_dir on another disk"
             raise UserError(
                 f"The checkpoint of step {step} could not be written: {sentence_of(error)} {self.describe_last()} Make "
                 f"room, then start the same command again to {again}."
             ) from error
-        self._last = partial.with_suffix("")
+        self.last = partial.with_suffix("")
 
     def _finish(self, partial: Path, state: dict[str, Any], recipe: str) -> None:
         """Give a checkpoint its name, now that its files are there, and drop those that are too many."""

@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from wanloom.data.index import Index, Row
+from wanloom.data.index import Index
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order, source_weights
 from wanloom.data.packing import max_over_mean, pack_samples
@@ -29,18 +29,7 @@ T = TypeVar("T")
 FINGERPRINT = 2  # the way in which data is recorded; others cannot be compared
 
 
-class Source(Protocol):
-    """What the loader needs of a dataset; `shards.Dataset` and `mock.MockDataset` are such."""
-
-    path: str
-
-    def rows(self, split: str) -> Index:
-        """The index of a split."""
-        ...
-
-    def read(self, row: Row) -> Sample:
-        """One sample."""
-        ...
+Source = Dataset | MockDataset
 
 
 def open_sources(

@@ -10,7 +10,6 @@ Sources: the files of Wan-AI/Wan2.1-T2V-1.3B and Wan-AI/Wan2.1-T2V-1.3B-Diffuser
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -188,29 +187,23 @@ def save_weights(
     layout: Layout = "diffusers",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write weights as a transformer folder: config.json and safetensors, in shards above 10 GB; whole, or not at all.
+    """Write config.json and safetensors, in shards above 10 GB, into a folder, which is made where it is missing.
 
-    Raises UserError when `path` is there and not empty, or cannot be written.
+    Raises UserError when it cannot be written; what there is by then stays.
     """
     from huggingface_hub import save_torch_state_dict
 
-    path = Path(path).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is there already and is not an empty folder: give a new one.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path = Path(path)
+    renamed, pattern = state_dict_as(state, layout), "diffusion_pytorch_model{suffix}.safetensors"
+    text = json.dumps(config_json(config, layout), indent=2, sort_keys=True)
     try:
-        temporary.mkdir(parents=True)
-        renamed, pattern = state_dict_as(state, layout), "diffusion_pytorch_model{suffix}.safetensors"
-        save_torch_state_dict(renamed, temporary, filename_pattern=pattern, max_shard_size=shard_bytes)
-        text = json.dumps(config_json(config, layout), indent=2, sort_keys=True)
-        (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
-        mode = (temporary / "config.json").stat().st_mode  # by the user's umask; safetensors writes for the owner alone
-        for file in temporary.iterdir():
+        path.mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict(renamed, path, filename_pattern=pattern, max_shard_size=shard_bytes)
+        (path / "config.json").write_text(text + "\n", encoding="utf-8")
+        mode = (path / "config.json").stat().st_mode  # by the user's umask; safetensors writes for the owner alone
+        for file in (*path.glob("*.safetensors"), *path.glob("*.json")):
             file.chmod(mode)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

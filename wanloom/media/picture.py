@@ -10,10 +10,10 @@ has quick code for RGB in planes alone; the same bytes are interleaved after it.
 import logging
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from av.video.reformatter import VideoReformatter
@@ -85,15 +85,19 @@ def _open_image(file: MediaFile) -> Image.Image:
     return image
 
 
+class Track(NamedTuple):
+    """What the header of a video says, None where it does not."""
+
+    pixel_shape: Fraction | None  # width of a pixel over its height
+    rate: Fraction | None
+    seconds: float | None
+
+
 class PictureConverter:
-    """Turns decoded pictures into RGB of the chosen crop, and remembers what it met on the way.
+    """Turns decoded pictures into RGB of the chosen crop, and remembers what it met on the way."""
 
-    `pixel_shape` is the width of a pixel over its height, `rate` that of the stream, None when it is not known.
-    """
-
-    def __init__(self, pixel_shape: Fraction | None, rate: Fraction | None, choose: ChooseCrop) -> None:
-        self.pixel_shape = pixel_shape
-        self.rate = rate
+    def __init__(self, track: Track, choose: ChooseCrop) -> None:
+        self.track = track
         self.choose = choose
         self.scale, self.interleave = VideoReformatter(), VideoReformatter()  # they keep their tables
         self.stored: tuple[int, int] | None = None
@@ -123,24 +127,25 @@ class PictureConverter:
         self.latest = (picture, number, pixels)
         return pixels
 
-    def clip(self, number: int, pixels: np.ndarray, moments: list[Fraction]) -> Clip:
+    def clip(self, number: int, pixels: np.ndarray, moments: list[Fraction], notes: Iterable[str]) -> Clip:
         return Clip(
             number=number,
             pixels=pixels,
             start=round(float(moments[0]), 6),
             stop=round(float(moments[-1]), 6),
-            source_fps=round(float(self.rate), 6) if self.rate else None,
+            source_fps=round(float(self.track.rate), 6) if self.track.rate else None,
             source_size=self.stored or (0, 0),
             display_size=self.display,
             crop=self.crops[number],
-            notes=list(self.notes),
+            notes=[*self.notes, *notes],
+            source_seconds=self.track.seconds,
             colour=self.colour,
         )
 
     def _look(self, picture: Any) -> None:
         """Size, pixel shape, rotation and colours of the first picture."""
         self.stored = (picture.width, picture.height)
-        shape = self.pixel_shape or Fraction(1)
+        shape = self.track.pixel_shape or Fraction(1)
         shape = shape if Fraction(1, 10) < shape < 10 else Fraction(1)
         self.turn = display_turn(picture)
         width, height = picture.width * float(shape), float(picture.height)

@@ -22,7 +22,7 @@ from wanloom.media.clock import JUMPS, Extent, scan
 from wanloom.media.container import MediaFile, choose_track, open_container, picture_rate
 from wanloom.media.decoding import Decoding, MediaError
 from wanloom.media.limits import USUAL, LimitsConfig
-from wanloom.media.picture import ChooseCrop, Clip, PictureConverter, read_image
+from wanloom.media.picture import ChooseCrop, Clip, PictureConverter, Track, read_image
 from wanloom.media.player import FAR, TICK, Player
 from wanloom.media.readers import read_ahead
 
@@ -124,14 +124,6 @@ def plan_times(timing: TimingConfig, duration: Fraction, pictures: int) -> Itera
             yield [start + moment for moment in moments]
 
 
-class Track(NamedTuple):
-    """What the header says."""
-
-    pixel_shape: Fraction | None
-    rate: Fraction | None
-    seconds: float | None
-
-
 class ClipFrame(NamedTuple):
     """A decoded picture and its place: frame `k` of clip `number`."""
 
@@ -147,16 +139,13 @@ def _read_video(file: MediaFile, timing: TimingConfig, choose: ChooseCrop) -> It
     screen = pixels = None
     with closing(read_ahead([file], lambda file: _decode(file, timing), workers=1)) as pictures:
         for _, due in pictures:
-            screen = screen or PictureConverter(due.track.pixel_shape, due.track.rate, choose)
+            screen = screen or PictureConverter(due.track, choose)
             shown = screen.convert(due.picture, due.number)
             if pixels is None:
                 pixels = np.empty((len(due.moments), *shown.shape), dtype=np.uint8)
             pixels[due.k] = shown
             if due.k == len(due.moments) - 1:
-                clip = screen.clip(due.number, pixels, due.moments)
-                clip.source_seconds = due.track.seconds
-                clip.notes += due.notes
-                yield clip
+                yield screen.clip(due.number, pixels, due.moments, due.notes)
                 pixels = None
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from wanloom.model.attention import packed_backward, packed_forward, shapes
 from wanloom.model.dit import Attention, WanDiT
 from wanloom.parallel.mesh import Mesh
+from wanloom.parallel.tensor import adjoint_is, keep_group
 from wanloom.torch_private import resolve_group
 
 
@@ -84,15 +85,7 @@ def _(x, group):
     return x.new_empty(x.shape)
 
 
-def keep_group(ctx, inputs, output) -> None:
-    ctx.group = inputs[1]
-
-
-def backward_of_exchange(ctx, grad):
-    return torch.ops.wanloom.exchange(grad, ctx.group), None
-
-
-exchange.register_autograd(backward_of_exchange, setup_context=keep_group)
+exchange.register_autograd(adjoint_is(exchange), setup_context=keep_group)
 
 
 class Overlap(NamedTuple):

@@ -10,6 +10,7 @@ its `pp * cp * tp` processes work on the same packs.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -61,10 +62,7 @@ class Layout:
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """The place of a rank on every axis."""
-        out = {}
-        for axis, size in zip(reversed(AXES), reversed(self.sizes), strict=True):
-            rank, out[axis] = divmod(rank, size)
-        return out
+        return dict(zip(AXES, map(int, np.unravel_index(rank, self.sizes)), strict=True))
 
     def describe(self) -> str:
         """The axes that are used, such as `dp_shard 4 x cp_ulysses 2`."""

@@ -123,10 +123,8 @@ class _Stage:
         stream = grads = None
         place = self.mesh.place["pp"]
         if send_stream is not None and isinstance(send_stream.output, Stream):
-            ops += [
-                dist.P2POp(dist.isend, t.detach().contiguous(), group=self.group, group_peer=place + 1)
-                for t in send_stream.output
-            ]
+            sent = [t.detach().contiguous() for t in send_stream.output]
+            ops += [dist.P2POp(dist.isend, t, group=self.group, group_peer=place + 1) for t in sent]
         if receive_grads is not None and isinstance(receive_grads.output, Stream):
             grads = Stream(*(torch.empty_like(t) for t in receive_grads.output))
             ops += [dist.P2POp(dist.irecv, t, group=self.group, group_peer=place + 1) for t in grads]

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from wanloom.errors import UserError
 from wanloom.files import is_special, parse_json
@@ -74,16 +73,11 @@ def read_entries(data: bytes) -> list[MediaEntry]:
         raise UserError(f"The plan of the unfinished folder is damaged ({error}): prepare into a new one.") from error
 
 
-class Listing(NamedTuple):
-    """The files of a folder as sorted relative paths."""
+def list_files(root: Path, leave_out: Path, follow_links: bool = False) -> tuple[list[str], list[str], list[str]]:
+    """Visible files, hidden files and links to folders outside, as sorted paths relative to `root`.
 
-    visible: list[str]
-    hidden: list[str]
-    links: list[str]  # to folders outside of it, not followed
-
-
-def list_files(root: Path, leave_out: Path, follow_links: bool = False) -> Listing:
-    """All files under `root`. Links to files and to folders inside are followed, once each; others when asked."""
+    Links to files and to folders inside are followed, once each; others when asked.
+    """
     visible, hidden, links, seen = [], [], [], set()
     inside = root.resolve()
 
@@ -104,7 +98,7 @@ def list_files(root: Path, leave_out: Path, follow_links: bool = False) -> Listi
         for name in names:
             path = (Path(folder) / name).relative_to(root).as_posix()
             (hidden if name.startswith(".") else visible).append(path)
-    return Listing(sorted(visible), sorted(hidden), sorted(links))
+    return sorted(visible), sorted(hidden), sorted(links)
 
 
 def build_plan(

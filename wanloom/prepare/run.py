@@ -11,7 +11,7 @@ import errno
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,40 +54,32 @@ class PrepareJob:
     source: Path
     out: Path
     config: PrepareConfig
-    geometry: Geometry
-    identity: dict[str, str]
+    geometry: Geometry  # of the VAE
+    identity: dict[str, str]  # names the weights and the device; it is written into every sample
     load_encoders: Callable[[], Encoders]
-    on_progress: Callable[[Progress], None]
+    on_progress: Callable[[Progress], None] = lambda progress: None
 
 
-def encode_folder(
-    source: Path,
-    out: Path,
-    config: PrepareConfig,
-    geometry: Geometry,
-    identity: dict[str, str],
-    load_encoders: Callable[[], Encoders],
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> Prepared:
-    """Prepare `source` into `out`, or go on where an earlier start stopped. Every rank of a run calls it.
+def encode_folder(job: PrepareJob) -> Prepared:
+    """Prepare a folder, or go on where an earlier start stopped. Every rank of a run calls it.
 
-    `geometry` is that of the VAE, `identity` names the weights and the device; it is written into every sample. The
-    encoders are loaded when there is something to encode. Raises UserError, the same on every rank, for what a user can
-    mend.
+    The encoders are loaded when there is something to encode. Raises UserError, the same on every rank, for what a user
+    can mend.
     """
-    job = PrepareJob(source, out, fit_config(config, geometry), geometry, identity, load_encoders, on_progress)
+    job = replace(job, config=fit_config(job.config, job.geometry))
+    out, config = job.out, job.config
     prepared = Prepared({}, False)
     halved = f"`workers={max(1, config.workers // 2)}` in place of {config.workers}"
     helps = [halved, "fewer `frames`, in a new folder", "a smaller size, in a new folder"]
     with together(), _told(out), enough_memory("hold the clips that are read ahead", helps), WorkQueue() as queue:
         if rank() == 0:
-            check_folders(source, out)
+            check_folders(job.source, out)
             with ShardWriter(out, config.shard_size << 20) as shards:
                 prepared = _lead(job, queue, shards)
             queue.reach(COMPLETE)
             queue.check()  # others that were stopped while they waited for this are gone
         else:
-            on_progress(Progress("reading", 0, 0, 0))
+            job.on_progress(Progress("reading", 0, 0, 0))
             queue.wait(lambda: queue.has_reached(PLANNED))
             if not queue.has_reached(COMPLETE):
                 _encode(job, queue, Journal(out / WORK), None)

@@ -12,8 +12,9 @@ import io
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,11 +83,8 @@ def read_table(
     answers: dict[str, list[T]] = {}
     missing: set[str] = set()
 
-    def choose(columns: list[str]) -> tuple[str, str]:
-        return choose_columns(path, columns, key)
-
     try:
-        for number, file, caption in _read_rows(path, choose, media):
+        for number, file, caption in _read_rows(path, partial(choose_columns, path, key), media):
             if number > MOST_ROWS:
                 raise ValueError(f"it has more than {MOST_ROWS:,} rows: split the input into several folders")
             name = media.find(_relative(root, file)) or media.find(_relative(root, file.strip()))
@@ -125,19 +123,13 @@ def _read_rows(path: Path, choose: Choose, media: Names) -> Iterator[Row]:
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines; only a line feed ends one. Raises ValueError for a line that is no text, or endless."""
     with path.open("rb") as file:
-        yield from enumerate(_decode_lines(file), 1)
-
-
-def _decode_lines(file: BinaryIO) -> Iterator[str]:
-    number = 0
-    while data := file.readline(MOST_BYTES + 1):
-        number += 1
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"line {number} is longer than {MOST_BYTES >> 20} MiB")
-        try:
-            yield data.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"line {number} is not UTF-8 text") from error
+        for number, data in enumerate(iter(partial(file.readline, MOST_BYTES + 1), b""), 1):
+            if len(data) > MOST_BYTES:
+                raise ValueError(f"line {number} is longer than {MOST_BYTES >> 20} MiB")
+            try:
+                yield number, data.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number} is not UTF-8 text") from error
 
 
 def _read_json_lines(path: Path, choose: Choose) -> Iterator[Row]:
@@ -232,7 +224,7 @@ def _unpack(column: pa.Array) -> list[Any]:
     return [None if i is None else texts[i] for i in column.indices.to_pylist()]
 
 
-def choose_columns(path: Path, columns: list[str], key: str | None) -> tuple[str, str]:
+def choose_columns(path: Path, key: str | None, columns: list[str]) -> tuple[str, str]:
     """Which columns hold the file and the caption."""
     file = _choose(path, columns, FILE_COLUMNS, None, "file", "rename or remove the others")
     return file, _choose(path, columns, CAPTION_COLUMNS, key, "caption", "say which with `caption_key`")

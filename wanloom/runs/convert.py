@@ -57,11 +57,7 @@ def name_parts(source: Path, model: str | None) -> str:
 def write_original(weights: Weights, ema: bool, pipeline: Path, folder: Path) -> None:
     """The parts of an original folder that are no pickles."""
     copy_parts(pipeline, {"tokenizer": folder / ORIGINAL_TOKENIZER})
-    place = folder / "transformer"
-    save_weights(weights.load_weights(ema), weights.config, place, "original")
-    for file in place.iterdir():  # in the original they lie in the folder itself
-        file.rename(folder / file.name)
-    place.rmdir()
+    save_weights(weights.load_weights(ema), weights.config, folder, "original")
 
 
 def copy_parts(pipeline: Path, places: dict[str, Path]) -> None:

@@ -19,7 +19,7 @@ from wanloom.formats.pipeline import find_pipeline
 from wanloom.memory import enough_memory
 from wanloom.options import build_flat
 from wanloom.prepare.encode import Encoders, Progress
-from wanloom.prepare.run import Prepared, encode_folder
+from wanloom.prepare.run import Prepared, PrepareJob, encode_folder
 from wanloom.prepare.settings import PrepareConfig, check_batch
 from wanloom.threads import one_thread
 
@@ -50,7 +50,7 @@ def prepare(
     check_alike(identity, "samples")
     with one_thread() if kind == "cpu" else nullcontext():  # the bytes of any number of processes are equal
         load = partial(_load_with_room, pipeline, kind)
-        return encode_folder(source, out, config, geometry, identity, load, on_progress)
+        return encode_folder(PrepareJob(source, out, config, geometry, identity, load, on_progress))
 
 
 def _load_with_room(pipeline: Path, device: str) -> Encoders:

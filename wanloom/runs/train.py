@@ -104,7 +104,7 @@ def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
     mesh = Mesh(layout, device)
     peak = find_peak(device, run.compute.bf16)
     checkpointer = Checkpointer(run_dir, run.checkpoint)
-    newest = checkpointer.last()
+    newest = checkpointer.last
     with together():
         state = find_state(run, newest, plan)
         first = state.step
@@ -129,7 +129,7 @@ def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
         build_loader(run, config, sources, plan, first, empty, mesh.data_rank) as batches,
     ):
         stopped = Trainer(parts, settings, state, batches, checkpointer, trackers, progress, routines).run()
-    checkpoint = checkpointer.last()
+    checkpoint = checkpointer.last
     assert checkpoint is not None, "the trainer saves at its end"
     return Ended(run_dir, state.step, state.step - first, checkpoint, stopped, plan.indices[0][0], geometry)
 

@@ -201,7 +201,7 @@ class Trainer:
             self.checkpointer.wait()
         except UserError as error:
             return str(error)
-        return f"Step {self.state.step} was saved before the run ended: {self.checkpointer.last()}."
+        return f"Step {self.state.step} was saved before the run ended: {self.checkpointer.last}."
 
     def _update(self, batch: Batch) -> StepResult:
         parts, settings, done = self.parts, self.settings, self.state.step
