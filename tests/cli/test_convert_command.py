@@ -247,7 +247,7 @@ def test_sigterm_leaves_nothing(trained, tmp_path, monkeypatch):
     def stopped(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("wanloom.formats.transformer.save_file", stopped)
+    monkeypatch.setattr("huggingface_hub.save_torch_state_dict", stopped)
     assert main(["convert", str(trained), str(tmp_path / "out")]) == 143
     assert list(tmp_path.iterdir()) == []
 
@@ -261,7 +261,7 @@ def test_a_stop_that_a_library_makes_an_error_of_is_a_stop(trained, tmp_path, ca
         except KeyboardInterrupt as error:
             raise UserError("The file is damaged: fetch it again.") from error
 
-    monkeypatch.setattr("wanloom.formats.transformer.save_file", stopped)
+    monkeypatch.setattr("huggingface_hub.save_torch_state_dict", stopped)
     assert main(["convert", str(trained), str(tmp_path / "out")]) == 143
     assert "damaged" not in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 

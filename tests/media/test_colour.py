@@ -12,7 +12,7 @@ from test_video import gradient, native, read
 from wanloom.geometry import WAN_21
 from wanloom.media.colour import Gamut, bands, on_black, srgb_to_linear
 from wanloom.media.decoding import MediaError
-from wanloom.media.picture import SWS_FLAGS, PictureConverter
+from wanloom.media.picture import SWS_FLAGS, PictureConverter, Track
 
 WEIGHTS = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.114), 7: (0.212, 0.087)}
 WEIGHTS[9] = (0.2627, 0.0593)
@@ -122,7 +122,7 @@ def test_gray_is_full_unless_it_is_tagged_as_limited(pix_fmt: str, color_range: 
     lines[:, :64] = np.round(values)
     plane.update(lines)
     frame.color_range = color_range
-    screen = PictureConverter(None, None, native)
+    screen = PictureConverter(Track(None, None, None), native)
     found = screen.convert(frame, 0)
     assert worst(found, np.repeat(picture[..., None], 3, axis=2)) <= 1
     assert screen.colour.said == f"gray, {said} range, {bits} bits"
@@ -135,7 +135,7 @@ def test_small_untagged_videos_keep_their_bytes() -> None:
     for plane in picture.planes:
         plane.update(rng.bytes(plane.buffer_size))
     expected = picture.reformat(format="rgb24", interpolation=SWS_FLAGS).to_ndarray()
-    assert np.array_equal(PictureConverter(None, None, native).convert(picture, 0), expected)
+    assert np.array_equal(PictureConverter(Track(None, None, None), native).convert(picture, 0), expected)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_colours_that_are_not_converted_are_dropped(tmp_path: Path, tags: dict[s
 
 def test_floating_point_has_no_white() -> None:
     with pytest.raises(MediaError, match="floating point, which do not say what is white"):
-        PictureConverter(None, None, native).convert(av.VideoFrame(64, 48, "gbrpf32le"), 0)
+        PictureConverter(Track(None, None, None), native).convert(av.VideoFrame(64, 48, "gbrpf32le"), 0)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_alpha_does_not_darken_or_blur_colours(pix_fmt: str) -> None:
         lines = np.zeros((plane.height, plane.line_size), dtype=np.uint8)
         lines[:, : values.shape[1]] = np.round(values)
         plane.update(lines)
-    error = PictureConverter(None, None, native).convert(frame, 0).astype(int) - picture
+    error = PictureConverter(Track(None, None, None), native).convert(frame, 0).astype(int) - picture
     assert np.abs(error).mean() < 0.6
     assert np.abs(error.mean((0, 1))).max() < 0.1
 
@@ -279,7 +279,7 @@ def test_deep_rgb_goes_to_the_nearest_level(pix_fmt: str, channels: int) -> None
         lines = np.zeros((plane.height, plane.line_size // 2), dtype=np.uint16)
         lines[:, : values.shape[1]] = values
         plane.update(lines)
-    found = PictureConverter(None, None, native).convert(frame, 0)
+    found = PictureConverter(Track(None, None, None), native).convert(frame, 0)
     levels = np.round(deep / ((1 << bits) - 1) * 255)
     expected = levels if channels == 3 else np.round(levels[..., :3] * levels[..., 3:] / 255)
     assert worst(found, expected) <= (0 if bits != 12 else 1)

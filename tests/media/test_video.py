@@ -17,7 +17,7 @@ from wanloom.geometry import WAN_21
 from wanloom.media import player as player_module
 from wanloom.media.decoding import MediaError
 from wanloom.media.framing import Crop, FramingConfig, choose_crop
-from wanloom.media.picture import SWS_FLAGS, Clip, PictureConverter
+from wanloom.media.picture import SWS_FLAGS, Clip, PictureConverter, Track
 from wanloom.media.video import TimingConfig, read_clips
 from wanloom.suffixes import kind_of
 
@@ -203,7 +203,9 @@ def test_planes_give_the_bytes_of_a_direct_conversion(pix_fmt: str) -> None:
         expected = picture.reformat(*size, format="rgb24", interpolation=SWS_FLAGS).to_ndarray()
         if pix_fmt == "gray" and color_range == 1:  # which the library takes as full
             expected = np.clip(np.round((expected.astype(float) - 16) * 255 / 219), 0, 255)
-        screen = PictureConverter(None, None, lambda width, height, number, size=size: Crop(size, (0, 0), size))
+        screen = PictureConverter(
+            Track(None, None, None), lambda width, height, number, size=size: Crop(size, (0, 0), size)
+        )
         assert np.array_equal(screen.convert(picture, 0), expected)
 
 
