@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from generated import save_checkpoint
 from PIL import Image
-from test_generate_command import save_checkpoint
 
 import wanloom.dist
 from wanloom.cli import generate, main

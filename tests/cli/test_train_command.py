@@ -1,13 +1,7 @@
-"""`wanloom train` as a user runs it: killed, stopped, resumed, with a full disk and with mistakes."""
+"""`wanloom train` as a user runs it: what it computes and writes, what it starts from, and its mistakes."""
 
 import json
-import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,9 +9,8 @@ import pytest
 import torch
 import yaml
 from diffusers import WanTransformer3DModel
-from safetensors.torch import load_file
+from train_runs import SMALL, TIMES, assert_same_bits, losses, words, write_data
 
-from wanloom import memory
 from wanloom.checkpoint.saved import find_checkpoint, list_checkpoints, read_state
 from wanloom.checkpoint.writer import load_weights
 from wanloom.cli import main
@@ -25,59 +18,16 @@ from wanloom.codecs.identity import ENCODERS, encoder_identity
 from wanloom.data.mock import MockDataset
 from wanloom.data.order import Order
 from wanloom.data.tar import END, tar_pair
-from wanloom.errors import UserError
 from wanloom.formats.transformer import state_dict_as
 from wanloom.geometry import WAN_21
-from wanloom.keys import SCHEME, draw_noise, keyed_fractions, keyed_normal
+from wanloom.keys import draw_noise, keyed_fractions, keyed_normal
 from wanloom.model.dit import WanDiT
 from wanloom.model.flops import forward_flops
-from wanloom.runs import build, train
 from wanloom.runs.recipe import build_run
-from wanloom.runs.train import tell_outlook, times
-from wanloom.runs.trained import load_run
-from wanloom.train import loop
-from wanloom.train.loop import Trainer
 from wanloom.train.peaks import find_peak
 from wanloom.train.records import read_metrics
 
 pytestmark = pytest.mark.slow
-
-TIMES = {"seconds", "tokens_per_second", "model_tflops_per_gpu", "peak_memory_gib"}
-SMALL = [
-    "tiny",
-    "--mock=1x64x64,9x32x32,5x48x32",
-    "batch.samples=4",
-    "batch.tokens_per_pack=40",
-    "ema.decay=0.9",
-    "log.every=2",
-    "compute.precision=fp32",
-]
-
-
-def words(run_dir: Path, *settings: str) -> list[str]:
-    """The later of two settings of one name counts."""
-    given = [*SMALL, f"run_dir={run_dir}", *settings]
-    return ["train", *{word.partition("=")[0]: word for word in given}.values()]
-
-
-def assert_same_bits(run_dir: Path, other: Path) -> None:
-    """Everything in the newest checkpoints: weights, moments, average. (The files' headers are in no fixed order.)"""
-    a, b = (load_file(next(find_checkpoint(path).glob("*.safetensors"))) for path in (run_dir, other))
-    assert a.keys() == b.keys() and {name.split(".")[0] for name in a} == {"model", "ema", "optimizer"}
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    states = [read_state(find_checkpoint(path)) for path in (run_dir, other)]
-    assert all(states[0][key] == states[1][key] for key in ("step", "samples", "tokens", "data", "model"))
-
-
-def write_state(checkpoint: Path, state: dict) -> None:
-    """As the version wrote it that had no sums of state.json and run.yaml."""
-    older = {key: value for key, value in state.items() if key not in ("crc32", "recipe")}
-    (checkpoint / "state.json").write_text(json.dumps(older))
-
-
-def losses(run_dir: Path) -> list[dict]:
-    """The records without what a clock says."""
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(run_dir / "metrics.jsonl")]
 
 
 def test_two_runs_are_bit_equal_and_write_what_they_promise(tmp_path, capsys):
@@ -193,19 +143,6 @@ def test_bf16_is_what_runs_when_it_is_asked_for(tmp_path, tiny_pipeline):
     assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "wanloom", *arguments]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(what, process: subprocess.Popen) -> None:
-    """Until `what()`; fails when the process ends before."""
-    while not what():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.004)
-
-
 def test_mfu_is_the_published_convention_over_the_peak_of_the_gpu(tmp_path, monkeypatch, capsys):
     """The model's FLOPs by hand, on a CPU that says it is an H200; fp32 and a GPU of another name have none."""
     gpu = torch.device("cuda")
@@ -224,262 +161,6 @@ def test_mfu_is_the_published_convention_over_the_peak_of_the_gpu(tmp_path, monk
     outside = 2 * s * 64 * d * 2 + 2 * t * (64 * d + d * d) + 2 * (256 * d + 7 * d * d)
     flops = 4 * 3 * (6 * block + outside)
     assert found[0]["mfu"] == pytest.approx(flops / found[0]["seconds"] / 989e12, rel=1e-6)
-
-
-def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, capfd):
-    """SIGKILL while a checkpoint is written, with steps and records past the one before; SIGTERM; then to the end."""
-    settings = ["train.steps=30", "checkpoint.every=4", "log.every=3"]
-    assert main(words(tmp_path / "whole", *settings)) == 0
-    run_dir = tmp_path / "killed"
-
-    process = start(words(run_dir, *settings))
-    wait_for(lambda: any(run_dir.glob("checkpoints/step_0000008.partial/*.safetensors")), process)
-    process.kill()
-    process.communicate()
-    left = list(run_dir.glob("checkpoints/*.partial"))
-    killed_at = read_state(find_checkpoint(run_dir))["step"]
-    assert 4 <= killed_at < read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
-
-    logs = set(run_dir.glob("tensorboard/*"))
-    process = start(words(run_dir, *settings))
-    # the first record after the start
-    wait_for(lambda: any(p.stat().st_size > 250 for p in set(run_dir.glob("tensorboard/*")) - logs), process)
-    process.send_signal(signal.SIGTERM)
-    out = process.communicate()[0]
-    assert process.returncode == 143
-    assert not set(left) & set(run_dir.glob("checkpoints/*.partial"))
-    assert (
-        "Going on from" in out and f"step_{killed_at:07d}" in out and "SIGTERM: finishing this step and saving" in out
-    )
-    assert "To go on: wanloom train tiny batch.samples=4" in out and "--mock" in out
-
-    stopped = read_state(find_checkpoint(run_dir))["step"]
-    assert main(words(run_dir, *settings)) == 0
-    assert f"step_{stopped:07d}" in capfd.readouterr().out
-    assert_same_bits(run_dir, tmp_path / "whole")
-    assert losses(run_dir) == losses(tmp_path / "whole")
-
-
-def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
-    assert main(words(tmp_path, "train.steps=2")) == 0
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
-    try:
-        code = main(words(tmp_path, "train.steps=50", "checkpoint.every=1"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    error = capsys.readouterr().err
-    assert code == 2
-    assert "The checkpoint of step 3 could not be written: File too large." in error
-    assert "The last whole checkpoint is" in error and "step_0000002" in error
-    assert main(words(tmp_path, "train.steps=3")) == 0
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_0000002", "step_0000003"]
-
-
-def at_step(monkeypatch, step: int, action) -> None:
-    """Do something between two steps of a run."""
-    report = Trainer._report
-
-    def report_and_act(self, record) -> None:
-        report(self, record)
-        if self.state.step == step:
-            action()
-
-    monkeypatch.setattr(Trainer, "_report", report_and_act)
-
-
-def write_data(folder: Path, split: str = "train") -> None:
-    """Four samples for the tiny model."""
-    (folder / split).mkdir(parents=True)
-    g = torch.Generator().manual_seed(0)
-    latents, text = torch.randn(4, 16, 1, 4, 4, generator=g).bfloat16(), torch.randn(3, 64, generator=g)
-    samples = [{"latents": latents[number], "text": text} for number in range(4)]
-    pairs = [tar_pair(f"{split}-{number}", sample, {"caption": "x"}) for number, sample in enumerate(samples)]
-    (folder / split / "shard-000000.tar").write_bytes(b"".join(pairs) + END)
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_data_that_vanishes_costs_no_step(tmp_path, monkeypatch, capsys, split):
-    data, run_dir = tmp_path / "data", tmp_path / "run"
-    write_data(data)
-    write_data(data, "val")
-    settings = [f"data.path={data}", "checkpoint.every=100", "caption_dropout=0", "log.validate_every=2"]
-    command = ["train", *SMALL[:1], *SMALL[2:], *settings, "train.steps=12"]
-    at_step(monkeypatch, 3, lambda: (data / split).rename(tmp_path / "away"))
-    assert main([*command, f"run_dir={run_dir}"]) == 2
-    error = capsys.readouterr().err
-    step = find_checkpoint(run_dir)
-    assert f"in {data}/{split}/shard-000000.tar cannot be read" in error
-    assert f"was saved before the run ended: {step}." in error and error.count("\n") == 1
-    assert int(step.name.removeprefix("step_")) >= 3
-    (tmp_path / "away").rename(data / split)
-    monkeypatch.undo()
-    for folder in (run_dir, tmp_path / "whole"):
-        assert main([*command, f"run_dir={folder}"]) == 0
-    assert_same_bits(run_dir, tmp_path / "whole")
-
-
-def test_a_run_folder_that_vanishes_costs_no_step(tmp_path, monkeypatch, capsys):
-    run_dir, settings = tmp_path / "run", ["train.steps=8", "checkpoint.every=100"]
-    at_step(monkeypatch, 3, lambda: run_dir.rename(tmp_path / "moved"))
-    assert main(words(run_dir, *settings)) == 2
-    error = capsys.readouterr().err
-    assert f"{run_dir}/metrics.jsonl is no longer there: it was moved or deleted while the run went on." in error
-    assert f"Step 4 was saved before the run ended: {run_dir}/checkpoints/step_0000004." in error
-    monkeypatch.undo()
-    assert main(words(run_dir, *settings)) == 0
-    assert main(words(tmp_path / "whole", *settings)) == 0
-    assert_same_bits(run_dir, tmp_path / "whole")
-
-
-def test_a_log_that_nobody_reads_any_more_costs_no_step(tmp_path, monkeypatch, capsys):
-    """As below `| head -1`."""
-    reader, writer = os.pipe()
-    with os.fdopen(writer, "w") as stream, monkeypatch.context() as context:
-        context.setattr(sys, "stdout", stream)
-        at_step(context, 3, lambda: os.close(reader))
-        assert main(words(tmp_path, "train.steps=8", "checkpoint.every=100")) == 2
-    assert "no longer be printed (Broken pipe), so it saved step 5 and ended." in capsys.readouterr().err
-    assert find_checkpoint(tmp_path).name == "step_0000005"
-
-
-@pytest.mark.parametrize("place", ["train_step", "build_batch"])
-def test_a_step_that_memory_does_not_suffice_for_costs_none(tmp_path, monkeypatch, capsys, place):
-    """In the passes over the model, and where samples are read; what torch says is its own sentence."""
-    module = loop if place == "train_step" else build
-    original, number = getattr(module, place), []
-
-    def fail(*words, **options):
-        number.append(1)
-        if len(number) == 4:
-            raise RuntimeError(
-                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-            )
-        return original(*words, **options)
-
-    monkeypatch.setattr(module, place, fail)
-    assert main(words(tmp_path, "train.steps=9", "checkpoint.every=100")) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(
-        "wanloom: The memory of this machine is not enough to take step 4. What helps, the best first:"
-    )
-    assert "compute.recompute=full (about 0.0 GiB less)" in error and error.count("\n") == 1
-    assert f"Step 3 was saved before the run ended: {tmp_path}/checkpoints/step_0000003." in error
-    monkeypatch.undo()
-    assert main(words(tmp_path, "train.steps=4")) == 0
-
-
-def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(tmp_path, tiny_pipeline, monkeypatch, capsys):
-    """The 14B on a CPU: 266 GiB for its states, and 213 GiB for the copies of a checkpoint."""
-    folder = tmp_path / "model" / "transformer"
-    folder.mkdir(parents=True)
-    config = json.loads((tiny_pipeline / "transformer" / "config.json").read_text())
-    config |= {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824}
-    (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 450 << 30)
-    monkeypatch.setattr(train, "build_parts", None)
-    run_dir, model = tmp_path / "run", f"model={tmp_path / 'model'}"
-    assert main([*words(run_dir, "train.steps=1"), model]) == 2
-    error = capsys.readouterr().err
-    assert "is not enough to train " in error and ", which takes at least 4" in error and " of 450 GiB. What h" in error
-    assert not (run_dir / "run.yaml").exists()
-
-
-def test_a_run_that_diverges_stops_before_the_weights_are_harmed(tmp_path, capsys):
-    settings = ["train.steps=9", "optimizer.lr=1e37", "checkpoint.every=1", "schedule.warmup_steps=0"]
-    assert main(words(tmp_path, *settings)) == 2
-    error = capsys.readouterr().err
-    assert "of step 2 is not finite, with the samples mock-0" in error
-    assert "last whole checkpoint is" in error and "step_0000001" in error
-    _, weights = load_weights(find_checkpoint(tmp_path), ema=False)
-    assert all(w.isfinite().all() for w in weights.values())
-
-
-def test_what_may_change_and_what_may_not(tmp_path, capsys):
-    assert main(words(tmp_path, "train.steps=2")) == 0
-    assert main(words(tmp_path, "train.steps=2")) == 0
-    assert "is complete at step 2" in capsys.readouterr().out
-    assert main(words(tmp_path, "train.steps=3", "optimizer.lr=1", "seed=4", "log.every=7")) == 2
-    error = capsys.readouterr().err
-    assert (
-        "started with other settings: optimizer.lr was 0.004, now 1.0; seed was 0, now 4." in error
-        and "log.every" not in error.split(".")[0]
-    )
-    assert main(["train", "tiny", "--mock=1x64x64", f"run_dir={tmp_path}", *SMALL[2:], "train.steps=3"]) == 2
-    assert "The training data is not what" in capsys.readouterr().err
-    changed = ["train.steps=3", "batch.tokens_per_pack=99", "checkpoint.keep=1", "log.every=1"]
-    assert main(words(tmp_path, *changed)) == 0
-    assert "step 3/3" in capsys.readouterr().out
-
-
-def test_a_run_of_before_a_setting_was_added_goes_on(tmp_path, capsys):
-    """Old files lack the new names; what they say of all others must still be the same."""
-    assert main(words(tmp_path, "train.steps=2")) == 0
-    checkpoint = find_checkpoint(tmp_path)
-    recipe, state = yaml.safe_load((checkpoint / "run.yaml").read_text()), read_state(checkpoint)
-    del recipe["optimizer"]["eps"], recipe["flow"]["shift_tokens"], recipe["compute"]["kernel"], state["window"]
-    (checkpoint / "run.yaml").write_text(yaml.safe_dump(recipe))
-    write_state(checkpoint, state)
-    assert main(words(tmp_path, "train.steps=3", "optimizer.eps=1e-7")) == 2
-    error = capsys.readouterr().err
-    assert "started with other settings: optimizer.eps was 1e-08, now 1e-07." in error and "checkpoint.*" in error
-    write_state(checkpoint, state | {"data": "0" * 32})  # before it had the text's lengths
-    assert main(words(tmp_path, "train.steps=3")) == 2
-    assert "started by another version of wanloom, which recorded its data" in capsys.readouterr().err
-    write_state(checkpoint, state)
-    assert main(words(tmp_path, "train.steps=3")) == 0
-    newest = find_checkpoint(tmp_path)
-    with (newest / "run.yaml").open("a") as file:
-        file.write("old_name: 3\nrecompute: none\n")
-    assert main(words(tmp_path, "train.steps=4")) == 2
-    assert f"The checkpoint {newest} is damaged: run.yaml has " in capsys.readouterr().err
-    write_state(newest, state | json.loads((newest / "state.json").read_text()))
-    assert main(words(tmp_path, "train.steps=4")) == 2
-    error = capsys.readouterr().err
-    assert "run.yaml cannot be read: There is no setting 'old_name'" in error
-    assert "There is no setting 'recompute'. It is now 'compute.recompute'." in error
-    assert f"start a new run from its weights: init={newest} run_dir=ANOTHER." in error
-    with pytest.raises(UserError, match=r"It is now 'compute\.recompute'"):
-        load_run(tmp_path)
-    assert main(words(tmp_path / "anew", f"init={newest}", "train.steps=1")) == 0
-
-
-def test_another_number_of_threads_is_noted(tmp_path, capsys):
-    """It rounds sums otherwise: the bits are those of a run that was never stopped with the same threads only."""
-    assert main(words(tmp_path, "train.steps=1")) == 0
-    assert " on cpu with 1 thread in fp32" in capsys.readouterr().out
-    assert main(words(tmp_path, "train.steps=2")) == 0
-    assert "note: the number" not in capsys.readouterr().out
-    torch.set_num_threads(2)
-    try:
-        assert main(words(tmp_path, "train.steps=3")) == 0
-    finally:
-        torch.set_num_threads(1)
-    out = capsys.readouterr().out
-    assert " on cpu with 2 threads in fp32" in out and "note: the number of threads was 1 and is 2" in out
-    assert read_state(find_checkpoint(tmp_path))["threads"] == 2
-
-
-@pytest.mark.parametrize("draws", [None, "torch's"])
-def test_a_run_of_other_draws_does_not_go_on(tmp_path, capsys, draws):
-    """The first version had torch's generator and said nothing of it: half a run of each is neither."""
-    assert main(words(tmp_path, "train.steps=1")) == 0
-    checkpoint = find_checkpoint(tmp_path)
-    state = read_state(checkpoint)
-    assert state["draws"] == SCHEME
-    state["draws"] = draws
-    write_state(checkpoint, {key: value for key, value in state.items() if value})
-    assert main(words(tmp_path, "train.steps=2")) == 2
-    assert "another version of wanloom, which drew other noise for the same seed" in capsys.readouterr().err
-
-
-def test_a_damaged_checkpoint_is_named_and_not_skipped(tmp_path, capsys):
-    assert main(words(tmp_path, "train.steps=2", "checkpoint.every=1")) == 0
-    file = next(find_checkpoint(tmp_path).glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-1000])
-    assert main(words(tmp_path, "train.steps=3")) == 2
-    error = capsys.readouterr().err
-    assert f"{file.name} has" in error and "step_0000001, is whole" in error
 
 
 SMALL_AT_X = ["train", *SMALL, "run_dir={tmp}/x", "train.steps=2"]
@@ -636,22 +317,6 @@ def test_a_run_says_how_long_it_is_before_it_starts(tmp_path, capsys):
     assert "A step takes " in out and " s: the run ends in about 0:0" in out
 
 
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [
-        (0.016, "0.016 times"),
-        (0.96, "0.96 times"),
-        (1, "once"),
-        (1.4, "1.4 times"),
-        (2.5, "2.5 times"),
-        (9.96, "10 times"),
-        (1234.5, "1,234 times"),
-    ],
-)
-def test_how_often_is_said_as_it_is(number, words):
-    assert times(number) == words
-
-
 def test_a_folder_of_other_things_is_no_run_dir(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clips").mkdir()
@@ -676,15 +341,3 @@ def test_mock_needs_no_shapes_and_stands_anywhere(tmp_path, capsys):
     assert main(["train", "tiny", *settings, f"run_dir={tmp_path}/c", "--mock", "17x64x64,1x64x64*4"]) == 0
     runs = [yaml.safe_load((tmp_path / name / "run.yaml").read_text())["data"] for name in "abc"]
     assert runs[0] == runs[1] == runs[2] and runs[0]["mock"] == "17x64x64,1x64x64*4"
-
-
-def test_one_step_passes():
-    run, said = build_run("tiny", ["run_dir=x", "data.path=x", "train.steps=1", "batch.samples=4"]), []
-    tell_outlook(run, [4], [1.0], [], said.append)
-    assert said == ["1 step passes over each sample once; the first checkpoint comes after the last step."]
-
-
-def test_the_long_wait_of_compilation_is_said_beforehand():
-    run, said = build_run("tiny", ["run_dir=x", "data.path=x", "compute.compile=block"]), []
-    tell_outlook(run, [4], [1.0], [], said.append)
-    assert said[1].startswith("compute.compile=block: the first step takes minutes")
