@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from fake_encoders import IDENTITY, build_encoders
-from test_prepare import config, put_image, put_video, small_shards
+from small_folders import config, put_image, put_video, small_shards
 
 from wanloom.data.shards import Dataset
 from wanloom.geometry import WAN_21

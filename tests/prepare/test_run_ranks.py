@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_encoders import IDENTITY, build_encoders
-from test_prepare import ALL, config, contents, mixed, put_image, put_video, small_shards  # noqa: F401
+from small_folders import ALL, config, contents, put_image, put_video, small_shards
 
 from wanloom.data.shards import Dataset
 from wanloom.dist import process_group
@@ -46,7 +46,7 @@ def encoders(log: Path | None = None, seconds: float = 0.0) -> Encoders:
 
 
 @pytest.fixture(scope="module")
-def expected(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:  # noqa: F811
+def expected(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("expected") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "ShardWriter", small_shards)
@@ -121,7 +121,7 @@ def total(counts: list[Counter[str]]) -> Counter[str]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_change_no_byte_and_share_the_work(
-    mixed: Path,  # noqa: F811
+    mixed: Path,
     expected: dict[str, bytes],
     tmp_path: Path,
     size: int,
@@ -164,7 +164,7 @@ def die_at(moment: int) -> Trouble:
 
 
 def test_a_rank_that_is_killed_and_other_numbers_of_ranks_after_it(
-    mixed: Path,  # noqa: F811
+    mixed: Path,
     expected: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
@@ -221,7 +221,7 @@ def interrupt(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("trouble", [fill_the_disk, interrupt])
 def test_what_stops_one_rank_stops_all_and_loses_nothing(
-    mixed: Path,  # noqa: F811
+    mixed: Path,
     expected: dict[str, bytes],
     tmp_path: Path,
     victim: int,
