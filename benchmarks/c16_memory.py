@@ -67,7 +67,7 @@ def build_ours(model: WanDiT, samples: Samples, way: str) -> Step:
     batch = Batch(0, inputs, [["one"]], Totals(1, tokens, 0.0, 1.0, 1.0), samples.weight.numel())
 
     def step() -> tuple[float, float]:
-        result = train_step(model, optimizer.named, mesh, batch, FLOW, True, CLIP_NORM)
+        result = train_step(model, optimizer.named, mesh, batch, FLOW, CLIP_NORM)
         optimizer.step(OPTIMIZER.lr)
         return result.weighted_loss, result.grad_norm
 

@@ -183,8 +183,7 @@ class Judge:
         self._places = state_dict_as(self.model.state_dict(), "diffusers")
         sizes = [OneSize(data, tokens) for tokens in sorted(set(data.rows("val").tokens.tolist()))]
         self._parts = [
-            (size.tokens, len(size.rows("val")), build_validation(self.model, ALONE, [size], BUDGET, False))
-            for size in sizes
+            (size.tokens, len(size.rows("val")), build_validation(self.model, ALONE, [size], BUDGET)) for size in sizes
         ]
 
     def losses(self, run: "OwnRun | BucketRun") -> tuple[float, float]:
@@ -245,7 +244,7 @@ def compare_steps(ours: OwnRun, rounds: int) -> tuple[dict[str, list[float]], st
 
     def run_ours() -> None:
         model.zero_grad()
-        forward_backward(model, dict(model.named_parameters()), ALONE, batch, FLOW, False)
+        forward_backward(model, dict(model.named_parameters()), ALONE, batch, FLOW)
 
     def run_theirs(name: str) -> None:
         theirs.zero_grad()

@@ -113,7 +113,7 @@ def measure(
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        weighted, _ = forward_backward(model, named, mesh, batch, FlowConfig(), bf16)
+        weighted, _ = forward_backward(model, named, mesh, batch, FlowConfig())
         loss = weighted.sum()
         if mesh.layout.world > 1:
             dist.all_reduce(loss)

@@ -107,7 +107,7 @@ class OwnRun:
     def step(self, batch: Batch | None = None) -> StepResult:
         """One step, on the next batch where none is given."""
         batch = batch or self.next_batch()
-        result = train_step(self.model, self._optimizer.named, ALONE, batch, FLOW, False, CLIP_NORM)
+        result = train_step(self.model, self._optimizer.named, ALONE, batch, FLOW, CLIP_NORM)
         self._optimizer.step(learning_rate(self.steps))
         self.steps += 1
         return result
@@ -118,6 +118,6 @@ class OwnRun:
 
 def held_out(model: WanDiT, data: Dataset) -> float:
     """The held-out loss of `wanloom train`."""
-    validate = build_validation(model, ALONE, [data], BUDGET, False)
+    validate = build_validation(model, ALONE, [data], BUDGET)
     assert validate is not None
     return validate()

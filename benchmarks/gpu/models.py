@@ -79,7 +79,7 @@ def build_model(
     with torch.device("meta"):
         model = WanDiT(config, bench.kernel(kernel))
     cast_weights(model, dtype)
-    apply_layout(model, Mesh(ONE_PROCESS, bench.device), ComputeConfig(precision="bf16", **options))
+    apply_layout(model, Mesh(ONE_PROCESS, bench.device), ComputeConfig(**options))
     model.to_empty(device=bench.device)
     draw_weights(model, bench.device)
     return model

@@ -19,7 +19,7 @@ def test_it_is_the_mean_error_over_samples_and_levels(tiny_pipeline, budget):
     from diffusers import WanTransformer3DModel
 
     source = MockDataset("5x64x64,1x64x32", 64, WAN_21, size=2, val_size=3)
-    validate = build_validation(load_dit(tiny_pipeline), ALONE, [source], budget, bf16=False)
+    validate = build_validation(load_dit(tiny_pipeline), ALONE, [source], budget)
     assert validate is not None
     found = validate()
     assert validate() == found
@@ -42,7 +42,7 @@ def test_it_is_the_mean_error_over_samples_and_levels(tiny_pipeline, budget):
 
 def test_it_is_absent_without_a_val_split(tiny_pipeline):
     model = load_dit(tiny_pipeline)
-    assert build_validation(model, ALONE, [MockDataset("1x64x64", 64, WAN_21, val_size=0)], 100, bf16=False) is None
+    assert build_validation(model, ALONE, [MockDataset("1x64x64", 64, WAN_21, val_size=0)], 100) is None
 
 
 def test_it_reads_a_bounded_number_of_samples_from_the_start_of_each_split(tiny_pipeline, monkeypatch):
@@ -55,7 +55,7 @@ def test_it_reads_a_bounded_number_of_samples_from_the_start_of_each_split(tiny_
 
     monkeypatch.setattr(validation, "MAX_SAMPLES", 2)
     sources = [Watched("1x32x32", 64, WAN_21, size=2, val_size=5), Watched("1x32x48", 64, WAN_21, size=2, val_size=1)]
-    validate = build_validation(load_dit(tiny_pipeline), ALONE, sources, 100, bf16=False)
+    validate = build_validation(load_dit(tiny_pipeline), ALONE, sources, 100)
     assert validate is not None
     validate()
     first = [(source.path, key) for source in sources for key in source.rows("val").texts["key"][:2].to_pylist()]

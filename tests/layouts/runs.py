@@ -137,7 +137,7 @@ def take_steps(parts: Parts, case: Case, first: int, last: int) -> Iterator[tupl
         for number, batch in zip(range(first, last), loader, strict=False):
             clip = None if number == 0 else 0.5
             batch = with_known_frames(batch) if case.known else batch
-            yield batch, train_step(parts.model, parts.trained, parts.mesh, batch, FLOW, case.compute.bf16, clip)
+            yield batch, train_step(parts.model, parts.trained, parts.mesh, batch, FLOW, clip)
             parts.optimizer.step(LR)
             parts.ema.update(number)
 
@@ -193,7 +193,7 @@ def run(case: Case, first: Callable[[WanDiT], None] = lambda model: None) -> Res
         facts["keys"].append([key for keys in batch.keys for key in keys])
         facts["packs"].append(len(batch.inputs))
     held_out = MockDataset(SHAPES, MODEL.text_dim, WAN_21, size=1, val_size=3)
-    validate = build_validation(parts.model, parts.mesh, [held_out], BUDGET, case.compute.bf16)
+    validate = build_validation(parts.model, parts.mesh, [held_out], BUDGET)
     assert validate is not None
     facts["val_loss"] = validate()
     return result_of(parts, gradients, facts)

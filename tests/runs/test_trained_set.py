@@ -45,7 +45,7 @@ def first_step(names: list[str] | None):
     plan = build_plan(run, CONFIG, sources, 1)
     parts = build_parts(run, CONFIG, ALONE, plan, None, names=names)
     with build_loader(run, CONFIG, sources, plan, 0, None, 0) as batches:
-        return parts, train_step(parts.model, parts.trained, ALONE, next(iter(batches)), FlowConfig(), False, None)
+        return parts, train_step(parts.model, parts.trained, ALONE, next(iter(batches)), FlowConfig(), None)
 
 
 def stored(run_dir: Path) -> dict[str, Tensor]:

@@ -15,7 +15,9 @@ from wanloom.keys import draw_noise, keyed_fractions
 from wanloom.model.sequence import patchify
 from wanloom.objective.inputs import Objective
 from wanloom.objective.settings import FlowConfig
+from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import ONE_PROCESS, Layout, Mesh
+from wanloom.parallel.settings import ComputeConfig
 from wanloom.train import step
 from wanloom.train.step import (
     NonFiniteError,
@@ -92,7 +94,7 @@ def test_loss_and_every_gradient_equal_a_loop_over_diffusers(tiny_pipeline, tran
     assert (len(step.packs) > 1) == (budget < 1000)
     model = load_dit(tiny_pipeline)
     batch = build_batch(step, objective())
-    weighted, plain = forward_backward(model, ALONE, batch, FLOW, bf16=False)
+    weighted, plain = forward_backward(model, ALONE, batch, FLOW)
 
     transformer.zero_grad()
     items = [item for pack in step.packs for item in pack]
@@ -115,7 +117,7 @@ def test_a_step_does_not_depend_on_the_packing(tiny_pipeline):
     for budget in (80, 130, 5000):
         model = load_dit(tiny_pipeline)
         batch = build_batch(read_step(budget), objective())
-        results.append(train_step(model, ALONE, batch, FLOW, bf16=False, clip_norm=1.0))
+        results.append(train_step(model, ALONE, batch, FLOW, clip_norm=1.0))
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=1e-5)
 
@@ -123,7 +125,7 @@ def test_a_step_does_not_depend_on_the_packing(tiny_pipeline):
 @pytest.mark.parametrize(("budget", "ranks", "num_empty"), [(80, 2, 0), (130, 4, 0), (5000, 8, 1)])
 def test_gradients_and_losses_of_the_ranks_add_up_to_those_of_one(tiny_pipeline, budget, ranks, num_empty):
     def losses_of(batch):
-        weighted, plain = forward_backward(model, ALONE, batch, FLOW, bf16=False)
+        weighted, plain = forward_backward(model, ALONE, batch, FLOW)
         return torch.stack([weighted.sum(), plain.sum()]).double() / batch.num_elements
 
     def gradients():
@@ -154,7 +156,7 @@ def test_the_loss_of_a_step_weighs_ranks_by_their_tokens(tiny_pipeline, monkeypa
     tokens = [sum(len(made.pack.tokens) for made in batch.inputs) for batch in batches]
     assert sorted(tokens) == [32, 80]
     whole = build_batch(read_step(130, 3, 3), objective())
-    expected = train_step(load_dit(tiny_pipeline), ALONE, whole, FLOW, False, None)
+    expected = train_step(load_dit(tiny_pipeline), ALONE, whole, FLOW, None)
     mesh = Mesh(ONE_PROCESS, torch.device("cpu"))
     mesh.layout = Layout(dp_replicate=2)
     monkeypatch.setattr(step, "sum_copies", lambda params, mesh: None)
@@ -162,11 +164,11 @@ def test_the_loss_of_a_step_weighs_ranks_by_their_tokens(tiny_pipeline, monkeypa
     sent: list[torch.Tensor] = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: sent.append(values.clone()))
     for batch in batches:
-        train_step(load_dit(tiny_pipeline), mesh, batch, FLOW, False, None)
+        train_step(load_dit(tiny_pipeline), mesh, batch, FLOW, None)
     assert len(sent) == 2
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.copy_(sent[0] + sent[1]))
     for batch in batches:
-        found = train_step(load_dit(tiny_pipeline), mesh, batch, FLOW, False, None)
+        found = train_step(load_dit(tiny_pipeline), mesh, batch, FLOW, None)
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
         assert found.weighted_loss == pytest.approx(expected.weighted_loss, rel=1e-5)
 
@@ -194,9 +196,10 @@ def test_inputs_are_the_noised_samples_in_their_order():
 def test_bf16_computes_in_bf16_and_stays_near(tiny_pipeline):
     batch = build_batch(read_step(1000), objective())
     results, grads = [], []
-    for bf16 in (False, True):
+    for precision in ("fp32", "bf16"):
         model = load_dit(tiny_pipeline)
-        results.append(train_step(model, ALONE, batch, FLOW, bf16=bf16, clip_norm=None))
+        apply_layout(model, ALONE, ComputeConfig(precision=precision))
+        results.append(train_step(model, ALONE, batch, FLOW, None))
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert all(p.grad.dtype == p.dtype == torch.float32 for p in model.parameters())
     assert results[0] != results[1]
@@ -208,13 +211,13 @@ def test_only_what_is_trained_is_summed_measured_and_clipped(tiny_pipeline, monk
     """Of a model in which every parameter has a gradient."""
     batch = build_batch(read_step(1000), objective())
     model, summed = load_dit(tiny_pipeline), []
-    forward_backward(model, ALONE, batch, FLOW, bf16=False)
+    forward_backward(model, ALONE, batch, FLOW)
     before = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     names = ["blocks.0.ffn.0.weight", "head.head.bias"]
     trained = {name: param for name, param in model.named_parameters() if name in names}
     monkeypatch.setattr(step, "sum_copies", lambda params, mesh: summed.extend(params))
-    found = step.train_step(model, trained, ALONE, batch, FLOW, False, 0.01)
+    found = step.train_step(model, trained, ALONE, batch, FLOW, 0.01)
     assert len(summed) == 2 and all(a is b for a, b in zip(summed, trained.values(), strict=True))
     norm = torch.stack([before[name].norm() for name in names]).norm()
     assert found.grad_norm == pytest.approx(norm.item(), rel=1e-6) and norm > 0.01
@@ -249,7 +252,7 @@ def test_what_is_not_finite_is_found_and_named(tiny_pipeline, what):
         expected = [item.sample.key for pack in step.packs for item in pack]
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(NonFiniteError, match=f"the {what} of step 2") as caught:
-        train_step(model, ALONE, batch, FLOW, bf16=False, clip_norm=1.0)
+        train_step(model, ALONE, batch, FLOW, clip_norm=1.0)
     assert caught.value.keys == expected
     assert caught.value.weights == [] and len(caught.value.samples) == (what == "loss")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

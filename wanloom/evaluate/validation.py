@@ -28,9 +28,7 @@ SEED = 0  # not the run's: the same noise for every run
 Case = tuple[Source, Row, float]
 
 
-def build_validation(
-    model: WanDiT, mesh: Mesh, sources: Sequence[Source], budget: int, bf16: bool
-) -> Callable[[], float] | None:
+def build_validation(model: WanDiT, mesh: Mesh, sources: Sequence[Source], budget: int) -> Callable[[], float] | None:
     """What computes the held-out loss, in packs of `budget` tokens or of one sample; None without a val split.
 
     Every rank calls it, and every rank gets the loss.
@@ -49,7 +47,7 @@ def build_validation(
     def validate() -> float:
         sums = torch.zeros(2, dtype=torch.float64)
         for pack in packs[mesh.data_rank :: ranks]:
-            sums += _squared_error(model, mesh, [cases[i] for i in pack], bf16)
+            sums += _squared_error(model, mesh, [cases[i] for i in pack])
         if mesh.layout.world > 1:
             torch.distributed.all_reduce(sums)
         error, count = sums.tolist()
@@ -58,7 +56,7 @@ def build_validation(
     return validate
 
 
-def _squared_error(model: WanDiT, mesh: Mesh, cases: Sequence[Case], bf16: bool) -> Tensor:
+def _squared_error(model: WanDiT, mesh: Mesh, cases: Sequence[Case]) -> Tensor:
     """Sum of squares and count of elements `(2,)` fp64 of this rank's tokens of a pack, which may have no sample."""
     examples = []
     with together():  # every rank has as many packs
@@ -69,7 +67,7 @@ def _squared_error(model: WanDiT, mesh: Mesh, cases: Sequence[Case], bf16: bool)
     none = empty_input(model.config.in_channels, model.config.text_dim)
     pack, wanted, sigma = build_input(examples) if examples else none
     share = share_of(pack, sigma, mesh)
-    velocity = predict(model, mesh, share.pack.to(mesh.device), share.sigma.to(mesh.device), bf16)
+    velocity = predict(model, mesh, share.pack.to(mesh.device), share.sigma.to(mesh.device))
     if velocity is None:
         return torch.zeros(2, dtype=torch.float64)
     wanted = wanted[share.tokens].to(mesh.device)

@@ -51,9 +51,9 @@ class Flight(NamedTuple):
     output: Tensor | Stream  # the loss on the last stage
 
 
-def run_packs(model: WanDiT, mesh: Mesh, packs: Sequence[tuple[Pack, Tensor]], loss: Loss, bf16: bool) -> None:
+def run_packs(model: WanDiT, mesh: Mesh, packs: Sequence[tuple[Pack, Tensor]], loss: Loss) -> None:
     """Forward and backward of every pack `(pack, sigma)`; `loss(i, velocity)` is called on the last stage."""
-    stage = _Stage(model, mesh, packs, bf16)
+    stage = _Stage(model, mesh, packs)
     ahead = min(mesh.layout.pp - 1 - mesh.place["pp"], len(packs))
     flights: deque[Flight] = deque()
 
@@ -80,9 +80,9 @@ def run_packs(model: WanDiT, mesh: Mesh, packs: Sequence[tuple[Pack, Tensor]], l
         stage.exchange(send_grads=gone)
 
 
-def predict(model: WanDiT, mesh: Mesh, pack: Pack, sigma: Tensor, bf16: bool) -> Tensor | None:
+def predict(model: WanDiT, mesh: Mesh, pack: Pack, sigma: Tensor) -> Tensor | None:
     """The velocity of one pack, on the last stage; None on the others. Without gradients."""
-    stage = _Stage(model, mesh, [(pack, sigma)], bf16)
+    stage = _Stage(model, mesh, [(pack, sigma)])
     with torch.no_grad():
         flight = stage.forward(0, stage.exchange(receive_stream=0)[0], lambda _, velocity: velocity)
         stage.exchange(send_stream=flight)
@@ -92,16 +92,15 @@ def predict(model: WanDiT, mesh: Mesh, pack: Pack, sigma: Tensor, bf16: bool) ->
 class _Stage:
     """The passes of one stage and its exchanges with its neighbours."""
 
-    def __init__(self, model: WanDiT, mesh: Mesh, packs: Sequence[tuple[Pack, Tensor]], bf16: bool) -> None:
-        self.model, self.mesh, self.packs, self.bf16 = model, mesh, packs, bf16
+    def __init__(self, model: WanDiT, mesh: Mesh, packs: Sequence[tuple[Pack, Tensor]]) -> None:
+        self.model, self.mesh, self.packs = model, mesh, packs
         self.group = mesh.group("pp")
 
     def forward(self, index: int, received: Stream | None, loss: Loss) -> Flight:
         pack, sigma = self.packs[index]
         if received is not None and torch.is_grad_enabled():
             received = Stream(*(t.requires_grad_() for t in received))
-        with torch.autocast(pack.tokens.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            output = self.model(pack, sigma, received)
+        output = self.model(pack, sigma, received)
         return Flight(received, loss(index, output) if isinstance(output, Tensor) else output)
 
     def backward(self, flight: Flight, grads: Stream | None) -> None:
@@ -143,7 +142,7 @@ class _Stage:
         pack, sigma = self.packs[index]
         config, device = self.model.config, pack.tokens.device
         keys = len(fold_text(pack.text_lens, config.text_slots).rows)
-        dtype = torch.bfloat16 if self.bf16 else self.model.compute_dtype(device.type)
+        dtype = self.model.compute_dtype(device.type)
         return Stream(
             x=torch.empty(len(pack.tokens), config.dim, device=device),
             e=torch.empty(len(sigma), config.dim, device=device),

@@ -105,7 +105,6 @@ def build_parts(
         ema=Ema(trained, run.ema.decay) if run.ema.decay else None,
         facts=describe_parts(config, plan, empty),
         recipe=dump_run(run),
-        bf16=run.compute.bf16,
     )
 
 
@@ -120,7 +119,7 @@ def build_routines(run: Run, parts: Parts, sources: list[Source]) -> list[Routin
     """What the loop does now and then: the loss on the held-out samples, where it is asked for."""
     if not run.log.validate_every:
         return []
-    validate = build_validation(parts.model, parts.mesh, sources, run.batch.tokens_per_pack, run.compute.bf16)
+    validate = build_validation(parts.model, parts.mesh, sources, run.batch.tokens_per_pack)
     return [Routine(run.log.validate_every, lambda _: {"val_loss": validate()})] if validate else []
 
 

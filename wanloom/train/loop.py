@@ -58,7 +58,6 @@ class Parts:
     ema: Ema | None
     facts: Mapping[str, Any]  # stored in every checkpoint: model, versions, fingerprint of the data
     recipe: str  # run.yaml
-    bf16: bool = False  # the precision of the arithmetic
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the run has made, by its name in a checkpoint; not copies, so they can be filled too."""
@@ -205,9 +204,8 @@ class Trainer:
 
     def _update(self, batch: Batch) -> StepResult:
         parts, settings, done = self.parts, self.settings, self.state.step
-        bf16 = parts.bf16
         try:
-            result = train_step(parts.model, parts.trained, parts.mesh, batch, settings.flow, bf16, settings.clip_norm)
+            result = train_step(parts.model, parts.trained, parts.mesh, batch, settings.flow, settings.clip_norm)
         except NonFiniteError as error:
             self.checkpointer.wait()
             raise self._explain(error) from error

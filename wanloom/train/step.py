@@ -81,7 +81,7 @@ def build_batch(step: Step, objective: Objective) -> Batch:
 
 
 def forward_backward(
-    model: WanDiT, trained: Mapping[str, nn.Parameter], mesh: Mesh, batch: Batch, flow: FlowConfig, bf16: bool
+    model: WanDiT, trained: Mapping[str, nn.Parameter], mesh: Mesh, batch: Batch, flow: FlowConfig
 ) -> tuple[Tensor, Tensor]:
     """Add the gradients of the step's mean loss; returns the weighted and plain loss sums of each pack `(packs,)`.
 
@@ -98,7 +98,7 @@ def forward_backward(
         weighted[i], plain[i] = sums.weighted_sum.detach(), sums.plain_sum
         return sums.weighted_sum / batch.num_elements
 
-    run_packs(model, mesh, packs, loss, bf16)
+    run_packs(model, mesh, packs, loss)
     sum_copies(trained.values(), mesh)
     return weighted, plain
 
@@ -119,11 +119,10 @@ def train_step(
     mesh: Mesh,
     batch: Batch,
     flow: FlowConfig,
-    bf16: bool,
     clip_norm: float | None,
 ) -> StepResult:
     """Gradients of one step, clipped and ready for the optimizer. Raises NonFiniteError, the same on every rank."""
-    weighted, plain = forward_backward(model, trained, mesh, batch, flow, bf16)
+    weighted, plain = forward_backward(model, trained, mesh, batch, flow)
     norm = clip_gradients(trained.values(), mesh, clip_norm)
     totals = torch.stack([weighted.sum(), plain.sum()])
     if mesh.layout.world > 1:
