@@ -64,7 +64,7 @@ def _squared_error(model: WanDiT, mesh: Mesh, cases: Sequence[Case]) -> Tensor:
             tensors = source.read(row).tensors
             noise = draw_noise(tuple(tensors["latents"].shape), SEED, f"validation/{row.key}/{sigma}", 0)
             examples.append(Example(tensors, noise, [(row.frames, sigma)]))
-    none = empty_input(model.config.in_channels, model.config.text_dim)
+    none = empty_input(model.config.out_channels, model.config.text_dim)
     pack, wanted, sigma = build_input(examples) if examples else none
     share = share_of(pack, sigma, mesh)
     velocity = predict(model, mesh, share.pack.to(mesh.device), share.sigma.to(mesh.device))

@@ -51,7 +51,7 @@ def build_loader(
         num_samples=run.batch.samples,
         caption_dropout=run.caption_dropout,
         empty_text=empty,
-        channels=config.in_channels,
+        channels=config.out_channels,
         text_dim=config.text_dim,
     )
     return Loader(sources, plan, start_step, partial(build_batch, objective=objective), run.data.prefetch, rank)
