@@ -1,9 +1,9 @@
 """Deliberate breaks of the numeric paths, and whether the tests that must notice them do.
 
-In: the list `MUTANTS` of `breaks.py`: a file, a text in it, what is put in its place, and the tests that must fail then.
+In: the list `MUTANTS` of `breaks.py`: a file, a text in it, what is put in its place, and the tests that must fail.
 Out: a line a break, and exit code 0 when each was noticed. The one decision: a break is made in a copy of the tree, so
-that nothing is left behind; before any, the named tests must pass in the copy as it is. One that no test can notice says
-why it is the same program. A break that makes its tests hang is noticed too.
+that nothing is left behind; before any, the named tests must pass in the copy as it is. One that no test can notice
+says why it is the same program. A break that makes its tests hang is noticed too.
 
     python tools/mutants.py            all of them, a quarter of an hour on two cores
     python tools/mutants.py packing    those whose file or text has this word

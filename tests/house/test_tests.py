@@ -33,7 +33,7 @@ def test_no_two_files_of_tests_have_one_name():
 
 
 def module_faults(path: Path, package: Path) -> list[str]:
-    """A file of tests is named by a module of its room: test_MODULE or test_MODULE_subject, after ROOM_ where needed."""
+    """A file of tests has a name of its room: test_MODULE or test_MODULE_subject, ROOM_ before it where needed."""
     if path.parent.name in OTHERS or path.stem in OF_SEVERAL:
         return []
     folder = package if path.parent.name == "tests" else package / path.parent.name
