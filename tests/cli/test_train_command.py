@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 from diffusers import WanTransformer3DModel
+from saved_weights import load_weights
 from train_runs import SMALL, TIMES, assert_same_bits, losses, words, write_data
 
 from wanloom.checkpoint.saved import find_checkpoint, list_checkpoints, read_state
-from wanloom.checkpoint.writer import load_weights
 from wanloom.cli import main
 from wanloom.codecs.identity import ENCODERS, encoder_identity
 from wanloom.data.mock import MockDataset

@@ -6,11 +6,11 @@ import resource
 import sys
 
 import pytest
+from saved_weights import load_weights
 from train_runs import SMALL, assert_same_bits, words, write_data
 
 from wanloom import memory
 from wanloom.checkpoint.saved import find_checkpoint, list_checkpoints
-from wanloom.checkpoint.writer import load_weights
 from wanloom.cli import main
 from wanloom.runs import build, train
 from wanloom.train import loop

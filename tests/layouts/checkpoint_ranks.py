@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from saved_weights import load_weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from wanloom.checkpoint import writer as module
 from wanloom.checkpoint.saved import find_checkpoint
 from wanloom.checkpoint.settings import CheckpointConfig
-from wanloom.checkpoint.writer import Checkpointer, load_tensors, load_weights
+from wanloom.checkpoint.writer import Checkpointer, load_tensors
 from wanloom.dist import gather, is_lost
 from wanloom.errors import UserError
 from wanloom.model.dit import WanDiT
@@ -33,6 +34,7 @@ from wanloom.parallel.params import box_of, local
 from wanloom.parallel.settings import ParallelConfig
 from wanloom.runs.build import build_model
 from wanloom.runs.recipe import build_run, dump_run
+from wanloom.runs.trained import open_init
 
 SHAPES = {"one": (1, 5), "three": (3,), "seven": (7, 6), "wide": (6, 7), "even": (8, 5), "flat": (13, 2, 3)}
 CUT_BY_TP = {"seven": 0, "wide": 1, "even": 0, "three": 0}
@@ -248,7 +250,7 @@ def check_init() -> None:
         for init, ema in ((FOLDER / "begun", False), (f"{FOLDER / 'begun'}:ema", True)):
             run = build_run("tiny", [f"init={init}"])
             wanted = load_weights(find_checkpoint(FOLDER / "begun"), ema)[1]
-            model = build_model(run, SMALL, mesh)
+            model = build_model(run, SMALL, mesh, open_init(run, SMALL))
             held = dict(model.named_parameters())
             assert held and held.keys() <= wanted.keys(), held.keys()
             for name, param in held.items():

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_ranks import SHAPES, STATE, begin_run, full
+from saved_weights import load_weights
 
 from wanloom.checkpoint.saved import find_checkpoint, list_checkpoints
 from wanloom.checkpoint.settings import CheckpointConfig
-from wanloom.checkpoint.writer import Checkpointer, load_tensors, load_weights
+from wanloom.checkpoint.writer import Checkpointer, load_tensors
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
@@ -25,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
     """What four ranks leave behind that have gone through all cases; two of them were killed at the end."""
     folder = tmp_path_factory.mktemp("ranks")
     begin_run(folder / "begun")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     logs = [folder / f"log-{rank}" for rank in range(RANKS)]
     processes = []
     for rank, log in enumerate(logs):

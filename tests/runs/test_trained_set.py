@@ -1,6 +1,7 @@
 """One parameter is trained and the others are frozen: what that costs, and that it goes on as it was."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,18 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from saved_weights import stored
 from torch import Tensor
 
-from wanloom.checkpoint.pieces import StoredPieces
+import wanloom
 from wanloom.checkpoint.saved import find_checkpoint
-from wanloom.checkpoint.writer import load_tensors
 from wanloom.data.loader import open_sources
 from wanloom.dist import process_group
 from wanloom.errors import UserError
+from wanloom.formats.pipeline import find_pipeline
+from wanloom.formats.transformer import load_dit
 from wanloom.geometry import WAN_21
+from wanloom.model.dit import WanDiT
+from wanloom.model.init import init_weights
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
 from wanloom.runs.build import build_loader, build_parts, build_plan
+from wanloom.runs.convert import convert
 from wanloom.runs.recipe import Run, build_run
 from wanloom.runs.train import train
 from wanloom.train.step import train_step
@@ -27,15 +33,17 @@ from wanloom.variants import VARIANTS
 
 pytestmark = pytest.mark.slow
 
-NAME = "blocks.1.ffn.0.weight"
+NAME, OTHER = "blocks.1.ffn.0.weight", "blocks.0.cross_attn.v.bias"
 CONFIG = VARIANTS["tiny"].shape
 SETTINGS = {"batch.samples": 4, "batch.tokens_per_pack": 40, "ema.decay": 0.9, "compute.precision": "fp32"}
 SETTINGS |= {"model": "tiny", "init": "pretrained", "optimizer.lr": 1e-3, "caption_dropout": 0.0}
+SMALL = {"height": 64, "width": 64, "frames": 1, "steps": 2, "device": "cpu"}
 ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
 
 
-def run_of(run_dir: Path, steps: int) -> Run:
-    return build_run("tiny", {**SETTINGS, "run_dir": run_dir, "train.steps": steps}, mock="1x64x64,9x32x32,5x48x32")
+def run_of(run_dir: Path, steps: int, init: str = "pretrained") -> Run:
+    words = {**SETTINGS, "run_dir": run_dir, "train.steps": steps, "init": init}
+    return build_run("tiny", words, mock="1x64x64,9x32x32,5x48x32")
 
 
 def first_step(names: list[str] | None):
@@ -46,14 +54,6 @@ def first_step(names: list[str] | None):
     parts = build_parts(run, CONFIG, ALONE, plan, None, names=names)
     with build_loader(run, CONFIG, sources, plan, 0, None, 0) as batches:
         return parts, train_step(parts.model, parts.trained, ALONE, next(iter(batches)), FlowConfig(), None)
-
-
-def stored(run_dir: Path) -> dict[str, Tensor]:
-    """All tensors of the newest checkpoint."""
-    checkpoint = find_checkpoint(run_dir)
-    found = {name: torch.full(entry.size, torch.nan) for name, entry in StoredPieces(checkpoint).tensors.items()}
-    load_tensors(checkpoint, found)
-    return found
 
 
 def test_frozen_parameters_cost_nothing_and_do_not_move():
@@ -80,10 +80,57 @@ def test_a_run_of_one_parameter_is_exact_on_resume_and_keeps_it_alone(tmp_path):
     train(run_of(tmp_path / "b", 2), [NAME])
     ended = train(run_of(tmp_path / "b", 4), [NAME])
     assert (ended.step, ended.taken) == (4, 2)
-    straight, resumed = stored(tmp_path / "a"), stored(tmp_path / "b")
+    straight, resumed = (stored(find_checkpoint(tmp_path / name)) for name in ("a", "b"))
     kinds = ("model", "ema", "optimizer.exp_avg", "optimizer.exp_avg_sq")
     assert straight.keys() == resumed.keys() == {f"{kind}.{NAME}" for kind in kinds}
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def train_over(base: dict[str, Tensor], folder: Path, init: str, name: str) -> dict[str, Tensor]:
+    """Train one parameter, and read the run with and without its average; returns the weights with the average."""
+    train(run_of(folder, 2, init), [name])
+    own = stored(find_checkpoint(folder))
+    raw, average = (base | {name: own[f"{kind}.{name}"]} for kind in ("model", "ema"))
+    for wanted, ema in ((raw, False), (average, True)):
+        found = wanloom.load_run(folder, ema=ema, device="cpu").model.state_dict()
+        assert found.keys() == wanted.keys() and not torch.equal(wanted[name], base[name])
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    return average
+
+
+def test_what_a_run_trained_is_laid_over_what_it_began_with(tmp_path):
+    """By `load_run`, `convert` and `generate`, raw and averaged, also where a run began with such a run."""
+    new = WanDiT(CONFIG)
+    init_weights(new, run_of(tmp_path, 1).seed)
+    train_over(dict(new.state_dict()), tmp_path / "new", "random", NAME)
+    published = dict(load_dit(find_pipeline("tiny")).state_dict())
+    first = train_over(published, tmp_path / "first", "pretrained", NAME)
+    folder = tmp_path / "second"
+    wanted = train_over(first, folder, f"{tmp_path / 'first'}:ema", OTHER)
+    convert(folder, tmp_path / "whole", ema=True)
+    found = load_dit(tmp_path / "whole").state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    ways = {"checkpoint": folder, "ema": True}, {"model": str(tmp_path / "whole")}
+    (frames, _), (again, _) = (next(wanloom.generate("A red circle", **SMALL, **way)) for way in ways)
+    assert torch.equal(frames, again)
+
+
+def test_what_a_run_began_with_and_is_gone_or_another_is_said(tmp_path):
+    train(run_of(tmp_path / "first", 1), [NAME])
+    second = run_of(tmp_path / "second", 1, str(tmp_path / "first"))
+    train(second, [OTHER])
+    longer = second.model_copy(update={"train": second.train.model_copy(update={"steps": 2})})
+    with pytest.raises(UserError, match="is of a run that trains other parameters"):
+        train(longer, [NAME])
+    train(run_of(tmp_path / "first", 2), [NAME])
+    where = rf"step_0000001 holds only the parameters that were trained.*init={tmp_path}/first of the model tiny\. "
+    with pytest.raises(UserError, match=f"{where}They are other ones now"):
+        wanloom.load_run(tmp_path / "second")
+    with pytest.raises(UserError, match="began with are other ones now"):
+        train(longer, [OTHER])
+    shutil.rmtree(tmp_path / "first")
+    with pytest.raises(UserError, match=f"{where}There is no folder"):
+        wanloom.load_run(tmp_path / "second")
 
 
 def test_a_name_that_is_none_is_said(tmp_path):
@@ -101,10 +148,11 @@ def test_two_ranks_train_the_same_parameter(tmp_path, layout):
     for rank in range(2):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        place["PYTHONPATH"] = str(Path(__file__).parents[1])
         words = [sys.executable, __file__, str(tmp_path / "two"), layout]
         ranks.append(subprocess.Popen(words, env=os.environ | place))
     assert [process.wait(timeout=300) for process in ranks] == [0, 0]
-    one, two = stored(tmp_path / "one"), stored(tmp_path / "two")
+    one, two = (stored(find_checkpoint(tmp_path / name)) for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-6)

@@ -46,6 +46,8 @@ class SavedState(Config):
     step: Count
     files: dict[FileName, FileSum]
     model: dict[str, Any] = Field(default_factory=dict)
+    trained: list[str] | None = None  # parameters, where it holds no others
+    base: str | None = None  # then the identity of what has the others
     data: str = ""
     samples: Count = 0
     tokens: Count = 0

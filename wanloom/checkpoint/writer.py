@@ -25,13 +25,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from wanloom.checkpoint.pieces import Box, StoredPieces, share, write_pieces
-from wanloom.checkpoint.saved import FOLDER, damaged, find_damage, list_checkpoints, read_state, seal, step_of
+from wanloom.checkpoint.saved import FOLDER, damaged, find_damage, list_checkpoints, seal, step_of
 from wanloom.checkpoint.settings import CheckpointConfig
-from wanloom.config import build_config
 from wanloom.dist import gather, rank, together, world_size
 from wanloom.errors import UserError, sentence_of
 from wanloom.files import remove, write_atomic
-from wanloom.model.settings import DiTConfig
 from wanloom.parallel.params import local
 from wanloom.threads import one_thread
 
@@ -60,25 +58,6 @@ def load_tensors(checkpoint: Path, into: Mapping[str, Tensor]) -> None:
             names = ", ".join(sorted(wrong)[:5])
             raise UserError(f"{checkpoint} does not fit this model: {len(wrong)} tensors differ, such as {names}.")
         stored.fill({n: local(t) for n, t in into.items()}, {n: Box.of(t) for n, t in into.items()})
-
-
-def load_weights(checkpoint: Path, ema: bool) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """The model's config and its weights by parameter name, or their average. `checkpoint` is a checkpoint folder."""
-    config = build_config(DiTConfig, read_state(checkpoint)["model"])
-    damage = find_damage(checkpoint)
-    if damage:
-        raise damaged(checkpoint, damage)
-    prefix = "ema." if ema else "model."
-    stored = _open_stored(checkpoint)
-    weights = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in sorted(stored.tensors.items())
-        if name.startswith(prefix)
-    }
-    if not weights:
-        raise UserError(f"{checkpoint} has no averaged weights: the run was trained without ema.decay.")
-    stored.fill(weights, {name: Box.of(tensor) for name, tensor in weights.items()})
-    return config, {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
 
 def _open_stored(checkpoint: Path) -> StoredPieces:

@@ -24,7 +24,7 @@ from wanloom.files import read_json
 from wanloom.folders import StoredTensor, match_tensors, read_headers, read_tensors, tell_dtypes
 from wanloom.formats.published import check_channels, config_json, find_files, parse_config, transformer_folder
 from wanloom.geometry import PATCH
-from wanloom.model.dit import PATCH_SIZE, WanDiT, cast_weights
+from wanloom.model.dit import PATCH_SIZE, WanDiT, materialise, on_meta
 from wanloom.model.init import Fill
 from wanloom.model.settings import DiTConfig
 
@@ -92,36 +92,24 @@ def state_dict_as(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]
     return {rename(name, layout): x.reshape(shape_in_file(name, tuple(x.shape))) for name, x in state.items()}
 
 
-def load_dit(
-    path: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    kernel: str = "auto",
-    apply: Callable[[WanDiT], None] = lambda model: None,
-    fill: Fill = Tensor.copy_,
-) -> WanDiT:
-    """A WanDiT with the weights at `path`; Linears in `dtype`, the parts that stay fp32 in fp32.
+def load_dit(path: str | Path, make: Callable[[DiTConfig], WanDiT] = materialise, fill: Fill = Tensor.copy_) -> WanDiT:
+    """A WanDiT with the weights at `path`: `make` gives it memory, `fill` sets what of a parameter is here.
 
-    `apply` may change the model, as layouts do, before it gets memory; `fill` then sets what is left of it. Raises
-    UserError when there is no readable model, it is a variant that a WanDiT is not, or any tensor is missing,
+    Raises UserError when there is no readable model, it is a variant that a WanDiT is not, or any tensor is missing,
     unexpected or of another shape.
     """
     path = Path(path)
     files = find_files(path)
     stored = read_headers(files)
     check_variant(stored, path)
-    with torch.device("meta"):
-        model = WanDiT(config_of(files, stored), kernel)
-    cast_weights(model, dtype)
-    places = match_names(model, stored, path)
-    shapes = {name: param.shape for name, param in model.named_parameters()}
-    apply(model)
-    model.to_empty(device=device)
+    config = config_of(files, stored)
+    places = match_names(on_meta(config), stored, path)
+    model = make(config)
     tell_dtypes(stored, path)
     params = dict(model.named_parameters())  # of this stage
     with torch.no_grad():
         for name, value in read_tensors({name: places[name] for name in params}):
-            fill(params[name], value.reshape(shapes[name]))
+            fill(params[name], value.reshape(params[name].shape))
     return model
 
 

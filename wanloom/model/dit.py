@@ -18,6 +18,7 @@ leaf module, the modulation tables too. Source: Wan, arXiv 2503.20314, and its p
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -262,3 +263,23 @@ def cast_weights(model: WanDiT, dtype: torch.dtype) -> None:
     """Cast the weights of the Linears to `dtype` in place; the fp32 parts become fp32."""
     for name, param in model.named_parameters():
         param.data = param.data.to(torch.float32 if keeps_fp32(name) else dtype)
+
+
+def on_meta(config: DiTConfig, kernel: str = "auto") -> WanDiT:
+    """A model of shapes, without memory."""
+    with torch.device("meta"):
+        return WanDiT(config, kernel)
+
+
+def materialise(
+    config: DiTConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    kernel: str = "auto",
+    apply: Callable[[WanDiT], None] = lambda model: None,
+) -> WanDiT:
+    """A model that waits for its values, its Linears in `dtype`; `apply` may change it before it gets memory."""
+    model = on_meta(config, kernel)
+    cast_weights(model, dtype)
+    apply(model)
+    return model.to_empty(device=device)

@@ -14,22 +14,17 @@ from torch import Tensor, nn
 import wanloom
 from wanloom.data.loader import Loader, Plan, Source
 from wanloom.dist import together
-from wanloom.errors import UserError
 from wanloom.evaluate.validation import build_validation
-from wanloom.formats.pipeline import find_pipeline
-from wanloom.formats.transformer import load_dit
 from wanloom.keys import SCHEME
-from wanloom.model.dit import WanDiT
+from wanloom.model.dit import WanDiT, materialise
 from wanloom.model.flops import train_flops
-from wanloom.model.init import init_weights
 from wanloom.model.settings import DiTConfig
 from wanloom.objective.inputs import Objective
-from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import Mesh
 from wanloom.runs.empty_text import sum_of
-from wanloom.runs.recipe import Run, dump_run, split_init
-from wanloom.runs.trained import open_trained
+from wanloom.runs.recipe import Run, dump_run
+from wanloom.runs.trained import Init, open_init
 from wanloom.train.ema import Ema
 from wanloom.train.loop import Parts, Routine
 from wanloom.train.optim import AdamW
@@ -57,29 +52,11 @@ def build_loader(
     return Loader(sources, plan, start_step, partial(build_batch, objective=objective), run.data.prefetch, rank)
 
 
-def build_model(run: Run, config: DiTConfig, mesh: Mesh, fill: bool = True) -> WanDiT:
-    """The part of the model that is this rank's, in fp32; without `fill` its values are left for a checkpoint."""
-
-    def apply(model: WanDiT) -> None:
-        apply_layout(model, mesh, run.compute)
-
-    if fill and run.init == "pretrained":
-        path = find_pipeline(run.model, ("transformer",))
-        return load_dit(path, device=mesh.device, kernel=run.compute.kernel, apply=apply, fill=params.fill)
-    if fill and run.init != "random":
-        path, ema = split_init(run.init)
-        with together():
-            trained = open_trained(path, ema)
-            if trained.config != config:
-                raise UserError(f"{trained.path} has weights of another shape than those of {run.model}.")
-        return trained.load_model(ema, torch.float32, mesh.device, run.compute.kernel, apply)
-    with torch.device("meta"):
-        model = WanDiT(config, run.compute.kernel)
-    apply(model)
-    model.to_empty(device=mesh.device)
-    if fill:
-        init_weights(model, run.seed, params.fill)
-    return model
+def build_model(run: Run, config: DiTConfig, mesh: Mesh, init: Init | None) -> WanDiT:
+    """The part of the model that is this rank's, in fp32; without `init` its values are left for a checkpoint."""
+    apply = partial(apply_layout, mesh=mesh, compute=run.compute)
+    make = partial(materialise, device=mesh.device, kernel=run.compute.kernel, apply=apply)
+    return init.load_model(make) if init else make(config)
 
 
 def build_parts(
@@ -93,9 +70,12 @@ def build_parts(
 ) -> Parts:
     """Model, optimizer and average as they are at the first step; without `fill` they wait for a checkpoint.
 
-    `names` are the parameters that are trained, by default all.
+    `names` are the parameters that are trained, by default all: a checkpoint holds no others.
     """
-    model = build_model(run, config, mesh, fill)
+    with together():
+        init = open_init(run, config) if fill or names is not None else None
+        part = {} if init is None or names is None else {"trained": sorted(names), "base": init.identity}
+    model = build_model(run, config, mesh, init)
     trained = choose_trained(model, names)
     return Parts(
         model=model,
@@ -103,7 +83,7 @@ def build_parts(
         mesh=mesh,
         optimizer=AdamW(trained, run.optimizer),
         ema=Ema(trained, run.ema.decay) if run.ema.decay else None,
-        facts=describe_parts(config, plan, empty),
+        facts=describe_parts(config, plan, empty) | part,
         recipe=dump_run(run),
     )
 

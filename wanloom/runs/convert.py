@@ -13,7 +13,8 @@ import wanloom
 from wanloom.errors import UserError
 from wanloom.files import clear_left, whole_folder
 from wanloom.formats.pipeline import NOTE, TAKEN, find_pipeline, full_name
-from wanloom.formats.transformer import save_weights
+from wanloom.formats.transformer import Layout, save_weights
+from wanloom.model.dit import materialise
 from wanloom.runs.trained import Weights, open_trained
 from wanloom.sample.settings import read_defaults
 
@@ -37,9 +38,9 @@ def convert(
         pipeline = find_pipeline(model, TAKEN[layout])
         if layout == "diffusers":
             copy_parts(pipeline, {name: folder / name for name in (INDEX, *TAKEN[layout])})
-            save_weights(weights.load_weights(ema), weights.config, folder / "transformer", "diffusers")
+            save_model(weights, folder / "transformer", "diffusers")
         else:
-            write_original(weights, ema, pipeline, folder)
+            write_original(weights, pipeline, folder)
         write_note(weights, ema, model, pipeline, folder)
     return weights
 
@@ -54,10 +55,15 @@ def name_parts(source: Path, model: str | None) -> str:
     return full_name(model)
 
 
-def write_original(weights: Weights, ema: bool, pipeline: Path, folder: Path) -> None:
+def save_model(weights: Weights, place: Path, layout: Layout) -> None:
+    """Write all weights, in fp32."""
+    save_weights(weights.load_model(materialise).state_dict(), weights.config, place, layout)
+
+
+def write_original(weights: Weights, pipeline: Path, folder: Path) -> None:
     """The parts of an original folder that are no pickles."""
     copy_parts(pipeline, {"tokenizer": folder / ORIGINAL_TOKENIZER})
-    save_weights(weights.load_weights(ema), weights.config, folder, "original")
+    save_model(weights, folder, "original")
 
 
 def copy_parts(pipeline: Path, places: dict[str, Path]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from wanloom.errors import UserError, nearest
 from wanloom.memory import check_memory, in_gib
-from wanloom.model.dit import WanDiT
+from wanloom.model.dit import on_meta
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.memory import States, activation_bytes, held_params, state_bytes
 from wanloom.parallel.mesh import Layout
@@ -25,8 +25,7 @@ def rank_states(run: Run, config: DiTConfig, layout: Layout, names: Collection[s
 
     Raises UserError for a name that the model does not have.
     """
-    with torch.device("meta"):
-        model = WanDiT(config)
+    model = on_meta(config)
     known = [name for name, _ in model.named_parameters()]
     if unknown := sorted(set(names or ()) - set(known)):
         raise UserError(f"The model has no parameter '{unknown[0]}'.{nearest(unknown[0], known)}")

@@ -6,6 +6,7 @@ and is gone when its states are there.
 """
 
 import gc
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from wanloom.dist import gather, rank, together
 from wanloom.errors import UserError, cut
 from wanloom.formats.pipeline import find_pipeline, full_name
 from wanloom.geometry import Geometry
-from wanloom.model.dit import WanDiT
+from wanloom.model.dit import WanDiT, materialise
 from wanloom.parallel import params
 from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import Layout, Mesh
@@ -121,11 +122,9 @@ def encode_alone(files: ModelFiles, place: Placing, texts: list[str]) -> list[Te
 
 def load_model(files: ModelFiles, place: Placing, mesh: Mesh) -> WanDiT:
     """The part of the transformer that is this process's: `tp` splits it, and FSDP what that leaves."""
-
-    def apply(model: WanDiT) -> None:
-        apply_layout(model, mesh, ComputeConfig())  # the weights themselves are bf16 where that is the precision
-
-    model = files.weights.load_model(files.ema, place.dtype, place.device, place.kernel, apply)
+    apply = partial(apply_layout, mesh=mesh, compute=ComputeConfig())  # the weights are cast
+    make = partial(materialise, dtype=place.dtype, device=place.device, kernel=place.kernel, apply=apply)
+    model = files.weights.load_model(make)
     if rank() == 0 and not params.local(model.head.head.weight).any():
         note(f"the transformer of '{files.name}' is untrained, it will give noise")
     return model.eval().requires_grad_(False)

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import torch
-
 from wanloom.data.loader import Plan, Source, open_sources
-from wanloom.model.dit import WanDiT
+from wanloom.model.dit import on_meta
 from wanloom.model.flops import train_flops
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.memory import KEPT, States, activation_bytes, held_params, state_bytes
@@ -68,7 +66,7 @@ class StepOutlook:
 
 def plan_size(run: Run, config: DiTConfig) -> ModelSize:
     """How large the model is, and all that training holds of it from step to step."""
-    params = sum(p.numel() for p in _on_meta(config).parameters())
+    params = sum(p.numel() for p in on_meta(config).parameters())
     return ModelSize(params, params * FP32 * (5 if run.ema.decay else 4))
 
 
@@ -85,7 +83,7 @@ def plan_axes(layout: Layout, per_node: int) -> list[AxisRanks]:
 
 def plan_memory(run: Run, config: DiTConfig, layout: Layout) -> RankMemory:
     """What the rank that has most holds."""
-    bf16, pack, model = run.compute.bf16, run.batch.tokens_per_pack, _on_meta(config)
+    bf16, pack, model = run.compute.bf16, run.batch.tokens_per_pack, on_meta(config)
     firsts = range(0, layout.world, layout.world // layout.pp)  # of each stage: the other ranks hold as much, or less
     held = [held_params(model, layout, rank) for rank in firsts]
     states = [state_bytes(part, layout, bool(run.ema.decay), bf16) for part in held]
@@ -123,8 +121,3 @@ def plan_steps(run: Run, config: DiTConfig, layout: Layout | None) -> StepOutloo
         padding=filler / (tokens + filler),
         data_ranks=ranks,
     )
-
-
-def _on_meta(config: DiTConfig) -> WanDiT:
-    with torch.device("meta"):
-        return WanDiT(config)

@@ -93,10 +93,18 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def restore(parts: Parts, checkpoint: Path, step: int, say: Callable[[str], None]) -> None:
     """Give the parts the values that they had; all ranks together. Raises UserError when the checkpoint is damaged."""
+    stored = read_state(checkpoint)
+    if stored.get("trained") != parts.facts.get("trained"):
+        raise UserError(f"{checkpoint} is of a run that trains other parameters: give another run_dir to train these.")
+    if stored.get("base") != parts.facts.get("base"):
+        raise UserError(
+            f"The weights that the run of {checkpoint} began with are other ones now, and it holds only the parameters "
+            "that are trained: restore them to go on, or give another run_dir to start anew."
+        )
     load_tensors(checkpoint, parts.tensors())
     parts.optimizer.set_step_count(step)
     say(f"Going on from {checkpoint}.")
-    before, now = read_state(checkpoint).get("threads"), torch.get_num_threads()
+    before, now = stored.get("threads"), torch.get_num_threads()
     if parts.mesh.device.type == "cpu" and before not in (None, now):  # another machine, or other settings
         say(
             f"note: the number of threads was {before} and is {now}, so within rounding it is no longer the same: "

@@ -118,7 +118,7 @@ def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
             write_atomic(run_dir / "run.yaml", dump_run(run).encode())
     empty = share_empty_text(run, run_dir, config.text_dim, device, newest)
     with enough_memory(f"hold {run.model}", helps):
-        parts = build_parts(run, config, mesh, plan, empty, newest is None or names is not None, names)
+        parts = build_parts(run, config, mesh, plan, empty, newest is None, names)
         if newest is not None:
             restore(parts, newest, first, progress.say)
     settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log, peak.tflops, helps)

@@ -6,27 +6,68 @@ recipe of a run tells it, and the note that `wanloom convert` writes beside the 
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from wanloom.checkpoint.writer import load_tensors, load_weights
+from wanloom.checkpoint.writer import load_tensors
 from wanloom.codecs.identity import files_identity, folder_identity
 from wanloom.config import build_config, expand_home
 from wanloom.dist import pick_device, together
+from wanloom.errors import UserError
 from wanloom.files import read_json
 from wanloom.folders import check_finite
-from wanloom.formats.pipeline import NOTE
+from wanloom.formats.pipeline import NOTE, find_pipeline
 from wanloom.formats.published import find_files
 from wanloom.formats.transformer import load_dit, read_config
-from wanloom.model.dit import WanDiT, cast_weights
+from wanloom.keys import SCHEME
+from wanloom.model.dit import WanDiT, materialise
+from wanloom.model.init import init_weights
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.params import fill, local
 from wanloom.runs.found import check_weights, find_trained, is_published
-from wanloom.runs.recipe import Run, read_run
+from wanloom.runs.recipe import Run, read_run, split_init
+
+Make = Callable[[DiTConfig], WanDiT]  # `materialise`, with all that is not of the weights
+
+
+@dataclass(frozen=True)
+class Random:
+    """New weights."""
+
+    config: DiTConfig
+    seed: int
+    identity = f"random:{SCHEME}"
+
+    def load_model(self, make: Make) -> WanDiT:
+        """The model."""
+        model = make(self.config)
+        init_weights(model, self.seed, fill)
+        return model
+
+
+@dataclass(frozen=True)
+class Published:
+    """A transformer as safetensors in either layout, before its weights are read."""
+
+    path: Path
+    model: str | None  # the pipeline that its other parts are of, where that is known
+    config: DiTConfig
+    step: int | None = None
+
+    @cached_property
+    def identity(self) -> str:
+        """Of its files."""
+        folder = find_files(self.path)[0].parent
+        if self.path.is_dir():
+            return folder_identity(folder)
+        return files_identity([*find_files(self.path), *folder.glob("config.json")])
+
+    def load_model(self, make: Make) -> WanDiT:
+        """The model; several processes call it together. Raises UserError, the same on all of them, for damage."""
+        with together():
+            return load_dit(self.path, make, fill)
 
 
 @dataclass(frozen=True)
@@ -38,71 +79,36 @@ class Trained:
     model: str  # the pipeline that the run was trained on
     config: DiTConfig
     identity: str  # of its files: state.json holds the size and checksum of each; the average has another one
+    ema: bool  # whether the average is meant
+    names: Collection[str] | None = None  # of the parameters that it holds, by default all
+    base: "Init | None" = None  # which has the others
 
-    def load_weights(self, ema: bool) -> dict[str, Tensor]:
-        """The weights by parameter name, or their average. Raises UserError when there is none, or for damage."""
-        weights = load_weights(self.path, ema)[1]
-        self._check(weights)
-        return weights
-
-    def load_model(
-        self,
-        ema: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-        kernel: str = "auto",
-        apply: Callable[[WanDiT], None] = lambda model: None,
-    ) -> WanDiT:
-        """The model, its Linears in `dtype`; `apply` may change it, as layouts do, before it gets memory and values.
-
-        Several processes call it together. Raises UserError, the same on all of them, for damage.
-        """
-        with torch.device("meta"):
-            model = WanDiT(self.config, kernel)
-        cast_weights(model, dtype)
-        apply(model)
-        model.to_empty(device=device)
-        kind = "ema" if ema else "model"
-        load_tensors(self.path, {f"{kind}.{name}": param.detach() for name, param in model.named_parameters()})
+    def load_model(self, make: Make) -> WanDiT:
+        """The model; several processes call it together. Raises UserError, the same on all of them, for damage."""
+        model = self.base.load_model(make) if self.base else make(self.config)
+        named, kind = dict(model.named_parameters()), "ema" if self.ema else "model"
+        own = named if self.names is None else {name: named[name] for name in self.names if name in named}
+        load_tensors(self.path, {f"{kind}.{name}": param.detach() for name, param in own.items()})
         with together():
-            self._check({name: local(param) for name, param in model.named_parameters()})
+            for name, param in own.items():
+                check_finite(local(param), f"The checkpoint {self.path}: '{name}'")
         return model
-
-    def _check(self, weights: dict[str, Tensor]) -> None:
-        for name, value in weights.items():
-            check_finite(value, f"The checkpoint {self.path}: '{name}'")
-
-
-@dataclass(frozen=True)
-class Published:
-    """A transformer as safetensors in either layout, before its weights are read."""
-
-    path: Path
-    model: str | None  # the pipeline that its other parts are of, where that is known
-    config: DiTConfig
-    identity: str  # of its files
-    step: int | None = None
-
-    def load_weights(self, ema: bool) -> dict[str, Tensor]:
-        """The weights by parameter name, in fp32. Raises UserError for damage."""
-        assert not ema, "open_trained refuses it"
-        return dict(load_dit(self.path).state_dict())
-
-    def load_model(
-        self,
-        ema: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-        kernel: str = "auto",
-        apply: Callable[[WanDiT], None] = lambda model: None,
-    ) -> WanDiT:
-        """The model, its Linears in `dtype`; several processes call it together."""
-        assert not ema, "open_trained refuses it"
-        with together():
-            return load_dit(self.path, dtype, device, kernel, apply, fill)
 
 
 Weights = Trained | Published
+Init = Weights | Random
+
+
+def open_init(run: Run, config: DiTConfig) -> Init:
+    """The weights that a run begins with. Raises UserError for none that can be read, or of another shape."""
+    if run.init == "random":
+        return Random(config, run.seed)
+    if run.init == "pretrained":
+        return open_published(find_pipeline(run.model, ("transformer",)))
+    weights = open_trained(*split_init(run.init))
+    if weights.config != config:
+        raise UserError(f"{weights.path} has weights of another shape than those of {run.model}.")
+    return weights
 
 
 def open_trained(path: Path, ema: bool = False) -> Weights:
@@ -126,16 +132,32 @@ def open_published(path: Path) -> Published:
     note = next((file for place in (folder, folder.parent) if (file := place / NOTE).is_file()), None)
     named = read_json(note).get("model") if note else None
     model = pipeline or (named if isinstance(named, str) else None)
-    identity = folder_identity(folder) if path.is_dir() else files_identity([*files, *folder.glob("config.json")])
-    return Published(path, model, config, identity)
+    return Published(path, model, config)
 
 
 def open_checkpoint(run_or_step: Path, ema: bool) -> Trained:
     """The newest checkpoint of a run, or the checkpoint itself."""
     path, state, model = find_trained(run_or_step, ema)
+    config = build_config(DiTConfig, state["model"])
     digest = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
-    identity = digest[:16] + ("-ema" if ema else "")
-    return Trained(path, state["step"], model, build_config(DiTConfig, state["model"]), identity)
+    identity, names = digest[:16] + ("-ema" if ema else ""), state.get("trained")
+    base = None if names is None else open_base(path, config, state["base"])
+    return Trained(path, state["step"], model, config, identity, ema, names, base)
+
+
+def open_base(path: Path, config: DiTConfig, identity: str) -> Init:
+    """What a run of which some parameters were trained began with. Raises UserError when it is no longer there."""
+    run = read_run(path)
+    try:
+        base = open_init(run, config)
+        if base.identity != identity:
+            raise UserError("They are other ones now.")
+    except UserError as error:
+        raise UserError(
+            f"{path} holds only the parameters that were trained, the others are those that the run began with: "
+            f"init={run.init} of the model {run.model}. {error}"
+        ) from error
+    return base
 
 
 @dataclass(frozen=True)
@@ -152,5 +174,5 @@ def load_run(run_or_step: Path, ema: bool = False, device: str | None = None) ->
     """The model of the newest checkpoint of a run, or of that checkpoint, in fp32 and without gradients."""
     weights = open_checkpoint(Path(expand_home(str(run_or_step))), ema)
     recipe = read_run(weights.path)
-    model = weights.load_model(ema, torch.float32, pick_device(device)).requires_grad_(False)
+    model = weights.load_model(partial(materialise, device=pick_device(device))).requires_grad_(False)
     return LoadedRun(model, recipe, weights.step, weights.path)
