@@ -74,9 +74,10 @@ def test_frozen_parameters_cost_nothing_and_do_not_move():
     assert [name for name, param in named.items() if not torch.equal(param, before[name])] == [NAME]
 
 
-def test_a_run_of_one_parameter_is_exact_on_resume_and_keeps_it_alone(tmp_path):
+def test_a_run_of_one_parameter_is_exact_on_resume_and_keeps_it_alone(tmp_path, capsys):
     """The rest comes again from `init`: two steps and two more are the bits of four."""
     train(run_of(tmp_path / "a", 4), [NAME])
+    assert "Trains 0.07 M of 1.78 M parameters." in capsys.readouterr().out
     train(run_of(tmp_path / "b", 2), [NAME])
     ended = train(run_of(tmp_path / "b", 4), [NAME])
     assert (ended.step, ended.taken) == (4, 2)

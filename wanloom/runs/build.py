@@ -17,7 +17,7 @@ from wanloom.dist import together
 from wanloom.evaluate.validation import build_validation
 from wanloom.keys import SCHEME
 from wanloom.model.dit import WanDiT, materialise
-from wanloom.model.flops import train_flops
+from wanloom.model.flops import count_frozen, train_flops
 from wanloom.model.settings import DiTConfig
 from wanloom.objective.inputs import Objective
 from wanloom.parallel.apply import apply_layout
@@ -31,9 +31,12 @@ from wanloom.train.optim import AdamW
 from wanloom.train.step import Batch, build_batch
 
 
-def build_plan(run: Run, config: DiTConfig, sources: list[Source], data_ranks: int) -> Plan:
-    """Which samples make a step. Raises UserError when one fits in no pack."""
-    return Plan(sources, run.data.resolved(), run.batch, run.seed, partial(train_flops, config), data_ranks)
+def build_plan(
+    run: Run, config: DiTConfig, sources: list[Source], data_ranks: int, names: Collection[str] | None = None
+) -> Plan:
+    """Which samples make a step in which `names` are trained. Raises UserError when one fits in no pack."""
+    flops = partial(train_flops, config, frozen=count_frozen(config, names))
+    return Plan(sources, run.data.resolved(), run.batch, run.seed, flops, data_ranks)
 
 
 def build_loader(

@@ -6,16 +6,15 @@ FLOPs of a step, steps. The one decision: numbers here, words with who prints th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
-from wanloom.data.loader import Plan, Source, open_sources
+from wanloom.data.loader import Source, open_sources
 from wanloom.model.dit import on_meta
-from wanloom.model.flops import train_flops
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.memory import KEPT, States, activation_bytes, held_params, state_bytes
 from wanloom.parallel.mesh import AXES, Layout
 from wanloom.parallel.settings import Recompute
+from wanloom.runs.build import build_plan
 from wanloom.runs.found import model_geometry
 from wanloom.runs.recipe import Run, settle_steps
 
@@ -102,7 +101,7 @@ def plan_steps(run: Run, config: DiTConfig, layout: Layout | None) -> StepOutloo
     channels = config.out_channels
     geometry = model_geometry(run.model, channels)
     sources = open_sources(run.data, geometry, channels, config.text_dim, config.text_slots)
-    plan = Plan(sources, run.data.resolved(), run.batch, run.seed, partial(train_flops, config), ranks)
+    plan = build_plan(run, config, sources, ranks)
     run = settle_steps(run, sum(len(index) for index in plan.indices))
     steps = [plan.packs(step) for step in range(min(STEPS_PLANNED, run.train.steps))]
     totals = [plan.totals(packs) for packs in steps]

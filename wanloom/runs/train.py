@@ -23,7 +23,9 @@ from wanloom.errors import UserError
 from wanloom.files import lock_folder, write_atomic
 from wanloom.geometry import Geometry
 from wanloom.memory import enough_memory
+from wanloom.model.dit import on_meta
 from wanloom.model.kernels import resolve_kernel
+from wanloom.model.settings import DiTConfig
 from wanloom.parallel.mesh import Mesh, resolve_layout
 from wanloom.runs.build import build_loader, build_parts, build_plan, build_routines
 from wanloom.runs.checks import check_places
@@ -96,7 +98,7 @@ def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
         geometry = model_geometry(run.model, config.out_channels)
         layout = resolve_layout(run.parallel, world_size(), config, run.batch.samples)
         sources = open_sources(run.data, geometry, config.out_channels, config.text_dim, config.text_slots)
-        plan = build_plan(run, config, sources, layout.data_ranks)
+        plan = build_plan(run, config, sources, layout.data_ranks, names)
         run = settle_steps(run, sum(len(index) for index in plan.indices))
         check_effects(run, sources, device)
         largest = max(int(index.tokens.max()) for index in plan.indices)
@@ -114,6 +116,7 @@ def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
             return Ended(run_dir, first, 0, newest, None, plan.indices[0][0], geometry)
         show_log(progress.console)
         tell_run(run, mesh, sources, plan, peak.unknown, progress.say)
+        tell_trained(config, names, progress.say)
         if rank() == 0:
             write_atomic(run_dir / "run.yaml", dump_run(run).encode())
     empty = share_empty_text(run, run_dir, config.text_dim, device, newest)
@@ -179,6 +182,13 @@ def tell_run(run: Run, mesh: Mesh, sources: Sequence[Source], plan: Plan, unknow
         f"{choose_kernel(run, device)}: {sum(sizes):,} samples, {run.batch.samples} of them a step."
     )
     tell_outlook(run, sizes, plan.shares(), unknown, say)
+
+
+def tell_trained(config: DiTConfig, names: Collection[str] | None, say: Say) -> None:
+    """How much of the model is trained."""
+    sizes = {name: param.numel() for name, param in on_meta(config).named_parameters()}
+    trained = sum(size for name, size in sizes.items() if names is None or name in names)
+    say(f"Trains {trained / 1e6:,.2f} M of {sum(sizes.values()) / 1e6:,.2f} M parameters.")
 
 
 def tell_outlook(run: Run, sizes: Sequence[int], shares: Sequence[float], unknown: Sequence[str], say: Say) -> None:
