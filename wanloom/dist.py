@@ -3,7 +3,7 @@
 In: what torchrun says in the environment; without it there is one process and no process group. Out: rank and world
 size, a process group (gloo, and NCCL beside it where there are GPUs), and the few exchanges of host values that the
 rest needs. The one decision: a mistake on one rank is a mistake of the run: `together` makes every rank raise the same
-sentence, and `say_once` prints it once. Host values travel as JSON over gloo.
+sentence, and `says_first` tells which one prints it. Host values travel as JSON over gloo.
 """
 
 import itertools

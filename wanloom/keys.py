@@ -1,10 +1,11 @@
-"""Every keyed draw: random numbers that are a function of a key and of nothing else.
+"""Keyed draws: random numbers that are a function of a key and of nothing else.
 
 In: a key, any number of words and whole numbers such as (seed, "noise", sample, draw). Out: fp32 normals or uniforms of
 any shape, or a few fp64 uniforms for decisions. The one decision: the whole key counts, and all bits are the same on
 every machine and version. A key is hashed to the 128 bits that Philox takes (Salmon et al. 2011), so no two keys share
 a stream, where torch's CPU generator keeps 32 bits of a seed. Of numpy only the bits are used, which it promises to
-keep; what becomes of them is done here in single additions and products, which IEEE 754 fixes, and a table.
+keep; what becomes of them is done here in single additions and products, which IEEE 754 fixes, and a table. The order
+of samples, random crops and the val split are not drawn here: each is a hash of a key of its own.
 """
 
 import hashlib

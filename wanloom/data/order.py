@@ -44,7 +44,7 @@ def source_weights(sources: Sequence[SourceConfig], sizes: Sequence[int]) -> lis
 
 
 class Order:
-    """The endless sequence of entries over sources of `sizes` samples, mixed by `weights`."""
+    """The endless sequence of draws over sources of `sizes` samples, mixed by `weights`."""
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[Fraction], seed: int) -> None:
         self.sizes = list(sizes)
@@ -57,13 +57,13 @@ class Order:
         self._permutation = lru_cache(maxsize=2 * len(self.sizes))(self._build_permutation)
 
     def _at(self, position: int) -> Draw:
-        """The entry at `position`, which counts from 0 and never ends; `at` remembers those of the last steps."""
+        """The draw at `position`, which counts from 0 and never ends; `at` remembers those of the last steps."""
         source, number = self._place(position)
         draw, offset = divmod(number, self.sizes[source])
         return Draw(source, int(self._permutation(source, draw)[offset]), draw)
 
     def _place(self, position: int) -> tuple[int, int]:
-        """The source at a position and how many entries of that source come before.
+        """The source at a position and how many draws of that source come before.
 
         Going down from the last source: of the first n positions that are left, n * S[i-1] // S[i] belong to the
         sources before i. That count rises by 0 or 1 with n; where it rises the position is theirs.

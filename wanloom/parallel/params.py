@@ -71,7 +71,7 @@ def fill(tensor: Tensor, whole: Tensor) -> None:
 
 
 def is_owner(tensor: Tensor, mesh: Mesh) -> bool:
-    """Whether this rank is the one that counts or writes these values; of the ranks with copies the first does."""
+    """Whether this rank is the one that counts these values; of the ranks with copies the first does."""
     return not any(mesh.param_place[axis] for axis in PARAM_AXES if axis not in split_axes(tensor))
 
 

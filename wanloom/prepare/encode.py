@@ -39,7 +39,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Encoders(NamedTuple):
-    """What the models do, and which they are."""
+    """What the models do."""
 
     frames: Callable[[Tensor], Tensor]  # (B, F, H, W, 3) uint8 -> latents (B, C, F', H', W')
     text: Callable[[str, int], Tensor]  # caption, longest length -> states (L, D)

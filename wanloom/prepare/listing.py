@@ -1,8 +1,8 @@
 """What a folder holds and what becomes of each file, decided before anything is encoded.
 
-In: the input folder. Out: one `Entry` per media file, sorted by path: kind, content hash, caption, split, or why it is
-dropped. The one decision: the plan is a function of the folder's content alone (not of times, workers or what was done
-before), so a run that was stopped finds the same plan again, and a folder that changed in between is noticed.
+In: the input folder. Out: one `MediaEntry` per media file, sorted by path: kind, content hash, caption, split, or why
+it is dropped. The one decision: the plan is a function of the folder's content alone (not of times, workers or what was
+done before), so a run that was stopped finds the same plan again, and a folder that changed in between is noticed.
 """
 
 import hashlib

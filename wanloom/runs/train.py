@@ -1,8 +1,8 @@
 """A training run from its recipe to its last step, or to where it is stopped.
 
 In: a recipe and settings, or a `Run`. Out: checkpoints, metrics and run.yaml in its run_dir, sentences on the terminal,
-and how it ended. The one decision: this is the one way of a training run: the command, a notebook and the demo call it,
-alone or as one of several ranks.
+and how it ended. The one decision: this is the one way of a training run: the command and a notebook call it, alone or
+as one of several ranks.
 """
 
 import signal
