@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -18,26 +17,24 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wanloom.data.loader import Loader, Plan
+from wanloom.data.loader import Source
 from wanloom.data.mock import MockDataset
-from wanloom.data.settings import BatchConfig, SourceConfig
+from wanloom.data.settings import BatchConfig, DataConfig
 from wanloom.dist import rank
 from wanloom.evaluate.validation import build_validation
 from wanloom.geometry import WAN_21
 from wanloom.model.dit import WanDiT
-from wanloom.model.flops import train_flops
 from wanloom.model.settings import DiTConfig
-from wanloom.objective.inputs import Input, Objective
+from wanloom.objective.inputs import Input
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel import params
-from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import Mesh, resolve_layout
 from wanloom.parallel.settings import ComputeConfig, ParallelConfig
-from wanloom.train.ema import Ema
+from wanloom.runs.build import build_loader, build_parts, build_plan
+from wanloom.runs.recipe import Run
 from wanloom.train.loop import Parts
-from wanloom.train.optim import AdamW
-from wanloom.train.settings import OptimizerConfig
-from wanloom.train.step import Batch, StepResult, build_batch, train_step
+from wanloom.train.settings import EmaConfig, OptimizerConfig, TrainConfig
+from wanloom.train.step import Batch, StepResult, train_step
 
 # an eps that shows: a split norm that takes another one would be seen
 MODEL = DiTConfig(dim=48, ffn_dim=80, num_heads=4, num_layers=3, text_dim=24, eps=1e-2)
@@ -45,6 +42,8 @@ SHAPES = "5x32x48,1x32x32*2,9x16x32,1x48x32"
 SAMPLES, BUDGET, STEPS, LR = 10, 30, 3, 3e-4  # 4 packs a step, of unequal length
 FLOW = FlowConfig()
 CPU = torch.device("cpu")
+SOURCES: list[Source] = [MockDataset(SHAPES, MODEL.text_dim, WAN_21, size=25, val_size=3)]
+EMPTY = torch.randn(2, MODEL.text_dim, generator=torch.Generator().manual_seed(3))
 
 
 @dataclass(frozen=True)
@@ -83,34 +82,35 @@ def initial(name: str, shape: torch.Size) -> Tensor:
     return values + 1 if "norm" in name and name.endswith("weight") else values
 
 
-def build(mesh: Mesh, case: Case) -> WanDiT:
-    with torch.device("meta"):
-        model = WanDiT(case.model)
-    apply_layout(model, mesh, case.compute)
-    model.to_empty(device=CPU)
-    for name, param in model.named_parameters():
-        params.fill(param, initial(name, param.shape))
-    return model
+def run_of(case: Case) -> Run:
+    """What a recipe would say; the shape of the model is that of the case."""
+    return Run(
+        model="tiny",
+        seed=7,
+        data=DataConfig(mock=SHAPES),
+        batch=BatchConfig(samples=case.samples, tokens_per_pack=BUDGET),
+        train=TrainConfig(steps=STEPS),
+        optimizer=OptimizerConfig(lr=LR, weight_decay=1.0),
+        flow=FLOW,
+        caption_dropout=0.3,
+        ema=EmaConfig(decay=0.9),
+        parallel=ParallelConfig(**case.parallel),
+        compute=case.compute,
+    )
 
 
-def batches(mesh: Mesh, samples: int, start: int = 0) -> Loader[Any]:
-    sources = [MockDataset(SHAPES, MODEL.text_dim, WAN_21, size=25, val_size=3)]
-    config = BatchConfig(samples=samples, tokens_per_pack=BUDGET)
-    plan = Plan(sources, [SourceConfig(path="")], config, 7, partial(train_flops, MODEL), mesh.layout.data_ranks)
-    empty = torch.randn(2, MODEL.text_dim, generator=torch.Generator().manual_seed(3))
-    objective = Objective(FLOW, 7, samples, 0.3, empty, MODEL.in_channels, MODEL.text_dim)
-    return Loader(sources, plan, start, partial(build_batch, objective=objective), rank=mesh.data_rank)
-
-
-def build_parts(case: Case) -> Parts:
+def build_case(case: Case) -> Parts:
     """What a run of the case is made of, on this rank."""
-    layout = resolve_layout(ParallelConfig(**case.parallel), case.world, case.model, case.samples)
-    mesh = Mesh(layout, CPU)
-    model = build(mesh, case)
-    trained = dict(model.named_parameters())
-    optimizer = AdamW(trained, OptimizerConfig(lr=LR, weight_decay=1.0))
-    facts = {"model": case.model.model_dump()}
-    return Parts(model, trained, mesh, optimizer, Ema(optimizer.named, 0.9), facts, "seed: 7\n")
+    run = run_of(case)
+    mesh = Mesh(resolve_layout(run.parallel, case.world, case.model, case.samples), CPU)
+    plan = build_plan(run, MODEL, SOURCES, mesh.layout.data_ranks)
+    parts = build_parts(run, case.model, mesh, plan, EMPTY, fill=False)
+    assert parts.ema is not None
+    averages = parts.ema.tensors()
+    for name, param in parts.trained.items():
+        params.fill(param, initial(name, param.shape))
+        params.local(averages[name]).copy_(params.local(param.detach()))
+    return parts
 
 
 def with_known_frames(batch: Batch) -> Batch:
@@ -133,7 +133,9 @@ def with_known_frames(batch: Batch) -> Batch:
 def take_steps(parts: Parts, case: Case, first: int, last: int) -> Iterator[tuple[Batch, StepResult]]:
     """Steps `first` to `last` (not taken); the caller sees each before its update. The very first is not clipped."""
     assert parts.ema is not None
-    with batches(parts.mesh, case.samples, first) as loader:
+    run, mesh = run_of(case), parts.mesh
+    plan = build_plan(run, MODEL, SOURCES, mesh.layout.data_ranks)
+    with build_loader(run, MODEL, SOURCES, plan, first, EMPTY, mesh.data_rank) as loader:
         for number, batch in zip(range(first, last), loader, strict=False):
             clip = None if number == 0 else 0.5
             batch = with_known_frames(batch) if case.known else batch
@@ -177,7 +179,7 @@ class Exchanges(TorchDispatchMode):
 
 def run(case: Case, first: Callable[[WanDiT], None] = lambda model: None) -> Result:
     """Three steps of the case on this rank; `first` sees the model before them."""
-    parts = build_parts(case)
+    parts = build_case(case)
     first(parts.model)
     facts: dict[str, Any] = {"steps": [], "keys": [], "packs": [], "exchanges": []}
     gradients: dict[str, Tensor] = {}
