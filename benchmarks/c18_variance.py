@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, main
-from benchmarks.tiny_task import SAMPLES, OwnRun, Size, build_objective, held_out, write_data
+from benchmarks.tiny_task import CONFIG, SAMPLES, TINY, OwnRun, Size, held_out, write_data
 from wanloom.data.shards import Sample
 from wanloom.model.sequence import Pack
 from wanloom.objective.flow import flow_loss
 from wanloom.objective.inputs import build_input, draw_example
 from wanloom.objective.settings import PRESETS, FlowConfig
+from wanloom.runs.build import build_objective
 
 SIZES: dict[Size, int] = {(17, 64, 64): 80, (9, 96, 64): 48, (1, 64, 64): 48}
 Network = Callable[[Pack, Tensor], Tensor]
@@ -32,7 +33,8 @@ def batch_losses(network: Network, samples: Sequence[Sample], flow: FlowConfig, 
     out = []
     for seed in range(seeds):
         chosen = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0 if same else seed))
-        objective, taken = build_objective(seed, flow), [samples[i] for i in chosen[:SAMPLES].tolist()]
+        own = TINY.model_copy(update={"seed": seed, "flow": flow})
+        objective, taken = build_objective(own, CONFIG, None), [samples[i] for i in chosen[:SAMPLES].tolist()]
         made = build_input([draw_example(s.tensors, s.key, 0, place, objective) for place, s in enumerate(taken)])
         found = flow_loss(network(made.pack, made.sigma), made.target, made.sigma, made.pack.level_lens, flow)
         out.append(found.weighted_sum.item() / made.target.numel())

@@ -16,7 +16,6 @@ import platform
 import sys
 import time
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +23,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wanloom.data.loader import Loader, Plan
+from wanloom.data.loader import Source
 from wanloom.data.mock import MockDataset
-from wanloom.data.settings import BatchConfig, SourceConfig
+from wanloom.data.settings import BatchConfig, DataConfig
 from wanloom.dist import gather, pick_device, process_group, rank, world_size
 from wanloom.errors import UserError
 from wanloom.files import write_atomic
 from wanloom.geometry import WAN_21
 from wanloom.model.dit import WanDiT
-from wanloom.model.flops import train_flops
-from wanloom.model.init import init_weights
 from wanloom.model.kernels import resolve_kernel
 from wanloom.model.settings import DiTConfig
-from wanloom.objective.inputs import Objective
 from wanloom.objective.settings import FlowConfig
 from wanloom.parallel import params
-from wanloom.parallel.apply import apply_layout
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh, resolve_layout
 from wanloom.parallel.settings import ComputeConfig, ParallelConfig
-from wanloom.train.step import Batch, build_batch, forward_backward
+from wanloom.runs.build import build_loader, build_model, build_plan
+from wanloom.runs.recipe import Run
+from wanloom.train.settings import OptimizerConfig, TrainConfig
+from wanloom.train.step import Batch, forward_backward
 from wanloom.variants import VARIANTS
 
 BOUNDS = {False: 1e-5, True: 6e-2}  # by bf16
@@ -73,13 +71,22 @@ def cases(world: int) -> list[Case]:
     return [*named, ("dp_shard recompute=attention", {}, {"recompute": "attention"})]
 
 
+def run_of(bf16: bool, options: dict[str, Any], samples: int = 1, budget: int = 1) -> Run:
+    """What a recipe would say."""
+    return Run(
+        model="tiny",
+        data=DataConfig(mock="some"),
+        batch=BatchConfig(samples=samples, tokens_per_pack=budget),
+        train=TrainConfig(steps=1),
+        optimizer=OptimizerConfig(lr=1e-4),
+        caption_dropout=0.0,
+        compute=ComputeConfig(precision="bf16" if bf16 else "fp32", **options),
+    )
+
+
 def build(config: DiTConfig, mesh: Mesh, bf16: bool, options: dict[str, Any]) -> WanDiT:
     """The part of this rank, with the same weights everywhere; the head, which starts at zero, is drawn too."""
-    with torch.device("meta"):
-        model = WanDiT(config)
-    apply_layout(model, mesh, ComputeConfig(precision="bf16" if bf16 else "fp32", **options))
-    model.to_empty(device=mesh.device)
-    init_weights(model, 0, params.fill)
+    model = build_model(run_of(bf16, options), config, mesh)
     for name, param in model.named_parameters():
         if name == "head.head.weight":
             drawn = 0.02 * torch.randn(param.shape, generator=torch.Generator().manual_seed(1))
@@ -89,12 +96,10 @@ def build(config: DiTConfig, mesh: Mesh, bf16: bool, options: dict[str, Any]) ->
 
 def read_batch(config: DiTConfig, mesh: Mesh, shapes: str, budget: int) -> Batch:
     """The packs of this data rank of one step; at least as many samples as ranks."""
-    source = MockDataset(shapes, config.text_dim, WAN_21, size=1)
-    samples = max(len(source.rows("train")), 2 * world_size())
-    batch = BatchConfig(samples=samples, tokens_per_pack=budget)
-    plan = Plan([source], [SourceConfig(path="")], batch, 0, partial(train_flops, config), mesh.layout.data_ranks)
-    objective = Objective(FlowConfig(), 0, samples, 0.0, None, config.in_channels, config.text_dim)
-    with Loader([source], plan, 0, partial(build_batch, objective=objective), rank=mesh.data_rank) as loader:
+    sources: list[Source] = [MockDataset(shapes, config.text_dim, WAN_21, size=1)]
+    run = run_of(False, {}, max(len(sources[0].rows("train")), 2 * world_size()), budget)
+    plan = build_plan(run, config, sources, mesh.layout.data_ranks)
+    with build_loader(run, config, sources, plan, 0, None, mesh.data_rank) as loader:
         return next(iter(loader))
 
 

@@ -1,20 +1,18 @@
 """The demo's task, with images and clips of several sizes: captioned moving shapes, encoded by the tiny pipeline.
 
 In: how many of which size. Out: a prepared folder, opened, and a run of wanloom's on it, step by step. The one
-decision: everything is done by the code that `wanloom train` runs (plan, loader, packs, keyed draws, step, optimizer),
-put together here so that a benchmark can stop between two steps.
+decision: all is composed by what `wanloom train` calls, of the recipe `tiny`; only the loop is its own, so that a
+benchmark can stop between two steps.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from wanloom.codecs.text import TextCodec
 from wanloom.codecs.vae import VaeCodec
-from wanloom.data.loader import Loader, Plan
-from wanloom.data.settings import BatchConfig, SourceConfig
+from wanloom.data.settings import DataConfig
 from wanloom.data.shards import Dataset
 from wanloom.data.tar import END, tar_pair
 from wanloom.demo.shapes import SEEN, build_clip
@@ -22,23 +20,19 @@ from wanloom.evaluate.validation import build_validation
 from wanloom.files import write_atomic
 from wanloom.formats.pipeline import find_pipeline
 from wanloom.model.dit import WanDiT
-from wanloom.model.flops import train_flops
-from wanloom.model.init import init_weights
-from wanloom.objective.inputs import Objective
-from wanloom.objective.settings import FlowConfig
 from wanloom.parallel.mesh import ONE_PROCESS, Mesh
-from wanloom.train.optim import AdamW
-from wanloom.train.settings import OptimizerConfig
-from wanloom.train.step import Batch, StepResult, build_batch, train_step
+from wanloom.runs.build import build_loader, build_parts, build_plan
+from wanloom.runs.recipe import build_run
+from wanloom.train.settings import EmaConfig
+from wanloom.train.step import Batch, StepResult, train_step
 from wanloom.variants import VARIANTS
 
 CONFIG = VARIANTS["tiny"].shape
 ALONE = Mesh(ONE_PROCESS, torch.device("cpu"))
-SAMPLES, BUDGET = 16, 1280  # of a step, and tokens of a pack: as recipes/tiny.yaml has them
-OPTIMIZER = OptimizerConfig(lr=4e-3, betas=(0.9, 0.99), weight_decay=0.01)
-WARM_UP = 40  # steps
-CLIP_NORM = 1.0
-FLOW = FlowConfig(sampler="uniform", shift=3.0, stratified=True)
+TINY = build_run("tiny", {"caption_dropout": 0.0})  # a peer would need the same draws
+SAMPLES, BUDGET = TINY.batch.samples, TINY.batch.tokens_per_pack
+OPTIMIZER, FLOW, CLIP_NORM = TINY.optimizer, TINY.flow, TINY.clip_norm
+WARM_UP = TINY.schedule.warmup_steps
 
 Size = tuple[int, int, int]  # frames, height, width in pixels
 
@@ -65,25 +59,6 @@ def write_data(folder: Path, train: Mapping[Size, int], val: Mapping[Size, int])
     return Dataset.open(folder)
 
 
-def build_objective(seed: int, flow: FlowConfig = FLOW) -> Objective:
-    """Captions are never dropped: a peer would need the same draws."""
-    return Objective(
-        flow=flow,
-        seed=seed,
-        num_samples=SAMPLES,
-        caption_dropout=0.0,
-        empty_text=None,
-        channels=CONFIG.in_channels,
-        text_dim=CONFIG.text_dim,
-    )
-
-
-def build_plan(data: Dataset, seed: int) -> Plan:
-    """Which samples make a step."""
-    batch = BatchConfig(samples=SAMPLES, tokens_per_pack=BUDGET)
-    return Plan([data], [SourceConfig(path=data.path)], batch, seed, partial(train_flops, CONFIG))
-
-
 def learning_rate(step: int) -> float:
     """Constant after a linear start."""
     return OPTIMIZER.lr * min((step + 1) / WARM_UP, 1.0)
@@ -93,12 +68,12 @@ class OwnRun:
     """A run of wanloom's, fp32; the loader's thread reads ahead. Close it."""
 
     def __init__(self, data: Dataset, seed: int) -> None:
-        self.model = WanDiT(CONFIG)
-        init_weights(self.model, seed)
-        self.steps = 0
-        self._optimizer = AdamW(dict(self.model.named_parameters()), OPTIMIZER)
-        assemble = partial(build_batch, objective=build_objective(seed))
-        self._loader = Loader([data], build_plan(data, seed), 0, assemble)
+        own = {"seed": seed, "data": DataConfig(path=data.path), "optimizer": OPTIMIZER, "ema": EmaConfig()}
+        run = TINY.model_copy(update=own)
+        plan = build_plan(run, CONFIG, [data], data_ranks=1)
+        self._parts = build_parts(run, CONFIG, ALONE, plan, None)
+        self.model, self.steps = self._parts.model, 0
+        self._loader = build_loader(run, CONFIG, [data], plan, 0, None, rank=0)
         self._batches = iter(self._loader)
 
     def next_batch(self) -> Batch:
@@ -107,8 +82,8 @@ class OwnRun:
     def step(self, batch: Batch | None = None) -> StepResult:
         """One step, on the next batch where none is given."""
         batch = batch or self.next_batch()
-        result = train_step(self.model, self._optimizer.named, ALONE, batch, FLOW, CLIP_NORM)
-        self._optimizer.step(learning_rate(self.steps))
+        result = train_step(self.model, self._parts.trained, ALONE, batch, FLOW, CLIP_NORM)
+        self._parts.optimizer.step(learning_rate(self.steps))
         self.steps += 1
         return result
 

@@ -39,11 +39,9 @@ def build_plan(
     return Plan(sources, run.data.resolved(), run.batch, run.seed, flops, data_ranks)
 
 
-def build_loader(
-    run: Run, config: DiTConfig, sources: list[Source], plan: Plan, start_step: int, empty: Tensor | None, rank: int
-) -> Loader[Batch]:
-    """The steps of a data rank from `start_step` on, as the model takes them; `empty` is the empty caption."""
-    objective = Objective(
+def build_objective(run: Run, config: DiTConfig, empty: Tensor | None) -> Objective:
+    """How a sample becomes input and target; `empty` is the empty caption."""
+    return Objective(
         flow=run.flow,
         seed=run.seed,
         num_samples=run.batch.samples,
@@ -52,7 +50,14 @@ def build_loader(
         channels=config.out_channels,
         text_dim=config.text_dim,
     )
-    return Loader(sources, plan, start_step, partial(build_batch, objective=objective), run.data.prefetch, rank)
+
+
+def build_loader(
+    run: Run, config: DiTConfig, sources: list[Source], plan: Plan, start_step: int, empty: Tensor | None, rank: int
+) -> Loader[Batch]:
+    """The steps of a data rank from `start_step` on, as the model takes them."""
+    assemble = partial(build_batch, objective=build_objective(run, config, empty))
+    return Loader(sources, plan, start_step, assemble, run.data.prefetch, rank)
 
 
 def build_model(run: Run, config: DiTConfig, mesh: Mesh, init: Init | None) -> WanDiT:
