@@ -33,7 +33,7 @@ from wanloom.geometry import WAN_21
 from wanloom.media.framing import FramingConfig, choose_crop
 from wanloom.media.video import TimingConfig, read_clips
 from wanloom.prepare.encode import Encoders
-from wanloom.prepare.run import encode_folder
+from wanloom.prepare.run import PrepareJob, encode_folder
 from wanloom.prepare.settings import PrepareConfig
 
 SLOTS = 226
@@ -80,14 +80,14 @@ def _row(
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as out:
-            encode_folder(clips, Path(out) / "out", config, WAN_21, identity, lambda: encoders)
+            encode_folder(PrepareJob(clips, Path(out) / "out", config, WAN_21, identity, lambda: encoders))
 
     def theirs() -> None:
         with tempfile.TemporaryDirectory() as out:
             run_script(clips, Path(out) / "shard.tar", size, encode, text)
 
     with tempfile.TemporaryDirectory() as out:
-        encode_folder(clips, Path(out) / "out", config, WAN_21, identity, lambda: encoders)
+        encode_folder(PrepareJob(clips, Path(out) / "out", config, WAN_21, identity, lambda: encoders))
         apart = _check(clips, Dataset.open(Path(out) / "out"), config, encode, text)
     taken = {name: [s / number for s in values] for name, values in take_turns({"peer": theirs, "ours": ours}).items()}
     return Row(
