@@ -41,15 +41,8 @@ def build_plan(
 
 def build_objective(run: Run, config: DiTConfig, empty: Tensor | None) -> Objective:
     """How a sample becomes input and target; `empty` is the empty caption."""
-    return Objective(
-        flow=run.flow,
-        seed=run.seed,
-        num_samples=run.batch.samples,
-        caption_dropout=run.caption_dropout,
-        empty_text=empty,
-        channels=config.out_channels,
-        text_dim=config.text_dim,
-    )
+    sizes = config.in_channels, config.text_dim
+    return Objective(run.flow, run.seed, run.batch.samples, run.caption_dropout, empty, *sizes)
 
 
 def build_loader(
