@@ -39,6 +39,7 @@ from wanloom.parallel.mesh import ONE_PROCESS, Mesh, resolve_layout
 from wanloom.parallel.settings import ComputeConfig, ParallelConfig
 from wanloom.runs.build import build_loader, build_model, build_plan
 from wanloom.runs.recipe import Run
+from wanloom.runs.trained import open_init
 from wanloom.train.settings import OptimizerConfig, TrainConfig
 from wanloom.train.step import Batch, forward_backward
 from wanloom.variants import VARIANTS
@@ -86,7 +87,8 @@ def run_of(bf16: bool, options: dict[str, Any], samples: int = 1, budget: int = 
 
 def build(config: DiTConfig, mesh: Mesh, bf16: bool, options: dict[str, Any]) -> WanDiT:
     """The part of this rank, with the same weights everywhere; the head, which starts at zero, is drawn too."""
-    model = build_model(run_of(bf16, options), config, mesh)
+    run = run_of(bf16, options)
+    model = build_model(run, config, mesh, open_init(run, config))
     for name, param in model.named_parameters():
         if name == "head.head.weight":
             drawn = 0.02 * torch.randn(param.shape, generator=torch.Generator().manual_seed(1))
