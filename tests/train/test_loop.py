@@ -104,7 +104,7 @@ def test_the_average_follows_every_update(monkeypatch):
     settings = Settings(TrainConfig(steps=6), 1.0, schedule, FlowConfig(), None, LogConfig())
     optimizer = SimpleNamespace(step=lambda lr: done.append(("weights", lr)))
     average = SimpleNamespace(update=lambda count: done.append(("average", count)))
-    parts: Any = SimpleNamespace(model=None, mesh=None, optimizer=optimizer, ema=average)
+    parts: Any = SimpleNamespace(model=None, trained={}, mesh=None, optimizer=optimizer, ema=average)
     none: Any = None
     trainer = Trainer(parts, settings, RunState(), [], none, (), none)
     for step in range(4):
