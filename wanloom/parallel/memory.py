@@ -13,13 +13,11 @@ from typing import NamedTuple
 from wanloom.model.dit import WanDiT, keeps_fp32
 from wanloom.model.settings import DiTConfig
 from wanloom.parallel.mesh import Layout
-from wanloom.parallel.pipeline import stage_blocks
+from wanloom.parallel.pipeline import is_on_stage, stage_blocks
 from wanloom.parallel.settings import Recompute
 from wanloom.parallel.tensor import split_dim
 
 FP32 = 4  # bytes; of weights, gradients, both moments and the average
-FIRST_STAGE = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")
-LAST_STAGE = ("head",)
 
 
 class Kept(NamedTuple):
@@ -92,14 +90,6 @@ def held_params(model: WanDiT, layout: Layout, rank: int) -> dict[str, Held]:
             copies *= layout.fsdp
         held[name] = Held(math.prod(shape), copies, in_block, is_sharded)
     return held
-
-
-def is_on_stage(name: str, blocks: range, stage: int, stages: int) -> bool:
-    """Whether a stage has a parameter."""
-    first, *rest = name.split(".")
-    if first == "blocks":
-        return int(rest[0]) in blocks
-    return (first in FIRST_STAGE and stage == 0) or (first in LAST_STAGE and stage == stages - 1)
 
 
 def state_bytes(

@@ -21,6 +21,9 @@ from wanloom.model.sequence import Pack
 from wanloom.model.text import fold_text
 from wanloom.parallel.mesh import Mesh
 
+FIRST_STAGE = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")
+LAST_STAGE = ("head",)
+
 Loss = Callable[[int, Tensor], Tensor]
 
 
@@ -31,17 +34,23 @@ def stage_blocks(num_layers: int, stages: int, stage: int) -> range:
     return range(first, first + size + (stage < more))
 
 
+def is_on_stage(name: str, blocks: range, stage: int, stages: int) -> bool:
+    """Whether a stage has a parameter, or a module."""
+    first, *rest = name.split(".")
+    if first == "blocks":
+        return int(rest[0]) in blocks
+    return (first in FIRST_STAGE and stage == 0) or (first in LAST_STAGE and stage == stages - 1)
+
+
 def apply_pipeline(model: WanDiT, mesh: Mesh) -> None:
     """Take away what is on other stages, in place."""
-    kept = {str(i) for i in stage_blocks(model.config.num_layers, mesh.layout.pp, mesh.place["pp"])}
-    for name in list(model.blocks):
-        if name not in kept:
-            del model.blocks[name]
-    if not mesh.is_first_stage:
-        del model.patch_embedding, model.text_embedding, model.time_embedding, model.time_projection
-    if not mesh.is_last_stage:
-        del model.head
-        model.has_head = False
+    stage, stages = mesh.place["pp"], mesh.layout.pp
+    blocks = stage_blocks(model.config.num_layers, stages, stage)
+    for name in (*(f"blocks.{i}" for i in model.blocks), *FIRST_STAGE, *LAST_STAGE):
+        if not is_on_stage(name, blocks, stage, stages):
+            parent, _, last = name.rpartition(".")
+            delattr(model.get_submodule(parent), last)
+    model.has_head = mesh.is_last_stage
 
 
 class Flight(NamedTuple):
