@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from wanloom.data.places import SPLITS
 from wanloom.errors import UserError
 
 INDEX = "index.parquet"
-SPLITS = ("train", "val")
 AGAIN = f"delete {INDEX} to have it built again."
 MOST = 2**62  # a place in a file; two of them can be added up
 

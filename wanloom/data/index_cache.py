@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wanloom.data.index import SCHEMA, SPLITS, Builder, Columns, file_names, index_of, map_files
+from wanloom.data.index import SCHEMA, Builder, Columns, file_names, index_of, map_files
+from wanloom.data.places import SPLITS
 from wanloom.errors import UserError
 from wanloom.files import parse_json, write_atomic
 

@@ -11,6 +11,7 @@ from wanloom.errors import UserError
 DONE = "prepare.json"  # written last: the folder is complete
 WORK = ".work"  # what prepare keeps while it runs
 REPORT = "report.json"
+SPLITS = ("train", "val")
 
 
 def check_folders(source: Path, out: Path) -> None:

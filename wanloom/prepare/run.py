@@ -20,7 +20,7 @@ import torch
 
 import wanloom
 from wanloom.data.index import INDEX, build_table, encode_index
-from wanloom.data.places import DONE, REPORT, WORK, check_folders
+from wanloom.data.places import DONE, REPORT, SPLITS, WORK, check_folders
 from wanloom.data.shards import index_rows
 from wanloom.data.tar import scan_tar
 from wanloom.dist import rank, together
@@ -34,7 +34,7 @@ from wanloom.prepare.journal import Journal
 from wanloom.prepare.listing import InputPlan, build_plan, read_entries
 from wanloom.prepare.report import Report, explain_nothing
 from wanloom.prepare.settings import PrepareConfig, fit_config
-from wanloom.prepare.shard_writer import SPLITS, ShardWriter
+from wanloom.prepare.shard_writer import ShardWriter
 from wanloom.prepare.work_queue import COMPLETE, PLANNED, WorkQueue
 from wanloom.terminal import plural
 

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from wanloom.data.places import DONE, WORK
+from wanloom.data.places import DONE, SPLITS, WORK
 from wanloom.data.tar import END, scan_tar
 from wanloom.errors import UserError
 from wanloom.files import lock_folder, write_atomic
 from wanloom.prepare.journal import Journal
 
-SPLITS: tuple[str, ...] = ("train", "val")
 COPY_BYTES = 1 << 24
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from wanloom.data.loader import Source, open_sources
 from wanloom.model.dit import on_meta
 from wanloom.model.settings import DiTConfig
-from wanloom.parallel.memory import KEPT, States, activation_bytes, held_params, state_bytes
+from wanloom.parallel.memory import FP32, KEPT, States, activation_bytes, held_params, state_bytes
 from wanloom.parallel.mesh import AXES, Layout
 from wanloom.parallel.settings import Recompute
 from wanloom.runs.build import build_plan
@@ -19,7 +19,6 @@ from wanloom.runs.found import model_geometry
 from wanloom.runs.recipe import Run, settle_steps
 
 STEPS_PLANNED = 20  # enough for a mean of packs per step
-FP32 = 4  # bytes
 
 
 class ModelSize(NamedTuple):
