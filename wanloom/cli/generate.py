@@ -89,8 +89,9 @@ def make(generation: "Generation", out: Path, done: list[int], stop: StopSignal)
     began, total = time.monotonic(), len(generation.prompts)
     tell: Callable[[str], None] = say if rank() == 0 else lambda _: None
     config, place = generation.config, generation.place
+    where = place.layout.describe_on(place.device)
     tell(
-        f"{generation.files.name} on {place.words} in {place.precision}, attention by {place.kernel}: {total} to make "
+        f"{generation.files.name} on {where} in {place.precision}, attention by {place.kernel}: {total} to make "
         f"with {config.steps} steps of {config.solver}, guidance {config.guidance:g}"
         + (f", {len(done)} of them there already" if done else "")
     )

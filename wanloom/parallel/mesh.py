@@ -68,6 +68,10 @@ class Layout:
         """The axes that are used, such as `dp_shard 4 x cp_ulysses 2`."""
         return " x ".join(f"{a} {n}" for a, n in zip(AXES, self.sizes, strict=True) if n > 1) or "one process"
 
+    def describe_on(self, device: torch.device) -> str:
+        """What computes, such as `8 x cuda (dp_shard 8)`."""
+        return str(device) if self.world == 1 else f"{self.world} x {device.type} ({self.describe()})"
+
 
 def resolve_layout(config: ParallelConfig, world: int, model: DiTConfig, num_samples: int | None = None) -> Layout:
     """The size of every axis for `world` processes; `num_samples` is that of a step, None where nothing is trained.

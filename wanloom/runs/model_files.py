@@ -59,12 +59,6 @@ class Placing(NamedTuple):
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-    @property
-    def words(self) -> str:
-        """What computes."""
-        world = self.layout.world
-        return str(self.device) if world == 1 else f"{world} x {self.device.type} ({self.layout.describe()})"
-
 
 def find_files(asked: Asked) -> ModelFiles:
     """The pipeline, and the weights of the transformer, which may be elsewhere."""

@@ -174,8 +174,7 @@ def tell_run(run: Run, mesh: Mesh, sources: Sequence[Source], plan: Plan, unknow
     check_origins(run, say)
     note_unhashed(sources, say)
     sizes = [len(index) for index in plan.indices]
-    device, layout = mesh.device, mesh.layout
-    where = device.type if layout.world == 1 else f"{layout.world} x {device.type} ({layout.describe()})"
+    where = mesh.layout.describe_on(device := mesh.device)
     where += f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     say(
         f"{run.model} from {run.init} weights on {where} in {run.compute.precision}, attention by "
