@@ -5,7 +5,7 @@ A config class sits beside the code that reads it; `runs/recipe.py` only compose
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import yaml
@@ -278,3 +278,13 @@ def setting_paths(cls: type[Config], prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
             out += setting_paths(field.annotation, f"{prefix}{name}.")
     return out
+
+
+def leaves_of(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting in nested values by its path; items of a list have a number where they are settings too."""
+    pairs = values.items() if isinstance(values, dict) else enumerate(values)
+    for key, value in pairs:
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
+            yield from leaves_of(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -6,10 +6,10 @@ presets and defaults hold is nobody's wish. What depends on the data or the devi
 and a run that is cut short by `train.steps` may keep the rest of its words.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wanloom.config import section_at
+from wanloom.config import leaves_of, section_at
 from wanloom.errors import UserError
 from wanloom.objective.settings import PRESETS
 from wanloom.runs.layers import Recipe, name_of, read_layers, recipe_names
@@ -63,7 +63,7 @@ RULES = (
 
 def check_words(run: "Run", words: dict[str, Any]) -> None:
     """Raises UserError when `words` of the command line have no effect on the run."""
-    for sentence in _idle(run, {name for name, _ in _leaves(words)}):
+    for sentence in _idle(run, {name for name, _ in leaves_of(words)}):
         raise UserError(f"{sentence}: leave it out, or change the other.")
 
 
@@ -74,9 +74,9 @@ def find_notes(run: "Run", recipe: Recipe) -> list[str]:
     said = dict[str, Any]()
     for layer in read_layers(recipe):
         for values in (layer.values, *layer.modes.values()):
-            said |= dict(_leaves(values))
+            said |= dict(leaves_of(values))
     # a recipe that `wanloom show` wrote holds the presets too
-    preset = [pair for values in PRESETS.values() for pair in _leaves({"flow": values})]
+    preset = [pair for values in PRESETS.values() for pair in leaves_of({"flow": values})]
     names = {name for name, value in said.items() if (name, value) not in preset and _value(run, name) == value}
     return [f"{sentence} ({name_of(recipe)} says it)." for sentence in _idle(run, names)]
 
@@ -90,16 +90,6 @@ def _idle(run: "Run", names: set[str]) -> list[str]:
             if value != _default(run, name) and (reason := rule.reason(run)):
                 found.setdefault(name, f"{name}={_word(value)} has no effect {reason}")
     return [found[name] for name in sorted(found)]
-
-
-def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting in nested values by its path; items of a list have a number."""
-    pairs = values.items() if isinstance(values, dict) else enumerate(values)
-    for key, value in pairs:
-        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", tuple(value) if isinstance(value, list) else value
 
 
 def _value(run: "Run", name: str) -> Any:

@@ -14,6 +14,7 @@ import torch
 
 from wanloom.checkpoint.saved import read_state
 from wanloom.checkpoint.writer import load_tensors
+from wanloom.config import leaves_of
 from wanloom.data.loader import Plan
 from wanloom.errors import UserError
 from wanloom.keys import SCHEME
@@ -75,20 +76,13 @@ def check_settings(run: Run, newest: Path) -> None:
 
 def changed_settings(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
     """The settings that differ between two runs and may not change when a run is resumed: before and now, by name."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    before, after = (dict(leaves_of(run.model_dump(mode="json"))) for run in (old, new))
     pairs = {key: (before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys())}
     return {
         key: (was, now)
         for key, (was, now) in pairs.items()
         if was != now and not any(fnmatch(key, may) for may in MAY_CHANGE)
     }
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out = {}
-    for key, value in values.items():
-        out |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
 
 
 def restore(parts: Parts, checkpoint: Path, step: int, say: Callable[[str], None]) -> None:
