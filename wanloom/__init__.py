@@ -58,10 +58,11 @@ def train(
     where the run ended. Raises UserError for a mistake. Started by torchrun, each process is a rank of the run.
     """
     from wanloom.dist import process_group
+    from wanloom.runs.recipe import MIX
     from wanloom.runs.train import train_recipe
 
     with process_group():
-        return train_recipe(recipe, settings or {}, training_mode, "mix" if mock is True else mock or None)
+        return train_recipe(recipe, settings or {}, training_mode, MIX if mock is True else mock or None)
 
 
 def load_run(run: str | Path, *, ema: bool = False, device: str | None = None) -> "LoadedRun":

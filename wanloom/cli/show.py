@@ -13,7 +13,7 @@ from wanloom.memory import GIB
 from wanloom.runs.checks import check_folder
 from wanloom.runs.effects import find_notes
 from wanloom.runs.layers import recipe_names
-from wanloom.runs.recipe import Run, build_run
+from wanloom.runs.recipe import MIX, MODES, Run, build_run
 from wanloom.terminal import Terminal, note, plural, say, show_log
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "target", metavar="TARGET", nargs="?", help="a recipe, a YAML file, a run folder or a prepared folder"
     )
     parser.add_argument("settings", metavar="key.path=value", nargs="*", help="settings that replace the recipe's")
-    parser.add_argument("--training-mode", choices=("pretrain", "finetune"), help="as for `wanloom train`")
-    parser.add_argument("--mock", nargs="?", const="mix", metavar="SHAPES", help="as for `wanloom train`")
+    parser.add_argument("--training-mode", choices=MODES, help="as for `wanloom train`")
+    parser.add_argument("--mock", nargs="?", const=MIX, metavar="SHAPES", help="as for `wanloom train`")
     parser.add_argument("--world", type=int, metavar="N", help="show the layout of a recipe over N processes")
     parser.add_argument(
         "--explain",

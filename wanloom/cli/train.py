@@ -7,7 +7,7 @@ import sys
 from wanloom.cli import launch
 from wanloom.cli.hints import generate_command
 from wanloom.runs.checks import check_places
-from wanloom.runs.recipe import build_run
+from wanloom.runs.recipe import MIX, MODES, build_run
 from wanloom.terminal import Outlet, Terminal, say
 
 HELP = """Train a model.
@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", metavar="key.path=value", nargs="*", help="settings that replace the recipe's")
     parser.add_argument(
         "--training-mode",
-        choices=("pretrain", "finetune"),
+        choices=MODES,
         help="preset of noise levels and optimizer; without it, pretrain for init=random, finetune for init=pretrained",
     )
     parser.add_argument(
         "--mock",
         nargs="?",
-        const="mix",
+        const=MIX,
         metavar="SHAPES",
         help="made-up data (frames x height x width), such as 81x480x832,1x480x832*4; without SHAPES clips and images "
         "that fit the recipe",

@@ -15,7 +15,7 @@ from wanloom.devices import check_device_name
 from wanloom.errors import UserError, cut
 from wanloom.formats.pipeline import check_name
 from wanloom.geometry import Geometry
-from wanloom.model.settings import check_kernel_name
+from wanloom.model.settings import KERNELS, check_kernel_name
 from wanloom.runs.found import check_weights, find_trained, is_published, model_geometry
 from wanloom.sample.prompts import MAX_SEED, Prompt
 from wanloom.sample.settings import GenerateConfig, SolverName
@@ -66,7 +66,7 @@ class Asked(Config):
     precision: Literal["fp32", "bf16"] | None = Field(
         default=None, description="of transformer and text encoder; default bf16 on a GPU, else fp32"
     )
-    kernel: str = Field(default="auto", description="of attention: cudnn, flash, efficient or auto")
+    kernel: str = Field(default="auto", description=f"of attention: {', '.join(KERNELS)}")
     device: str | None = Field(
         default=None, description="such as cpu or cuda:1; default: the first GPU where there is one"
     )

@@ -29,6 +29,7 @@ from wanloom.runs.names import NAMES_BEFORE, NAMES_ELSEWHERE
 from wanloom.train.settings import EmaConfig, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from wanloom.variants import find_variant
 
+MODES = tuple(PRESETS)
 MIX = "mix"
 MIXES = {  # made-up shapes, by the tokens of the clip
     32760: "81x480x832,1x480x832*4",
