@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from wanloom.data import index, index_cache
-from wanloom.data.index import INDEX, SCHEMA, Row, build_table, encode_index, read_table
+from wanloom.data.index import INDEX, SCHEMA, Row, build_table, bytes_of, encode_index, read_table
 from wanloom.data.index_cache import cache_root, open_index
 from wanloom.errors import UserError
 
@@ -74,6 +74,13 @@ def test_mapped_columns_are_those_in_memory(tmp_path, cache):
     assert dict(zip(mapped.shards, mapped.ends, strict=True)) == ends
     assert {path.name for path in (tmp_path / "data").iterdir()} == {INDEX}  # nothing beside the data
     assert len([*cache.iterdir()]) == 1
+
+
+def test_strings_of_a_part_of_a_column_are_those_of_the_part():
+    """Arrow cuts without a copy: the strings then begin somewhere within those of the whole."""
+    words = ["", "a", "bcd", "\u00e9", "", "fghij"]
+    ends, data = bytes_of(pa.array(words).slice(2, 3))
+    assert ends.tolist() == [3, 5, 5] and data.tobytes().decode() == "bcd\u00e9"
 
 
 def test_columns_are_made_once_and_anew_when_a_file_was_cut(tmp_path, cache, monkeypatch):

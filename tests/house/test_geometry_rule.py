@@ -7,7 +7,7 @@ import pytest
 from sources import FILES, PACKAGE, nodes_of
 
 FACTORS = {4, 8, 16, 48}  # of the VAEs of Wan: frames, pixels, channels
-SIZE = re.compile(r"(?:\b|_)(?:heights?|widths?|frames|rows|cols|columns|sides?|channels)\b")
+SIZE = re.compile(r"(?:\b|_)(?:heights?|widths?|frames|rows|cols|columns|sides?|channels)\b|\bshape\[")
 KNOWN = ("codecs/", "variants.py", "geometry.py")
 NAMES = {"channels", "latent_channels", "pixels"}
 
@@ -46,6 +46,7 @@ def test_a_file_asks_for_the_geometry(path):
         "if clip.width % 16: pass",
         "f(4 * (num_frames - 1) + 1)",
         "shape = 8 * columns",
+        "rows = latents.shape[-1] // 8",
         "Geometry(pixels=p, channels=16)",
     ],
 )

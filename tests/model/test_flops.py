@@ -38,12 +38,15 @@ def test_agrees_with_the_counter_of_torch(shape, text_len):
 
 @pytest.mark.parametrize("parts", ["", ".ffn.", "blocks.0.", "cross_attn", "text_embedding", "head.head.bias"])
 def test_training_of_some_parameters_agrees_with_the_counter_of_torch(parts):
-    """Also the gradients of tokens and text are asked for: the convention counts those of all inputs."""
+    """Also the gradients of tokens and text are asked for: the convention counts those of all inputs.
+
+    Of few tokens and much text: what is counted with the wrong one of the two is far off.
+    """
     model = build_model(WIDE)
     names = [name for name, _ in model.named_parameters() if parts in name]
     for name, param in model.named_parameters():
         param.requires_grad_(name in names)
-    samples = draw_samples(WIDE, [(5, 16, 16)], [250], seed=0)
+    samples = draw_samples(WIDE, [(3, 8, 8)], [250], seed=0)
     pack = replace(samples.pack, tokens=samples.pack.tokens.requires_grad_(), text=samples.pack.text.requires_grad_())
     with FlopCounterMode(display=False) as counter:
         model(pack, samples.sigma).sum().backward()

@@ -16,7 +16,10 @@ def test_every_row_is_a_layer_of_the_model():
 
 def test_parameters_are_cut_by_outputs_inputs_or_not_at_all():
     dims = {name: split_dim(name) for name, _ in build_model().named_parameters()}
-    names = ("self_attn.q", "cross_attn.norm_k", "ffn.0", "self_attn.o", "ffn.2", "norm3", "modulation")
+    names = ("cross_attn.norm_k", "ffn.0", "ffn.2", "norm3", "modulation")
     found = [(dims[f"blocks.1.{name}.weight"], dims.get(f"blocks.1.{name}.bias")) for name in names]
-    assert found == [(0, 0), (0, None), (0, 0), (1, None), (1, None), (None, None), (None, None)]
+    assert found == [(0, None), (0, 0), (1, None), (None, None), (None, None)]
+    for attention in ("blocks.0.self_attn", "blocks.1.cross_attn"):
+        assert all(dims[f"{attention}.{name}.weight"] == dims[f"{attention}.{name}.bias"] == 0 for name in "qkv")
+        assert (dims[f"{attention}.o.weight"], dims[f"{attention}.o.bias"]) == (1, None)
     assert dims["text_embedding.2.weight"] == 1 and dims["head.head.weight"] is None

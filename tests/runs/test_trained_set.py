@@ -139,10 +139,10 @@ def test_a_name_that_is_none_is_said(tmp_path):
         train(run_of(tmp_path, 1), ["blocks.1.ffn.0.wight"])
 
 
-@pytest.mark.parametrize("layout", ["dp_shard", "pp"])
-def test_two_ranks_train_the_same_parameter(tmp_path, layout):
-    """FSDP, and stages of which the first trains nothing; saved in the middle, against one process."""
-    train(run_of(tmp_path / "one", 4), [NAME])
+@pytest.mark.parametrize(("layout", "trained"), [("dp_shard", NAME), ("pp", NAME), ("pp", "blocks.4.ffn.0.weight")])
+def test_two_ranks_train_the_same_parameter(tmp_path, layout, trained):
+    """FSDP, and stages of which the last, or the first, trains nothing; saved in the middle, against one process."""
+    train(run_of(tmp_path / "one", 4), [trained])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ranks = []
@@ -150,7 +150,7 @@ def test_two_ranks_train_the_same_parameter(tmp_path, layout):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         place["PYTHONPATH"] = str(Path(__file__).parents[1])
-        words = [sys.executable, __file__, str(tmp_path / "two"), layout]
+        words = [sys.executable, __file__, str(tmp_path / "two"), layout, trained]
         ranks.append(subprocess.Popen(words, env=os.environ | place))
     assert [process.wait(timeout=300) for process in ranks] == [0, 0]
     one, two = (stored(find_checkpoint(tmp_path / name)) for name in ("one", "two"))
@@ -160,14 +160,14 @@ def test_two_ranks_train_the_same_parameter(tmp_path, layout):
     assert find_checkpoint(tmp_path / "two").name == "step_0000004"
 
 
-def be_rank(run_dir: Path, layout: str) -> None:
+def be_rank(run_dir: Path, layout: str, trained: str) -> None:
     """Two steps, and from the checkpoint the two after them."""
     with process_group():
         for steps in (2, 4):
             run = run_of(run_dir, steps)
             axes = run.parallel.model_copy(update={"pp": 2 if layout == "pp" else 1})
-            train(run.model_copy(update={"parallel": axes}), [NAME])
+            train(run.model_copy(update={"parallel": axes}), [trained])
 
 
 if __name__ == "__main__":
-    be_rank(Path(sys.argv[1]), sys.argv[2])
+    be_rank(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
