@@ -15,7 +15,7 @@ from small_folders import config, put_image, put_video, small_shards
 from wanloom.data.shards import Dataset
 from wanloom.geometry import WAN_21
 from wanloom.prepare import run as prepare_module
-from wanloom.prepare.run import encode_folder
+from wanloom.prepare.run import PrepareJob, encode_folder
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "ShardWriter", small_shards)
-        encode_folder(root / "in", root / "out", settings, WAN_21, IDENTITY, build_encoders)
+        encode_folder(PrepareJob(root / "in", root / "out", settings, WAN_21, IDENTITY, build_encoders))
     return root / "out"
 
 
