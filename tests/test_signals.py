@@ -91,3 +91,17 @@ def test_ctrl_c_is_what_it_was_after_that():
             os.kill(os.getpid(), signal.SIGINT)  # ignored as before
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_thread_of_another_program_may_train():
+    """Python sets handlers in the main thread only: elsewhere the signals are left to whose thread it is."""
+    found, before = [], signal.getsignal(signal.SIGTERM)
+
+    def work() -> None:
+        with StopSignal("this step") as stop:
+            found.append((stop.received, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(None, before)]

@@ -68,6 +68,8 @@ class StopSignal:
     Not a second SIGHUP: a closed terminal sends several, and there is no one who insists. One that is ignored, as below
     nohup, stays so.
 
+    Outside of the main thread, where Python hands no signal to, it waits for none: whose thread that is decides.
+
     Of a run of several processes one tells the user. There a second signal right after the first is the same one: a
     launcher passes on what a scheduler has sent to its processes too.
     """
@@ -80,6 +82,8 @@ class StopSignal:
         self._first = 0.0  # when it came
 
     def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in STOPS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue

@@ -111,6 +111,26 @@ def test_what_is_known_of_columns_may_be_damaged(tmp_path, cache, facts):
     assert index_cache.is_whole(made) and (cache_root() / "other" / "facts.json").exists()
 
 
+@pytest.mark.parametrize("name", ["train.caption.ends", "facts.json"])
+def test_columns_that_are_of_their_size_and_damaged_are_made_again(tmp_path, cache, name):
+    file = write(tmp_path / "data", draw_rows())
+    rows = [*open_index(file, "data").splits["train"]]
+    (made,) = cache_root().iterdir()
+    if name == "facts.json":
+        (made / name).write_text(json.dumps({"bytes": json.loads((made / name).read_text())["bytes"]}))
+    else:
+        ends = np.fromfile(made / name, np.int64)
+        (ends - ends[-1] - 9).tofile(made / name)
+    assert [*open_index(file, "data").splits["train"]] == rows
+
+
+def test_a_user_without_a_home_is_told(tmp_path, cache, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        open_index(write(tmp_path / "data", draw_rows()), "data")
+
+
 def test_another_index_has_columns_of_its_own_and_those_of_before_go(tmp_path, cache):
     file = write(tmp_path / "data", draw_rows())
     before = open_index(file, str(tmp_path / "data"))

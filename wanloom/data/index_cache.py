@@ -47,18 +47,28 @@ def open_index(file: Path, path: str) -> Columns:
             if not is_whole(folder):
                 _make(file, path, folder)
                 pa.default_memory_pool().release_unused()  # else this process keeps what reading took
+            try:
+                return _map(folder)  # under the lock: another index of the same folder would remove them
+            except (LookupError, TypeError, ValueError, pa.ArrowException):  # damaged since: the index itself is not
+                _make(file, path, folder)
+                return _map(folder)
     except OSError as error:
         raise UserError(
             f"The columns of the index of '{path}' cannot be written to {folder} ({error.strerror}): make room, or set "
             "XDG_CACHE_HOME to a folder on a disk of this machine."
         ) from error
-    return _map(folder)
 
 
 def cache_root() -> Path:
-    """Where the columns of all indices are."""
+    """Where the columns of all indices are. Raises UserError for a user without a home."""
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "wanloom" / "index"
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "wanloom" / "index"
+    except RuntimeError as error:
+        raise UserError(
+            "The columns of a large index are kept in a folder of the user, and there is none: set XDG_CACHE_HOME to a "
+            "folder on a disk of this machine."
+        ) from error
 
 
 def is_whole(folder: Path) -> bool:
