@@ -46,7 +46,7 @@ SHOWN = 20  # items that differ, of a group
 
 SIZE = ("--model", "tiny", "--height", "64", "--width", "64", "--val-fraction", "0.2", "--shard-size", "1")
 # clips have 80 tokens and stills 16: two or three packs a step. Only settings without which it is not this run
-BATCH = ("batch.samples=4", "batch.tokens_per_pack=160", "schedule.warmup_steps=4", "log.every=1")
+BATCH = ("batch.samples=4", "batch.tokens_per_pack=160", "schedule.warmup_steps=4", "log.every=1", "optimizer.lr=0.004")
 SAVES = ("checkpoint.every=10", "checkpoint.keep=9", "log.validate_every=10")
 ONE = ("train", "tiny", "data.path=data", "run_dir=one", *BATCH, *SAVES)
 TWO = ("train", "tiny", "data.sources=[{path: data, weight: 0.7}, {path: stills, weight: 0.3}]", "run_dir=two")

@@ -83,7 +83,7 @@ def test_what_may_change_and_what_may_not(tmp_path, capsys):
     assert main(words(tmp_path, "train.steps=3", "optimizer.lr=1", "seed=4", "log.every=7")) == 2
     error = capsys.readouterr().err
     assert (
-        "started with other settings: optimizer.lr was 0.004, now 1.0; seed was 0, now 4." in error
+        "started with other settings: optimizer.lr was 0.002, now 1.0; seed was 0, now 4." in error
         and "log.every" not in error.split(".")[0]
     )
     assert main(["train", "tiny", "--mock=1x64x64", f"run_dir={tmp_path}", *SMALL[2:], "train.steps=3"]) == 2

@@ -107,7 +107,7 @@ def test_what_may_change_when_a_run_goes_on(words, changed):
     found = changed_settings(old, new)
     assert list(found) == changed
     if "seed" in found:
-        assert found["seed"] == (0, 7) and found["optimizer.lr"] == (4e-3, 1)
+        assert found["seed"] == (0, 7) and found["optimizer.lr"] == (2e-3, 1)
 
 
 def test_what_may_change_is_documented():
