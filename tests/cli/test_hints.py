@@ -119,12 +119,12 @@ def test_a_sample_that_is_larger_than_a_pack_raises_it(prepared, tmp_path, monke
 
 def test_generate_is_offered_what_was_trained_on(prepared):
     row = Dataset.open(prepared[0]).rows("train")[0]
-    words = shlex.split(generate_command(Path("-x"), row, WAN_21))
+    words = shlex.split(generate_command(Path("-x"), row, WAN_21, False))
     assert words[2:4] == ["--checkpoint", "./-x"] and words[-1] == row.caption == "clip 0"
     assert words[4:10] == ["--frames", "17", "--height", "64", "--width", "64"]
     for caption in ("", " \n", "--help", "x" * 1000):
-        words = shlex.split(generate_command(Path("run"), row._replace(caption=caption), None))
-        assert words == ["wanloom", "generate", "--checkpoint", "run", "--prompt", "a cat that runs"]
+        words = shlex.split(generate_command(Path("run"), row._replace(caption=caption), None, True))
+        assert words == ["wanloom", "generate", "--checkpoint", "run", "--ema", "--prompt", "a cat that runs"]
 
 
 def test_a_run_dir_is_new(tmp_path, monkeypatch):

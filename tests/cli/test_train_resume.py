@@ -90,7 +90,9 @@ def test_what_may_change_and_what_may_not(tmp_path, capsys):
     assert "The training data is not what" in capsys.readouterr().err
     changed = ["train.steps=3", "batch.tokens_per_pack=99", "checkpoint.keep=1", "log.every=1"]
     assert main(words(tmp_path, *changed)) == 0
-    assert "step 3/3" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "step 3/3" in out and "step_0000002, with other settings: batch.tokens_per_pack was" in out
+    assert "train.steps was 2, now 3." in out and "the next checkpoint comes after the last step" in out
 
 
 def test_a_run_of_before_a_setting_was_added_goes_on(tmp_path, capsys):

@@ -23,7 +23,7 @@ from wanloom.runs.recipe import (
     model_config,
     settle_steps,
 )
-from wanloom.runs.resume import MAY_CHANGE, changed_settings
+from wanloom.runs.resume import MAY_CHANGE, changed_settings, may_change
 from wanloom.variants import VARIANTS
 
 STEPS = ["train.steps=3"]
@@ -105,7 +105,7 @@ def test_settings_and_recipes_may_be_mappings_and_paths(tmp_path):
 def test_what_may_change_when_a_run_goes_on(words, changed):
     old, new = (build_run("tiny", w) for w in ([], words))
     found = changed_settings(old, new)
-    assert list(found) == changed
+    assert [name for name in found if not may_change(name)] == changed
     if "seed" in found:
         assert found["seed"] == (0, 7) and found["optimizer.lr"] == (2e-3, 1)
 

@@ -102,7 +102,7 @@ def num_weights(config: "DiTConfig") -> int:
     return config.num_layers * config.dim * (8 * config.dim + 2 * config.ffn_dim)
 
 
-def generate_command(run_dir: Path, sample: "Row", geometry: Geometry | None) -> str:
+def generate_command(run_dir: Path, sample: "Row", geometry: Geometry | None, averaged: bool) -> str:
     """How to make what a run was trained on: the caption and the size of a sample of it."""
     prompt = " ".join(sample.caption.split())
     if not 0 < len(prompt) <= MOST_PROMPT or prompt.startswith("-"):
@@ -110,4 +110,5 @@ def generate_command(run_dir: Path, sample: "Row", geometry: Geometry | None) ->
     shape = geometry.video_shape(sample.frames, sample.height, sample.width) if geometry else ()
     sizes = zip(("--frames", "--height", "--width"), shape, strict=bool(shape))
     words = [word for name, size in sizes for word in (name, str(size))]
-    return shlex.join(["wanloom", "generate", "--checkpoint", as_word(run_dir), *words, "--prompt", prompt])
+    of_run = ["--checkpoint", as_word(run_dir), *(["--ema"] if averaged else [])]
+    return shlex.join(["wanloom", "generate", *of_run, *words, "--prompt", prompt])

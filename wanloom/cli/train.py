@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         how = shlex.join(words) if world_size() == 1 else "the same command again"
         say(f"Stopped by a signal, and saved. To go on: {how}")
     elif rank() == 0 and ended.taken:
-        hint = generate_command(ended.run_dir, ended.sample, ended.geometry)
+        hint = generate_command(ended.run_dir, ended.sample, ended.geometry, ended.averaged)
         terminal = Terminal(file=Outlet(sys.stdout))  # all is saved: a pipe that is closed now is no mistake
         terminal.print(f"Done: {ended.checkpoint}. To make a video: {hint}", soft_wrap=True)
     return 128 + ended.stopped if ended.stopped is not None else 0

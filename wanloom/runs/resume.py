@@ -65,27 +65,33 @@ def find_state(run: Run, newest: Path | None, plan: Plan) -> RunState:
 
 def check_settings(run: Run, newest: Path) -> None:
     """Raises UserError when a setting is not that of the checkpoint and may not change."""
-    if changed := changed_settings(read_run(newest), run):
-        pairs = "; ".join(f"{name} was {was}, now {now}" for name, (was, now) in changed.items())
+    changed = changed_settings(read_run(newest), run)
+    if refused := {name: pair for name, pair in changed.items() if not may_change(name)}:
         raise UserError(
-            f"{run.run_dir} was started with other settings: {pairs}. Give the old values to go on, or start a new run "
-            f"from its weights: init={run.run_dir} run_dir=ANOTHER. (What may change: {', '.join(MAY_CHANGE)}, as long "
-            "as the samples are the same.)"
+            f"{run.run_dir} was started with other settings: {in_words(refused)}. Give the old values to go on, or "
+            f"start a new run from its weights: init={run.run_dir} run_dir=ANOTHER. (What may change: "
+            f"{', '.join(MAY_CHANGE)}, as long as the samples are the same.)"
         )
 
 
 def changed_settings(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ between two runs and may not change when a run is resumed: before and now, by name."""
+    """The settings that differ between two runs: before and now, by name."""
     before, after = (dict(leaves_of(run.model_dump(mode="json"))) for run in (old, new))
     pairs = {key: (before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys())}
-    return {
-        key: (was, now)
-        for key, (was, now) in pairs.items()
-        if was != now and not any(fnmatch(key, may) for may in MAY_CHANGE)
-    }
+    return {key: (was, now) for key, (was, now) in pairs.items() if was != now}
 
 
-def restore(parts: Parts, checkpoint: Path, step: int, say: Callable[[str], None]) -> None:
+def may_change(name: str) -> bool:
+    """Whether a setting may be another one when a run goes on."""
+    return any(fnmatch(name, pattern) for pattern in MAY_CHANGE)
+
+
+def in_words(changed: dict[str, tuple[Any, Any]]) -> str:
+    """`train.steps was 4, now 9; log.every was 1, now 20`."""
+    return "; ".join(f"{name} was {was}, now {now}" for name, (was, now) in changed.items())
+
+
+def restore(parts: Parts, run: Run, checkpoint: Path, step: int, say: Callable[[str], None]) -> None:
     """Give the parts the values that they had; all ranks together. Raises UserError when the checkpoint is damaged."""
     stored = read_state(checkpoint)
     if stored.get("trained") != parts.facts.get("trained"):
@@ -97,7 +103,8 @@ def restore(parts: Parts, checkpoint: Path, step: int, say: Callable[[str], None
         )
     load_tensors(checkpoint, parts.tensors())
     parts.optimizer.set_step_count(step)
-    say(f"Going on from {checkpoint}.")
+    changed = changed_settings(read_run(checkpoint), run)
+    say(f"Going on from {checkpoint}{', with other settings: ' if changed else ''}{in_words(changed)}.")
     before, now = stored.get("threads"), torch.get_num_threads()
     if parts.mesh.device.type == "cpu" and before not in (None, now):  # another machine, or other settings
         say(

@@ -58,6 +58,7 @@ class Ended:
     stopped: signal.Signals | None  # by what, before its last step
     sample: Row  # the first that it was trained on
     geometry: Geometry | None  # of its latents, where it is known
+    averaged: bool  # whether an average of the weights was kept
 
 
 def train_recipe(
@@ -109,13 +110,13 @@ def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
     newest = checkpointer.last
     with together():
         state = find_state(run, newest, plan)
-        first = state.step
+        first, averaged = state.step, run.ema.decay is not None
         progress = ProgressLine(first, run.train.steps, ranks=plan.ranks, quiet=rank() > 0)
         if newest is not None and first >= run.train.steps:
             progress.say(f"{run_dir} is complete at step {first}; a higher train.steps goes on from there.")
-            return Ended(run_dir, first, 0, newest, None, plan.indices[0][0], geometry)
+            return Ended(run_dir, first, 0, newest, None, plan.indices[0][0], geometry, averaged)
         show_log(progress.console)
-        tell_run(run, mesh, sources, plan, peak.unknown, progress.say)
+        tell_run(run, mesh, sources, plan, first, peak.unknown, progress.say)
         tell_trained(config, names, progress.say)
         if rank() == 0:
             write_atomic(run_dir / "run.yaml", dump_run(run).encode())
@@ -123,7 +124,7 @@ def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
     with enough_memory(f"hold {run.model}", helps):
         parts = build_parts(run, config, mesh, plan, empty, newest is None, names)
         if newest is not None:
-            restore(parts, newest, first, progress.say)
+            restore(parts, run, newest, first, progress.say)
     settings = Settings(run.train, run.optimizer.lr, run.schedule, run.flow, run.clip_norm, run.log, peak.tflops, helps)
     trackers = [Records(run_dir, first), TensorBoard(run_dir, first)] if rank() == 0 else []
     routines = build_routines(run, parts, sources)
@@ -134,7 +135,7 @@ def _train(run: Run, run_dir: Path, names: Collection[str] | None) -> Ended:
         stopped = Trainer(parts, settings, state, batches, checkpointer, trackers, progress, routines).run()
     checkpoint = checkpointer.last
     assert checkpoint is not None, "the trainer saves at its end"
-    return Ended(run_dir, state.step, state.step - first, checkpoint, stopped, plan.indices[0][0], geometry)
+    return Ended(run_dir, state.step, state.step - first, checkpoint, stopped, plan.indices[0][0], geometry, averaged)
 
 
 def check_effects(run: Run, sources: Sequence[Source], device: torch.device) -> None:
@@ -169,7 +170,9 @@ def share_empty_text(
     return empty
 
 
-def tell_run(run: Run, mesh: Mesh, sources: Sequence[Source], plan: Plan, unknown: Sequence[str], say: Say) -> None:
+def tell_run(
+    run: Run, mesh: Mesh, sources: Sequence[Source], plan: Plan, done: int, unknown: Sequence[str], say: Say
+) -> None:
     """What is trained on what and where, before the first step. Raises UserError for data of another model."""
     check_origins(run, say)
     note_unhashed(sources, say)
@@ -180,7 +183,7 @@ def tell_run(run: Run, mesh: Mesh, sources: Sequence[Source], plan: Plan, unknow
         f"{run.model} from {run.init} weights on {where} in {run.compute.precision}, attention by "
         f"{choose_kernel(run, device)}: {sum(sizes):,} samples, {run.batch.samples} of them a step."
     )
-    tell_outlook(run, sizes, plan.shares(), unknown, say)
+    tell_outlook(run, sizes, plan.shares(), done, unknown, say)
 
 
 def tell_trained(config: DiTConfig, names: Collection[str] | None, say: Say) -> None:
@@ -190,8 +193,10 @@ def tell_trained(config: DiTConfig, names: Collection[str] | None, say: Say) -> 
     say(f"Trains {trained / 1e6:,.2f} M of {sum(sizes.values()) / 1e6:,.2f} M parameters.")
 
 
-def tell_outlook(run: Run, sizes: Sequence[int], shares: Sequence[float], unknown: Sequence[str], say: Say) -> None:
-    """How often the samples are passed over, when the first checkpoint comes, and of which GPUs no peak is known."""
+def tell_outlook(
+    run: Run, sizes: Sequence[int], shares: Sequence[float], done: int, unknown: Sequence[str], say: Say
+) -> None:
+    """How often the samples are passed over, when a checkpoint comes, and of which GPUs no peak is known."""
     draws = run.train.steps * run.batch.samples
     passes = [draws * share / size for size, share in zip(sizes, shares, strict=True)]
     if len(passes) == 1:
@@ -199,10 +204,11 @@ def tell_outlook(run: Run, sizes: Sequence[int], shares: Sequence[float], unknow
     else:
         parts = (f"{source.path} {times(many)}" for source, many in zip(run.data.resolved(), passes, strict=True))
         often = f"each sample of {', '.join(parts)}"
-    first = f"step {run.checkpoint.every:,}" if run.checkpoint.every < run.train.steps else "the last step"
+    saved = (done // run.checkpoint.every + 1) * run.checkpoint.every
+    when = f"step {saved:,}" if saved < run.train.steps else "the last step"
     soon = f" or {run.checkpoint.minutes:g} minutes" if run.checkpoint.minutes else ""
     steps = f"{plural(run.train.steps, 'step')} {'passes' if run.train.steps == 1 else 'pass'}"
-    say(f"{steps} over {often}; the first checkpoint comes after {first}{soon}.")
+    say(f"{steps} over {often}; the {'next' if done else 'first'} checkpoint comes after {when}{soon}.")
     if run.compute.compile == "block":
         say("compute.compile=block: the first step takes minutes, in which blocks are compiled and nothing is shown.")
     if unknown:
