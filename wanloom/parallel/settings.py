@@ -34,8 +34,8 @@ class ComputeConfig(Config):
 
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",
-        description="of the arithmetic; bf16 is torch.autocast, for GPUs from Ampere on. Weights, gradients and "
-        "moments are fp32 in both",
+        description="of the arithmetic; bf16 is torch.autocast, for GPUs from Ampere on and CPUs with bf16 "
+        "instructions. Weights, gradients and moments are fp32 in both",
     )
     kernel: Kernel = Field(default="auto", description="of attention; the first line of a run says what auto became")
     recompute: Recompute = Field(
