@@ -158,8 +158,6 @@ def run(arguments: argparse.Namespace) -> int:
     elif (path / "checkpoints").is_dir():
         show_run(path)
     elif arguments.page:
-        from wanloom.cli.show_page import show_page
-
         show_page(path, arguments.out or Path("page.html"), arguments.model)
     else:
         show_data(path)
@@ -252,6 +250,16 @@ def show_run(path: Path) -> None:
         say(f"{checkpoint}: {seen}, {format_seconds(state['seconds'])} of training, {size:.2f} GiB")
     if not list_checkpoints(path):
         say(f"{path} has no checkpoint yet.")
+
+
+def show_page(path: Path, file: Path, model: str | None) -> None:
+    """Write the page of a prepared folder."""
+    from wanloom.data.shards import Dataset
+    from wanloom.report.data import write_page
+
+    source = Dataset.open(path)
+    write_page(source, file, model, describe(source), lambda done, count: say(f"decoded {done} of {count}"))
+    say(str(file.resolve()))
 
 
 def show_data(path: Path) -> None:

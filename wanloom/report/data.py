@@ -18,9 +18,14 @@ from markupsafe import Markup
 
 from wanloom.codecs.vae import VaeCodec
 from wanloom.data.shards import Dataset
+from wanloom.dist import pick_device
 from wanloom.errors import UserError
+from wanloom.files import write_atomic
+from wanloom.formats.pipeline import find_pipeline
 from wanloom.geometry import Geometry
 from wanloom.media.write import write_sheet
+from wanloom.runs.origin import identify, read_settings
+from wanloom.variants import VARIANTS
 
 NUM_SAMPLES = 24
 LATENT_FRAMES = 5  # of a clip, at most: 17 frames
@@ -47,6 +52,45 @@ class DataPage:
     vae: str  # whose it is, in words
     note: str  # what could not be checked
     sheets: Sequence[Sheet]
+
+
+def write_page(
+    source: Dataset, file: Path, model: str | None, summary: str, on_sheet: Callable[[int, int], None]
+) -> None:
+    """Write the page of a prepared folder, which `summary` tells of; `on_sheet` as of `draw_sheets`.
+
+    Raises UserError when the file is another one, the folder empty, or its VAE not known or not here.
+    """
+    if file.exists() and (not file.is_file() or GENERATOR not in file.read_bytes()[:1000]):
+        raise UserError(f"'{file}' is there and is no such page: `out` takes another name.")
+    if not len(source.rows("train")):
+        raise UserError(f"'{source.path}' has no samples to train on.")
+    name, note = choose_vae(source, model)
+    vae = VaeCodec.load(find_pipeline(name, ("vae",)), pick_device())
+    sheets = draw_sheets(source, vae, on_sheet)
+    whose = f"the VAE of {name}" + ("" if note else ", which they were made with")
+    page = DataPage(Path(source.path).resolve().name, summary, len(source.rows("train")), whose, note, sheets)
+    write_atomic(file, build_data_page(page).encode())
+
+
+def choose_vae(source: Dataset, model: str | None) -> tuple[str, str]:
+    """The model whose VAE made the latents, and a note where that is not known for certain.
+
+    Raises UserError for a model with another VAE, and when it has to be named.
+    """
+    made_with = read_settings(source.path).get("vae")
+    if model is None:
+        for name in (row.hub or key for key, row in VARIANTS.items()):
+            if made_with is not None and identify(name, "vae") == made_with:
+                return name, ""
+        raise UserError(
+            f"Which VAE made '{source.path}' cannot be told here: `model` names the model that it was prepared for."
+        )
+    if made_with is None:
+        return model, f"Whether these latents were made with this VAE is not known: {source.path} does not say."
+    if identify(model, "vae") not in (made_with, None):
+        raise UserError(f"'{source.path}' was prepared with another VAE than that of {model}: give its own model.")
+    return model, ""
 
 
 def draw_sheets(source: Dataset, vae: VaeCodec, on_sheet: Callable[[int, int], None]) -> list[Sheet]:
