@@ -5,6 +5,7 @@ that a swapped, forgotten or wrongly scaled part shows. It is made once per test
 """
 
 import os
+import signal
 import string
 from pathlib import Path
 
@@ -14,6 +15,10 @@ import torch
 # the work is tiny: more threads only wait for each other, and one thread adds in one order
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+# below nohup or in the background of a script these are ignored, and so in every process that a test starts
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 SEED = 1234
 TEXT_DIM = 64
