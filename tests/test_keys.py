@@ -12,6 +12,7 @@ from wanloom import keys
 from wanloom.keys import draw_noise, keyed_fractions, keyed_normal, keyed_uniform
 
 
+@pytest.mark.slow
 def test_keys_that_agree_in_32_bits_draw_other_values():
     """Of 300,000 names a dozen agree in any 32 bits of the hash: a generator that keeps 32 bits draws them alike."""
     names = [f"0/clip-{i:06d}" for i in range(300_000)]

@@ -45,6 +45,7 @@ def test_prompts_hold_all_that_is_held_out_and_spread_over_the_rest(tmp_path):
     assert len({line["seed"] for line in lines}) == 64
 
 
+@pytest.mark.slow
 def test_training_clips_are_real_files_without_held_out_scenes(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "NUM_CLIPS", 62)
     paths = demo.write_clips(tmp_path / "clips", 0)

@@ -7,6 +7,7 @@ from wanloom.demo import shapes
 from wanloom.demo.measure import Seen, measure
 
 
+@pytest.mark.slow
 def test_every_scene_is_recognised():
     for index in range(2 * len(shapes.SCENES)):
         frames, scene, _ = shapes.build_clip(5, index, shapes.SCENES)
@@ -47,6 +48,7 @@ def test_other_sizes(size):
         assert measure(frames).agrees(scene) == (True, True, True)
 
 
+@pytest.mark.slow
 def test_blur_and_noise_are_survived():
     rng = np.random.default_rng(0)
     right = 0

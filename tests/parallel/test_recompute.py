@@ -86,6 +86,7 @@ def test_cheap_runs_no_matrix_product_again():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.slow
 def test_offload_leaves_nothing_of_a_block_behind(policy, monkeypatch):
     """What a forward pass keeps on the device is what blocks share, and the same for a block more."""
     monkeypatch.setattr(offload.Parcel, "__init__", lambda self, tensor: setattr(self, "shape", tensor.shape))

@@ -54,6 +54,7 @@ def by_hand(parts: LoadedParts, sizes: list[tuple[int, int, int]], seeds: list[i
     return [parts.vae.decode(latents) for _, latents in made]
 
 
+@pytest.mark.slow
 def test_frames_are_those_of_the_parts_called_by_hand(tiny_pipeline):
     asked = ["a red circle", Prompt(prompt="snow", seed=3, frames=1)]
     made = list(wanloom.generate(asked, model=str(tiny_pipeline), negative="dark", seed=8, **SMALL))
@@ -69,6 +70,7 @@ def test_frames_are_those_of_the_parts_called_by_hand(tiny_pipeline):
     assert json.loads(json.dumps(made[0][1])) == made[0][1] and made[0][1]["model"] == str(tiny_pipeline)
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_is_used_as_it_is(tiny_pipeline):
     """As in training, whose weights are on no disk."""
     parts = parts_of(tiny_pipeline, "x", "dark")
