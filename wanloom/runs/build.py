@@ -41,7 +41,7 @@ def build_plan(
 
 def build_objective(run: Run, config: DiTConfig, empty: Tensor | None) -> Objective:
     """How a sample becomes input and target; `empty` is the empty caption."""
-    sizes = config.in_channels, config.text_dim
+    sizes = config.out_channels, config.text_dim
     return Objective(run.flow, run.seed, run.batch.samples, run.caption_dropout, empty, *sizes)
 
 
